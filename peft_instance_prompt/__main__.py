@@ -1,0 +1,223 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Look into an adapter's folder, without its base model: `python -m peft_instance_prompt ADAPTER_FOLDER [--json]`.
+
+Exits with 0 if all is well; with 1 if the adapter can be loaded but should not be trusted (weights that are not finite,
+activation coefficients out of range); with 2 and one sentence if it cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from safetensors.torch import load_file
+
+from .config import InstancePromptConfig
+from .generator import PromptGenerator
+from .nn.rational import GELU_FITS, Rational
+from .stack import StackInfo
+
+
+# A rational activation starts at a fit of GELU, whose coefficients lie within 0.5 of zero. The term of degree j weighs
+# x^j, and the bottleneck's values reach well beyond 1: from a coefficient of 1 on, the high terms are no activation but an
+# explosion, which training that has gone wrong, or a file that has been damaged, is the likely cause of.
+COEFFICIENT_RANGE = (-1.0, 1.0)
+
+
+def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
+    """What an adapter's folder holds, as a dict that JSON can take.
+
+    Args:
+        folder (`str`): The folder, as `save_pretrained` writes it.
+
+    Raises:
+        ValueError: It cannot be loaded: something is missing, corrupt, of another type, or does not fit; the message is one
+            sentence.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weights_file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights_file.is_file():
+        raise ValueError(
+            f"{folder} holds its weights as {WEIGHTS_NAME}, a pickle, which can run any code when it is read; save it as "
+            f"{SAFETENSORS_WEIGHTS_NAME} first."
+        )
+    weights = load_file(weights_file)
+    stacks = check_keys(config, weights)
+    generator = make_generator(config)
+    activations = [name for name, module in generator.named_modules() if isinstance(module, Rational)]
+    low, high = COEFFICIENT_RANGE
+    coefficients = {key: w for key, w in weights.items() if any(f"generator.{name}." in key for name in activations)}
+    return {
+        "type": config.peft_type.value,
+        "base_model": config.base_model_name_or_path,
+        "task_type": getattr(config.task_type, "value", config.task_type),
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_layers,
+        "stacks": stacks,
+        "generated_at": ["input" if depth < 0 else depth for depth in generator.depths],
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "bottleneck_dim": config.bottleneck_dim,
+        "parameters": sum(w.numel() for w in weights.values() if w.is_floating_point()),
+        "dtypes": sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()}),
+        "bytes": weights_file.stat().st_size,
+        "sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
+        "activation_coefficients": sum(w.numel() for w in coefficients.values()),
+        "coefficient_range": list(COEFFICIENT_RANGE),
+        "coefficients_out_of_range": {k: n for k, w in coefficients.items() if (n := count((w < low) | (w > high)))},
+        "not_finite": {k: n for k, w in weights.items() if (n := count(~w.isfinite()))},
+    }
+
+
+def count(mask: torch.Tensor) -> int:
+    return int(mask.sum())
+
+
+def read_config(folder: Path) -> InstancePromptConfig:
+    """The config in a folder; a ValueError if there is none, or none of a method of this package."""
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} is no adapter's folder: it holds no {CONFIG_NAME}.")
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no adapter's config: {error!r}.") from error
+    own = {
+        name.value: cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, InstancePromptConfig)
+    }
+    if kind not in own:
+        raise ValueError(f"{folder} holds an adapter of the type {kind!r}, which is none of {sorted(own)}.")
+    try:
+        config = own[kind].from_pretrained(str(folder))
+    except TypeError as error:
+        raise ValueError(f"{file} does not hold: {error}") from error
+    for name in ("hidden_size", "num_layers", "target_modules"):
+        if getattr(config, name) is None:
+            raise ValueError(
+                f"{file} does not say `{name}`, as the config of an adapter that was once in a model does."
+            )
+    return config
+
+
+# What a folder does not tell of the base model: widths e of the input embeddings and o of the last hidden states, in units of
+# the layers' width. Nearly always both are 1. Where they are not, any value will do: two are tried, and where the shapes that
+# come of them differ, a shape is left open.
+WIDTHS = (((1, 1), (1, 1)), ((2, 2), (3, 3)), ((2, 1), (3, 1)), ((1, 2), (1, 3)))
+
+
+def make_generator(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_size: int = 64) -> PromptGenerator:
+    """The adapter's generator, without values, for a stack of which only what the config says is known."""
+    d = config.hidden_size
+    sizes = {"hidden_size": d, "embedding_size": d * e, "output_size": d * o, "vocab_size": vocab_size}
+    known = {"name": "", "layers_name": "", "num_layers": config.num_layers, "causal": True}
+    info = StackInfo(**{**{field.name: None for field in fields(StackInfo)}, **known, **sizes})
+    with torch.device("meta"):
+        return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
+
+
+def check_keys(config: InstancePromptConfig, weights: dict[str, torch.Tensor]) -> list[str]:
+    """The names of the stacks that the weights are for; a ValueError if names or shapes do not fit the config."""
+    mark = f".{PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix}generator."
+    others = {*(config.modules_to_save or ()), *EMBEDDING_LAYER_NAMES}
+    stacks: dict[str, dict[str, list[int]]] = {}
+    for key, weight in weights.items():
+        stack, found, name = key.partition(mark)
+        if found:
+            stacks.setdefault(stack, {})[name] = list(weight.shape)
+        elif not others & set(key.split(".")):
+            raise ValueError(f"The weights hold {key!r}, which belongs to no adapter of this type.")
+    if len(stacks) != len(config.target_modules):
+        raise ValueError(f"The weights are for {len(stacks)} stack(s), the config is for {config.target_modules}.")
+    complaints = []
+    for widths in WIDTHS:
+        one, two = (make_generator(config, *pair, vocab_size=64 * n).state_dict() for n, pair in enumerate(widths, 1))
+        wanted = {}
+        if one.keys() == two.keys():
+            wanted = {
+                name: [a if a == b else None for a, b in zip(w.shape, two[name].shape)] for name, w in one.items()
+            }
+        complaints.append(next(filter(None, (misfit(wanted, own) for own in stacks.values())), None))
+    if None not in complaints:
+        raise ValueError(complaints[0])
+    return [stack.removeprefix("base_model.model.").rpartition(".")[0] for stack in stacks]
+
+
+def misfit(wanted: dict[str, list[int | None]], own: dict[str, list[int]]) -> str | None:
+    """What is wrong with the names and shapes of an adapter's tensors, if anything is."""
+    if missing := sorted(wanted.keys() - own.keys()):
+        return f"The weights lack {len(missing)} tensor(s) that the config asks for, such as {missing[0]!r}."
+    if extra := sorted(own.keys() - wanted.keys()):
+        return f"The weights hold {len(extra)} tensor(s) that the config does not know, such as {extra[0]!r}."
+    for name, shape in wanted.items():
+        if len(own[name]) != len(shape) or any(size not in (None, found) for size, found in zip(shape, own[name])):
+            return f"The tensor {name!r} has the shape {own[name]}, where the config asks for {shape}."
+    return None
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What [`inspect_folder`] found, a line each."""
+    low, high = found["coefficient_range"]
+    lines = [
+        f"type           {found['type']}, for {found['task_type'] or 'no particular task'}",
+        f"base model     {found['base_model'] or 'not named'}: {found['num_layers']} layers, hidden size {found['hidden_size']}",
+        f"prompt         {found['num_virtual_tokens']} vectors, bottleneck {found['bottleneck_dim']}",
+        f"generated at   {', '.join(map(str, found['generated_at']))} of {', '.join(name or 'the model' for name in found['stacks'])}",
+        f"weights        {found['parameters']:,} parameters, {', '.join(found['dtypes'])}, {found['bytes']:,} bytes",
+        f"sha256         {found['sha256']}",
+    ]
+    if found["activation_coefficients"]:
+        lines.append(
+            f"activations    {found['activation_coefficients']} coefficients, "
+            f"{sum(found['coefficients_out_of_range'].values())} of them outside [{low:g}, {high:g}]"
+        )
+    lines += [f"NOT FINITE     {n:,} value(s) of {key}" for key, n in found["not_finite"].items()]
+    widest = max(abs(c) for fit in GELU_FITS.values() for part in fit for c in part)
+    lines += [
+        f"OUT OF RANGE   {n} value(s) of {key}, where the GELU that they start from lies within {widest:g}"
+        for key, n in found["coefficients_out_of_range"].items()
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m peft_instance_prompt", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", metavar="ADAPTER_FOLDER", help="as `save_pretrained` writes it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    try:
+        found = inspect_folder(options.folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=2) if options.json else as_text(found))
+    return int(bool(found["not_finite"] or found["coefficients_out_of_range"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The model card of an adapter: it says how to load it, since PEFT alone gives a bare `KeyError: 'IAPT'`.
+
+PEFT has no way to add to the card that it writes, and transformers' `push_to_hub` puts one of its own in its place. So
+[`teach_peft`] extends two methods of `PeftModel`; adapters of other packages are let pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+PACKAGE = "peft-instance-prompt"
+
+PAPERS = {
+    "DYNAMIC_PROMPT": ("Dynamic Prompting: A Unified Framework for Prompt Tuning", "2303.02909"),
+    "IAPT": ("IAPT: Instruction-Aware Prompt Tuning for Large Language Models", "2405.18203"),
+    "IDPG": ("IDPG: An Instance-Dependent Prompt Generation Method", "2204.04497"),
+    "IPT": ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958"),
+    "LPT": ("Late Prompt Tuning: A Late Prompt Could Be Better Than Many Prompts", "2210.11292"),
+}
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+
+SECTION = """<!-- {package} -->
+## How to load this adapter
+
+A soft prompt that is computed from each input, by the method {method}{paper}. PEFT knows the method when
+[{package}](https://pypi.org/project/{package}/) has been imported, and not before:
+
+```bash
+pip install {package}
+```
+
+```python
+import peft_instance_prompt  # before loading: it adds {method} to PEFT
+from peft import {auto_class}
+
+model = {auto_class}.from_pretrained("{name}")
+```
+<!-- /{package} -->"""
+
+
+def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDER_OR_REPOSITORY") -> None:
+    """Say in the `README.md` of an adapter's folder how to load it; what else stands there is left.
+
+    Args:
+        folder (`str`): The folder. A card is made if it has none.
+        config (`PeftConfig`): The adapter's config.
+        name (`str`): What the adapter is to be loaded from.
+    """
+    path = Path(folder, "README.md")
+    card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData(library_name='peft')}\n---\n")
+    method = getattr(config.peft_type, "value", config.peft_type)
+    title, number = PAPERS.get(method, (None, None))
+    card.data["tags"] = sorted(
+        {*(card.data.tags or []), PACKAGE, method.lower(), *([f"arxiv:{number}"] if number else [])}
+    )
+    section = SECTION.format(
+        package=PACKAGE,
+        method=method,
+        paper=f" ([{title}](https://arxiv.org/abs/{number}))" if number else "",
+        auto_class=AUTO_CLASSES.get(getattr(config.task_type, "value", config.task_type), "AutoPeftModel"),
+        name=name,
+    )
+    other = re.sub(f"<!-- {PACKAGE} -->.*?<!-- /{PACKAGE} -->\n*", "", card.text, flags=re.DOTALL).lstrip("\n")
+    card.text = f"\n{section}\n\n{other}"
+    card.save(path)
+
+
+def teach_peft(config_cls: type) -> None:
+    """Make `PeftModel` keep the section of [`write_card`] in the cards of adapters whose config is a `config_cls`."""
+    write, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
+
+    def own_config(model: PeftModel) -> PeftConfig | None:
+        return next((config for config in model.peft_config.values() if isinstance(config, config_cls)), None)
+
+    @functools.wraps(write)
+    def create_or_update_model_card(self, output_dir):
+        write(self, output_dir)
+        if config := own_config(self):
+            write_card(output_dir, config)
+
+    @functools.wraps(upload)
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        if config := own_config(self):
+            write(
+                self, working_dir
+            )  # transformers has replaced PEFT's card by one that calls this a transformers model
+            write_card(working_dir, config, repo_id)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = _upload_modified_files

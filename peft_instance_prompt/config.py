@@ -1,0 +1,191 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the configs of all methods have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .card import write_card
+
+
+@dataclass
+class InstancePromptConfig(PeftConfig):
+    """Base class of the configs of methods whose soft prompt is generated from the input instance.
+
+    Args:
+        num_virtual_tokens (`int`):
+            The number l of prompt vectors per instance, at least 1.
+        bottleneck_dim (`int`):
+            The width m of the generator's bottleneck, at least 1. Defaults to 16.
+        prompt_position (`str`):
+            Where the prompt stands: `"before"` the first token that is not padding; `"after_first"`, behind that token
+            (BOS or [CLS]); or at the `"end"`, which in a causal model is behind the last instruction token, so that the
+            next token is predicted at the last slot, and in an encoder before the last token that is not padding ([SEP]
+            or </s>).
+        layers_to_transform (`int` or `list[int]`, *optional*):
+            The layers at whose input vectors are generated, counted from 0. In the other layers the prompt positions keep
+            what the layer before them made of them. Defaults to all layers.
+        init_weights (`bool` or `"paper"`):
+            `True`, the default, starts as a near no-op, as LoRA does: each prompt vector begins as a copy of the state of
+            the row's first token at that depth, the attention sink, and what is generated is added to it in units of its
+            root mean square. `False` starts from random weights in the same form (used by tests). `"paper"` is the paper's
+            own form and start, which disturbs a pretrained causal model badly. It is a property of the trained adapter,
+            not only of its start: do not change it afterwards.
+        condition (`str`):
+            `"instance"`, or `"constant"` for the control experiment: the same generator fed a learned constant, so that
+            all instances get the same prompt.
+        response_template (`str` or `list[int]`, *optional*):
+            The token ids that stand between instruction and response in every row; the prompt is then generated from what
+            stands up to and including their first occurrence. It is kept with the adapter and serves training, evaluation
+            and generation alike. Give it wherever a causal model scores given continuations (evaluation harnesses,
+            preference training): without it and without labels, the whole row counts as the instance. A text is turned
+            into ids once, by the tokenizer `tokenizer_name_or_path`.
+        tokenizer_name_or_path (`str`, *optional*):
+            The tokenizer for a `response_template` given as text. Defaults to the base model's.
+        target_modules (`str` or `list[str]`, *optional*):
+            The transformer stacks, or their lists of layers, by name or by the end of their name, e.g. `"decoder"` or
+            `"model.layers"`; a string is a regular expression that the whole name must match. Defaults to the stack that is
+            found: the text stack; the encoder of an encoder-decoder model.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            Stacks that are left out, in the same form.
+        modules_to_save (`list[str]`, *optional*):
+            Modules beside the generator that are trained and saved in full, e.g. a classification head.
+        hidden_size (`int`, *optional*):
+            The width of the layers. Filled in from the base model; a later base model must agree.
+        num_layers (`int`, *optional*):
+            The number of layers. Filled in from the base model; a later base model must agree.
+
+    Raises:
+        ValueError: A field is out of range; the message names the field, its value and what is allowed.
+        TypeError: A field is unknown or has the wrong type.
+    """
+
+    num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
+    bottleneck_dim: int = field(default=16, metadata={"help": "The width of the generator's bottleneck."})
+    prompt_position: Literal["before", "after_first", "end"] = field(
+        default="before", metadata={"help": "Where the prompt stands: 'before' the first token, 'after_first', 'end'."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "The layers at whose input vectors are generated; None for all."}
+    )
+    init_weights: Union[bool, Literal["paper"]] = field(
+        default=True, metadata={"help": "True: near no-op; False: random; 'paper': the paper's own form and start."}
+    )
+    condition: Literal["instance", "constant"] = field(
+        default="instance", metadata={"help": "'instance', or 'constant' for the input-independent control."}
+    )
+    response_template: Optional[Union[list[int], str]] = field(
+        default=None, metadata={"help": "The token ids (or the text) between instruction and response."}
+    )
+    tokenizer_name_or_path: Optional[str] = field(
+        default=None, metadata={"help": "The tokenizer for a `response_template` that is given as text."}
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "The transformer stacks, or their lists of layers; None: found by itself."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Stacks that are left out."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules beside the generator that are trained and saved in full."}
+    )
+    hidden_size: Optional[int] = field(default=None, metadata={"help": "The width of the layers; filled in."})
+    num_layers: Optional[int] = field(default=None, metadata={"help": "The number of layers; filled in."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_int(self, "num_virtual_tokens", minimum=1)
+        check_int(self, "bottleneck_dim", minimum=1)
+        check_choice(self, "prompt_position", ("before", "after_first", "end"))
+        check_choice(self, "init_weights", (True, False, "paper"))
+        check_choice(self, "condition", ("instance", "constant"))
+        for name in ("hidden_size", "num_layers"):
+            if getattr(self, name) is not None:
+                check_int(self, name, minimum=1)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                value = sorted(value)
+                setattr(self, name, value)
+            texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+            if value is not None and not texts and not (isinstance(value, str) and name != "modules_to_save"):
+                raise TypeError(f"`{name}` must be a list of names or None, got {value!r}.")
+        layers = self.layers_to_transform
+        if isinstance(layers, (tuple, range)):
+            layers = self.layers_to_transform = list(layers)
+        whole = [layers] if isinstance(layers, int) else layers
+        if whole is not None and (
+            not isinstance(whole, list) or not whole or any(not isinstance(n, int) or n < 0 for n in whole)
+        ):
+            raise ValueError(f"`layers_to_transform` must be layer numbers from 0 or None, got {layers!r}.")
+        template = self.response_template
+        ids = isinstance(template, (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in template)
+        if template is not None and (not template or not (ids or isinstance(template, str))):
+            raise ValueError(f"`response_template` must be token ids or a text, not empty, or None, got {template!r}.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any):
+        """Load a config as [`~peft.PeftConfig.from_pretrained`] does.
+
+        Raises:
+            ValueError: It lies in a local folder whose weights are missing or broken. PEFT would find that out only when
+                the adapter has been put into the model.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / CONFIG_NAME).is_file():
+            check_weights(folder)
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config as [`~peft.PeftConfig.save_pretrained`] does, and say in the model card how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise a ValueError if an adapter's folder holds no weights or a file of weights that cannot be read."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if file.is_file():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except SafetensorError as error:
+            raise ValueError(f"The adapter's weights {file} are not a readable safetensors file: {error}.") from error
+    elif not (folder / WEIGHTS_NAME).is_file():
+        raise ValueError(f"The adapter folder {folder} has a {CONFIG_NAME} but no weights: {file.name} is missing.")
+
+
+def check_int(config: PeftConfig, name: str, minimum: int) -> None:
+    """Raise a TypeError or ValueError if a field is not a whole number of at least `minimum`."""
+    value = getattr(config, name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+
+
+def check_choice(config: PeftConfig, name: str, allowed: tuple) -> None:
+    """Raise a ValueError if a field is none of the allowed values."""
+    value = getattr(config, name)
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")

@@ -1,0 +1,170 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Compute the instance vectors of a data set once, store them with it and hand them to the model in training."""
+
+from __future__ import annotations
+
+import inspect
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layer import run_frozen
+from .nn.pooling import first_token, last_token, mean_pool
+from .stack import describe, find_stacks
+
+
+POOLINGS = {"first": first_token, "last": last_token, "mean": mean_pool}
+
+
+def add_instance_embeds(
+    dataset: Any,
+    encoder: Any,
+    text_column: str = "text",
+    column: str = "instance_embeds",
+    batch_size: int = 64,
+    pooling: str = "auto",
+) -> Any:
+    """Store a vector for each text of a data set, so that training with `instance_source="instance_embeds"` (IDPG) pays no
+    second pass through a model.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.DatasetDict`): The data.
+        encoder: What makes the vectors: a callable from a list of N texts to an array or tensor (N, k); an object with a
+            method `encode` of that kind, as sentence-transformers have it; or a pair `(model, tokenizer)` of
+            transformers. The model may be a `PeftModel`, and be the one that is trained: prompts are left out, and with
+            `pooling="auto"` the vectors are what `instance_source="frozen"` would compute.
+        text_column (`str`): The column with the texts. For `(model, tokenizer)`, it should hold the whole instruction, as
+            it will stand before the response.
+        column (`str`): The new column.
+        batch_size (`int`): How many texts are encoded at a time.
+        pooling (`str`): For `(model, tokenizer)`: the `"first"` or the `"last"` token's last hidden state, their `"mean"`, or
+            `"auto"`: the last of a causal model, the mean of the encoder of an encoder-decoder model, else the first.
+
+    Returns:
+        `datasets.Dataset` or `datasets.DatasetDict`: The data with the new column, lists of k 32-bit floats.
+
+    Raises:
+        TypeError: The data set or the encoder is of no such kind.
+        ValueError: A column is missing or there already, or the encoder gives something of another shape.
+
+    Example:
+
+    ```py
+    >>> dataset = add_instance_embeds(dataset, SentenceTransformer("all-MiniLM-L6-v2"))
+    >>> config = IDPGConfig(task_type="CAUSAL_LM", instance_source="instance_embeds", instance_embeds_dim=384)
+    >>> trainer = Trainer(
+    ...     model=get_peft_model(model, config),
+    ...     train_dataset=dataset,
+    ...     data_collator=InstanceEmbedsCollator(collator),
+    ...     args=TrainingArguments(remove_unused_columns=False),
+    ... )
+    ```
+    """
+    if isinstance(dataset, Mapping):  # a DatasetDict
+        known = {"text_column": text_column, "column": column, "batch_size": batch_size, "pooling": pooling}
+        return type(dataset)({name: add_instance_embeds(part, encoder, **known) for name, part in dataset.items()})
+    if not hasattr(dataset, "map") or not hasattr(dataset, "column_names"):
+        raise TypeError(f"`dataset` must be a `datasets.Dataset` or a `DatasetDict`, got {type(dataset).__name__}.")
+    if text_column not in dataset.column_names:
+        raise ValueError(f"`text_column` {text_column!r} is not in the data set, which has {dataset.column_names}.")
+    if column in dataset.column_names:
+        raise ValueError(f"`column` {column!r} is in the data set already; remove it first or choose another name.")
+    if pooling not in ("auto", *POOLINGS):
+        raise ValueError(f"`pooling` must be one of {['auto', *POOLINGS]}, got {pooling!r}.")
+    encode = as_function(encoder, pooling)
+
+    def of_batch(texts: list[str]) -> dict[str, Any]:
+        vectors = torch.as_tensor(encode(texts)).detach().to("cpu", torch.float32)  # (N, k)
+        if vectors.dim() != 2 or len(vectors) != len(texts):
+            raise ValueError(
+                f"`encoder` must make a vector of each of {len(texts)} texts, got {tuple(vectors.shape)}."
+            )
+        return {column: vectors.numpy()}
+
+    options: dict[str, Any] = {"batched": True, "batch_size": batch_size, "input_columns": text_column}
+    names = inspect.signature(dataset.map).parameters
+    # A name of our own for the result: else the encoder with all its weights would be pickled to find one.
+    options.update({"new_fingerprint": uuid.uuid4().hex[:16]} if "new_fingerprint" in names else {})
+    options.update({"desc": f"Computing {column}"} if "desc" in names else {})
+    return dataset.map(of_batch, **options)
+
+
+def as_function(encoder: Any, pooling: str) -> Callable[[list[str]], Any]:
+    """An encoder of any of the kinds that [`add_instance_embeds`] takes, as a function from texts to vectors."""
+    if isinstance(encoder, (tuple, list)) and len(encoder) == 2 and isinstance(encoder[0], nn.Module):
+        model, tokenizer = encoder
+        return lambda texts: encode_with_model(model, tokenizer, texts, pooling)
+    if callable(getattr(encoder, "encode", None)):
+        return encoder.encode
+    if callable(encoder):
+        return encoder
+    raise TypeError(
+        "`encoder` must be a callable, an object with a method `encode`, or a pair (model, tokenizer), got "
+        f"{type(encoder).__name__}."
+    )
+
+
+def encode_with_model(model: nn.Module, tokenizer: Any, texts: Sequence[str], pooling: str = "auto") -> torch.Tensor:
+    """The vectors (N, d) of N texts from a model's last hidden states, without prompts, gradient and dropout."""
+    infos = [describe(model, layers, stack) for layers, stack in find_stacks(model).items()]
+    info = next((info for info in infos if not info.decoder_of_pair), None)
+    if info is None:
+        raise ValueError(f"No transformer stack was found in {type(model).__name__}.")
+    if pooling == "auto":
+        pooling = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
+    stack = model.get_submodule(info.name)
+    # On the right, where a causal model does not see it and no position is moved by it.
+    inputs = tokenizer(list(texts), padding=True, truncation=True, padding_side="right", return_tensors="pt")
+    inputs = inputs.to(stack.get_input_embeddings().weight.device)
+    wanted = {name: value for name, value in inputs.items() if name in info.forward_args}
+    states = run_frozen(stack, wanted)  # (N, S, d)
+    return POOLINGS[pooling](states, inputs["attention_mask"].bool().to(states.device))  # (N, d)
+
+
+class InstanceEmbedsCollator:
+    """A data collator that takes the stored vectors along: it stacks them and leaves the rest to another collator.
+
+    The trainer must not throw the column away: `TrainingArguments(remove_unused_columns=False)`.
+
+    Args:
+        collator (`Callable`): Makes a batch, a dict of tensors, of a list of examples.
+        column (`str`): The column with the vectors, see [`add_instance_embeds`].
+
+    Raises:
+        ValueError: When called, if an example has no vector, or they differ in width.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any], column: str = "instance_embeds"):
+        self.collator = collator
+        self.column = column
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
+        missing = [i for i, example in enumerate(examples) if self.column not in example]
+        if missing:
+            raise ValueError(
+                f"Example(s) {missing} of the batch have no column {self.column!r}, but {sorted(examples[missing[0]])}. Add it "
+                "with `add_instance_embeds`, and keep it with `TrainingArguments(remove_unused_columns=False)`."
+            )
+        vectors = [torch.as_tensor(example[self.column], dtype=torch.float32) for example in examples]  # each (k,)
+        if len({vector.shape for vector in vectors}) > 1:
+            raise ValueError(f"The vectors in {self.column!r} differ in width: {[tuple(v.shape) for v in vectors]}.")
+        rest = [{name: x for name, x in example.items() if name != self.column} for example in examples]
+        batch = self.collator(rest)
+        batch["instance_embeds"] = torch.stack(vectors)  # (B, k)
+        return batch

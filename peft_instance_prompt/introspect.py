@@ -1,0 +1,159 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What an adapter makes of instances: the vectors, the tokens that they read, the places where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from . import slots
+from .generator import PromptGenerator
+from .intercept import Generated, intercept
+from .layer import InstancePromptLayer
+
+
+def active_generator(model: nn.Module) -> tuple[InstancePromptLayer, PromptGenerator]:
+    """The layer and the generator of a model's active adapter.
+
+    Raises:
+        ValueError: There is none, or one on each of several stacks.
+    """
+    layers = [
+        module for module in model.modules() if isinstance(module, InstancePromptLayer) and not module.disable_adapters
+    ]
+    found = [
+        (layer, layer.generators[name])
+        for layer in layers
+        for name in layer.active_adapters
+        if name in layer.generators
+    ]
+    if len(found) != 1:
+        names = [layer.info.layers_name for layer, _ in found]
+        raise ValueError(
+            f"The model must have an active instance-prompt adapter on one stack, it has them on {names}."
+        )
+    return found[0]
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """No gradient, and the model in evaluation mode; its modules are given their modes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, Generated]:
+    """All that the active adapter generates for a batch, by depth; under None, what its encoder says of the instance.
+
+    Args:
+        model (`nn.Module`): The model with the adapter, e.g. a [`~peft.PeftModel`].
+        batch (`Mapping`): What the model is called with.
+    """
+    active_generator(model)
+    made: dict[int | None, Generated] = {}
+    device = next(model.parameters()).device
+    with evaluating(model), intercept(lambda generated: made.__setitem__(generated.depth, generated)):
+        model(**send_to_device(dict(batch), device))
+    return made
+
+
+def prompt_vectors(model: nn.Module, batches: Iterable[Mapping[str, Any]], depth: int | None = None) -> torch.Tensor:
+    """The prompt vectors of many instances.
+
+    Args:
+        model (`nn.Module`): The model with the adapter.
+        batches (`Iterable`): Batches, e.g. a `DataLoader`.
+        depth (`int`, *optional*): The layer, or -1 for the input embeddings. Defaults to the middle one of those at which
+            the method generates.
+
+    Returns:
+        `torch.Tensor`: Shape (instances, l, d), in float32 on the CPU.
+    """
+    depth = check_depth(active_generator(model)[1], depth)
+    return torch.cat([record(model, batch)[depth].values.float().cpu() for batch in batches])
+
+
+def read_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None = None) -> torch.Tensor:
+    """How much each prompt vector reads of each token: the pooling weights of IAPT, the pooling bins of LPT.
+
+    Args:
+        model (`nn.Module`): The model with the adapter.
+        batch (`Mapping`): What the model is called with.
+        depth (`int`, *optional*): As for [`prompt_vectors`].
+
+    Returns:
+        `torch.Tensor`: Shape (B, l, S), in float32 on the CPU. Each row sums to 1; it is 0 outside the instruction.
+
+    Raises:
+        ValueError: The method has no such weights.
+    """
+    generator = active_generator(model)[1]
+    made = record(model, batch)[check_depth(generator, depth)]
+    with torch.no_grad():
+        weights = generator.reads(made.states, made.instance, made.depth)  # (B, l, N)
+    if weights is None:
+        raise ValueError(f"The prompt vectors of {type(generator).__name__} are no weighted means over tokens here.")
+    if weights.shape[2] != made.layout.num_tokens:  # positions of the stack, slots among them
+        weights = slots.take(weights, made.layout.token_index, dim=2)  # (B, l, S)
+    return weights.float().cpu()
+
+
+def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many prompt vectors each instance has, and how many of them stand behind its text.
+
+    Args:
+        model (`nn.Module`): The model with the adapter.
+        batches (`Iterable`): Batches, e.g. a `DataLoader`.
+
+    Returns:
+        `tuple[torch.LongTensor, torch.LongTensor]`: Each of shape (instances,). Behind the text stands what has more than
+            half of the instruction's tokens before it.
+    """
+    lengths, behind = [], []
+    for batch in batches:
+        made = [generated for depth, generated in record(model, batch).items() if depth is not None][0]
+        layout, mask = made.layout, made.instance.mask
+        if mask.shape[1] != layout.num_tokens:
+            mask = slots.take(mask, layout.token_index)  # (B, S)
+        before = nn.functional.pad(mask.cumsum(dim=1), (1, 0)).gather(
+            1, layout.anchor
+        )  # (B, L) tokens before each slot
+        later = layout.live & (2 * before > mask.sum(dim=1, keepdim=True))  # (B, L)
+        lengths.append(layout.live.sum(dim=1).cpu())
+        behind.append(later.sum(dim=1).cpu())
+    return torch.cat(lengths), torch.cat(behind)
+
+
+def check_depth(generator: PromptGenerator, depth: int | None) -> int:
+    """`depth`, or the middle one of a generator's; a ValueError if nothing is generated there."""
+    if depth is None:
+        return generator.depths[len(generator.depths) // 2]
+    if depth not in generator.depths:
+        raise ValueError(
+            f"`depth` must be one of those at which vectors are generated, {generator.depths}, got {depth}."
+        )
+    return depth

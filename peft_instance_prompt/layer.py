@@ -1,0 +1,585 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The layer that is attached to a transformer stack: it holds the adapters and works by hooks.
+
+    stack forward pre-hook    open:  embed the tokens, insert the slots, widen mask, positions and token types
+    layer forward pre-hook    fill:  write the generated vectors into the slots of this layer's input
+    stack forward hook        close: take the slots out of whatever the stack returns
+
+No module of the base model is replaced. Hooks are bound methods, so that a deep copy of the model calls its own layer.
+What one forward needs between its hooks lies in a context variable, so that threads do not see each other's.
+`torch.compile` leaves the hooks out and compiles what lies between them: a graph for each of their cases would take long.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
+from functools import cache as once
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import Cache
+
+from . import slots
+from .cache import SlotCache, SlotTable, length, make_room
+from .generator import INPUT, Instance, PromptGenerator, Source, run_together, shell_of
+from .intercept import intercepted
+from .masks import beyond_causal, check_not_packed, hide, pad_to_static_cache, padding_mask, see_beyond_causal
+from .nn.pooling import first_index, last_index
+from .scope import Request, current_request, end_call, find_scope, note_call, note_encoder_slots
+from .stack import StackInfo, embed, find_stacks, forward_args
+
+
+@dataclass
+class Group:
+    """Rows whose adapters have one signature and are run together.
+
+    Attributes:
+        generators (`list[PromptGenerator]`): The adapters.
+        rows_of (`list[torch.LongTensor]`, *optional*): The rows of the batch that each of them has; None if there is but
+            one adapter and it has all of them.
+        instance (`Instance`, *optional*): What is known of the rows.
+    """
+
+    generators: list[PromptGenerator]
+    rows_of: list[torch.Tensor] | None = None
+    instance: Instance | None = None
+
+    def __post_init__(self):
+        self.rows = None if self.rows_of is None else torch.cat(self.rows_of)  # (G,)
+        self.shell = shell_of(self.generators[0]) if len(self.generators) > 1 else None  # made once for all depths
+        names = ("depths", "adds", "num_slots", "visible_from")
+        self.depths, self.adds, self.num_slots, self.visible_from = (getattr(self.generators[0], n) for n in names)
+
+    def __iter__(self):
+        return zip(self.generators, self.rows_of or [None])
+
+    def run(self, states: torch.Tensor, depth: int, layout: slots.Layout) -> torch.Tensor:
+        """The prompt vectors (G, l, d) of these rows, from the states (B, N, d) of the batch."""
+        device = next(self.generators[0].parameters()).device  # layers can lie elsewhere than the adapter
+        instance = Instance(*(None if value is None else value.to(device) for value in self.instance))
+        each = [generator for generator, rows in self for _ in (range(1) if rows is None else rows)]
+        prompts = run_together(each, pick(states, self.rows).to(device), instance, depth, self.shell)
+        prompts = prompts.to(states.device, states.dtype)
+        known = {"states": states, "instance": self.instance, "layout": layout}
+        return intercepted(prompts, depth=depth, generators=self.generators, **known)
+
+
+def pick(values: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+    return values if values is None or rows is None else values[rows.to(values.device)]
+
+
+def put(whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`: dead slots come first."""
+    if rows is None:
+        return values.to(whole.dtype)
+    columns = torch.arange(whole.shape[1] - values.shape[1], whole.shape[1], device=whole.device)
+    return whole.index_put((rows.to(whole.device)[:, None], columns), values.to(whole.dtype))
+
+
+@dataclass
+class Pass:
+    """One forward pass of a stack, between its hooks.
+
+    Attributes:
+        owner (`InstancePromptLayer`): The layer whose hooks these are.
+        outer (`Pass`, *optional*): The pass within which this one runs.
+        attention (`str`): The name of the stack's attention implementation.
+        cache (`SlotCache`, *optional*): The cache with the slots of an earlier pass, if this one goes on from it.
+        layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
+        table (`SlotTable`, *optional*): Which positions are slots, be they opened in this pass or before it.
+        groups (`list[Group]`): The rows that have an adapter.
+        as_tuple (`bool`): Whether the caller wants a tuple.
+        runs (`dict`): How often each layer has run, for layers that are run several times.
+        masks (`dict`): The masks that were made for layers which do not see all slots.
+    """
+
+    owner: InstancePromptLayer
+    outer: Pass | None
+    attention: str = "eager"
+    cache: SlotCache | None = None
+    layout: slots.Layout | None = None
+    table: SlotTable | None = None
+    groups: list[Group] = field(default_factory=list)
+    as_tuple: bool = False
+    runs: dict[int, int] = field(default_factory=dict)
+    masks: dict[tuple, tuple[Any, Any]] = field(default_factory=dict)
+
+
+_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", default=None)
+# The stacks that run without prompts. A model that a hook of such a stack calls still has its own.
+_frozen: ContextVar[tuple] = ContextVar("instance_prompt_frozen", default=())
+
+# What a stack is called with that has a row and a column for each token, or is no business of ours though it looks so.
+_KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+_FOREIGN = ("encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels")
+
+
+class InstancePromptLayer(nn.Module, BaseTunerLayer):
+    """Holds one generator per adapter and inserts what they make into a transformer stack.
+
+    Args:
+        info (`StackInfo`): The stack.
+        prefix (`str`): The method's prefix, e.g. `"iapt_"`.
+    """
+
+    def __init__(self, info: StackInfo, prefix: str):
+        super().__init__()
+        self.info = info
+        # PEFT and transformers find a method's weights by the prefix in the attribute's name.
+        self.adapter_layer_names = (prefix + "generator",)
+        self.add_module(prefix + "generator", nn.ModuleDict())
+        self.handles: list[Any] = []
+
+    @property
+    def generators(self) -> nn.ModuleDict:
+        return getattr(self, self.adapter_layer_names[0])
+
+    def update_layer(self, adapter_name: str, generator: PromptGenerator) -> None:
+        """Add an adapter. The tuner activates it, or the one that is active, when it is in all layers."""
+        self.generators[adapter_name] = generator
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate an adapter. Names of other methods' adapters are let pass; of one's own only one can be active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(own := [name for name in names if name in self.generators]) > 1:
+            raise ValueError(f"Only one instance-prompt adapter can be active at a time, got {own}.")
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError("Prompts that are generated from the instance cannot be merged into the base weights.")
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[None, None]:
+        # There is no base layer, and PEFT's search for its weight would not end: what is loaded stays where it is.
+        return None, None
+
+    # ------------------------------------------------------------------------------------------------------ hooks
+
+    def attach(self, model: nn.Module, stack: nn.Module, layers: nn.ModuleList) -> None:
+        """Register the hooks on the base model, the stack and its layers."""
+        if note_call not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(note_call, with_kwargs=True, prepend=True)
+            model.register_forward_hook(end_call, always_call=True)
+        self.handles = [
+            stack.register_forward_pre_hook(self._open, with_kwargs=True),
+            stack.register_forward_hook(self._close, with_kwargs=True, always_call=True),
+        ]
+        if self.info.encoder_of_pair:
+            for name in find_stacks(model).values():
+                if "decoder" in name.split("."):
+                    decoder = model.get_submodule(name)
+                    self.handles.append(decoder.register_forward_pre_hook(_attend_to_slots, with_kwargs=True))
+        runs = self.info.num_layers // len(layers)
+        for number, layer in enumerate(layers):
+            depths = range(number * runs, (number + 1) * runs)
+            self.handles.append(layer.register_forward_pre_hook(partial(self._fill, depths), with_kwargs=True))
+
+    def detach(self, model: nn.Module, stack: nn.Module, layers: nn.ModuleList) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        for hooks, ours in ((model._forward_pre_hooks, note_call), (model._forward_hooks, end_call)):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+        for module in layers.modules():
+            if isinstance(checkpoint := getattr(module, "_gradient_checkpointing_func", None), _InContext):
+                module._gradient_checkpointing_func = checkpoint.checkpoint
+
+    @torch.compiler.disable
+    def _open(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Before the stack runs: insert the slots, or go on from a cache that holds some."""
+        if stack in _frozen.get():
+            return None
+        kwargs = {**dict(zip(forward_args(stack), args)), **kwargs} if args else dict(kwargs)
+        tokens = (
+            kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        )  # (B, S, ...)
+        given = kwargs.get("past_key_values")
+        cache = SlotCache.find(given)
+        if isinstance(given, SlotCache):
+            kwargs["past_key_values"] = given.inner
+        step = Pass(
+            self,
+            outer=_pass.get(),
+            attention=str(stack.config._attn_implementation),
+            cache=cache,
+            as_tuple=kwargs.get("return_dict") is False,
+        )
+        _pass.set(step)  # also if nothing is to be done: what is above it may be a pass that was broken off
+        if cache is not None:
+            self._continue(kwargs, step, tokens)
+        else:
+            request = current_request()
+            step.groups = [] if self.disable_adapters else self._group(tokens.shape[0], request, tokens.device)
+            if not step.groups:
+                return (args, kwargs) if isinstance(given, SlotCache) else None
+            self._insert(stack, kwargs, step, request, tokens)
+        if step.as_tuple:
+            kwargs["return_dict"] = True
+        return (), kwargs
+
+    def _group(self, num_rows: int, request: Request, device: torch.device) -> list[Group]:
+        """The rows of a batch by adapter; none if no adapter is to be used."""
+        if request.adapter_names is None:
+            active = [name for name in self.active_adapters if name in self.generators]
+            return [Group([self.generators[name]]) for name in active]
+        repeats, rest = divmod(
+            num_rows, len(request.adapter_names)
+        )  # in generate, a row may have become several beams
+        if rest or (repeats != 1 and request.prompt_length is None):
+            raise ValueError(
+                f"`adapter_names` must name an adapter for each of the {num_rows} rows, got {len(request.adapter_names)}."
+            )
+        rows_of: dict[str, list[int]] = {}
+        for row in range(num_rows):
+            rows_of.setdefault(request.adapter_names[row // repeats], []).append(row)
+        alike: dict[tuple, list[str]] = {}
+        for name in rows_of:
+            if name in self.generators:
+                alike.setdefault(self.generators[name].signature, []).append(name)
+        if len(rows_of) == 1 and alike:
+            return [Group([self.generators[name]]) for name in rows_of]
+        return [
+            Group([self.generators[n] for n in names], [torch.tensor(rows_of[n], device=device) for n in names])
+            for names in alike.values()
+        ]
+
+    def _insert(
+        self, stack: nn.Module, kwargs: dict[str, Any], step: Pass, request: Request, tokens: torch.Tensor
+    ) -> None:
+        """Open the slots: change what the stack is called with from S tokens to N = S + L positions."""
+        B, S = tokens.shape[:2]
+        if B == 0 or S == 0:
+            raise ValueError(f"The batch is empty: {B} row(s) of {S} token(s).")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and length(cache) > 0:
+            raise ValueError(
+                f"`past_key_values` holds {length(cache)} tokens but no prompt slots: it was filled without an adapter. "
+                "Start from an empty cache, or fill it with the adapter active."
+            )
+        check_not_packed(kwargs)
+        static = cache is not None and cache.is_compileable
+        mask = padding_mask(kwargs.get("attention_mask"), B, S, static)  # (B, S)
+        is_token = torch.ones(B, S, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()  # (B, S)
+        ids = request.input_ids if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        ids = ids if ids is not None and ids.shape == (B, S) else None
+        embeds = kwargs.get("inputs_embeds")
+        embeds = embed(stack, ids) if embeds is None else embeds  # (B, S, e)
+        is_token, mask = is_token.to(embeds.device), None if mask is None else mask.to(embeds.device)
+        first = first_index(is_token)  # (B,)
+
+        if "position_ids" in self.info.forward_args and kwargs.get("position_ids") is None:
+            # Counted over tokens and not over columns, so that padding on the left moves nothing.
+            positions = (is_token.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
+            kwargs["position_ids"] = positions + self.info.position_offset
+        plain = {**kwargs, "attention_mask": mask, "past_key_values": None, "use_cache": False}
+        frozen_pass = once(partial(run_frozen, stack, plain))
+
+        L = max(group.num_slots for group in step.groups)
+        scope = is_token  # (B, S)
+        anchor = first[:, None].expand(B, L)  # (B, L)
+        everywhere = all(group.rows is None for group in step.groups)
+        live = torch.full((B, L), everywhere, device=embeds.device)  # (B, L)
+        since = torch.zeros_like(anchor)  # (B, L)
+        for group in step.groups:
+            vectors = []
+            for generator, rows in group:
+                own = find_scope(
+                    pick(is_token, rows),
+                    request.of_rows(B, rows),
+                    generator.config.response_template,
+                    pick(ids, rows),
+                    causal_lm=self.info.causal_lm,
+                    pair_decoder=self.info.decoder_of_pair,
+                    training=stack.training,
+                )  # (G, S)
+                source = Source(
+                    pick(ids, rows),
+                    pick(embeds, rows),
+                    own,
+                    pick(is_token, rows),
+                    request.of_rows(B, rows).instance_embeds,
+                    lambda rows=rows: pick(frozen_pass(), rows),
+                    rows,
+                )
+                vectors.append(intercepted(generator.encode(source), depth=None, generators=[generator]))
+                places, shown = generator.place(source, Instance(own, pick(first, rows), vectors[-1]))  # (G, l)
+                scope, anchor = put(scope, rows, own), put(anchor, rows, places)
+                live = put(live, rows, torch.ones_like(places) if shown is None else shown)
+            vector = None if vectors[0] is None else torch.cat(vectors)  # (G, k)
+            group.instance = Instance(pick(scope, group.rows), pick(first, group.rows), vector, pick(ids, group.rows))
+            since = put(since, group.rows, torch.full_like(pick(since, group.rows), group.visible_from))
+        counts_columns = self.info.max_positions is not None and "position_ids" not in self.info.forward_args
+        full = sum(len(group.rows) for group in step.groups if group.rows is not None and group.num_slots == L)
+        if self.info.causal and counts_columns and not everywhere and full < B:
+            raise ValueError(
+                f"The rows of a batch cannot have different numbers of prompt slots in {self.info.name!r}, which counts its "
+                "positions itself: give all of them adapters with the same `num_virtual_tokens`."
+            )
+        last = last_index(scope) if self.info.causal else None  # (B,)
+        levels = tuple(sorted({group.visible_from for group in step.groups} - {0}))
+        layout = step.layout = slots.arrange(anchor, S, live, last, since, levels, dead_at_end=not self.info.causal)
+        step.table = SlotTable(layout.order, layout.live, layout.since, levels)
+
+        # What no generator writes to begins as a copy of the first token, the least that a slot can disturb.
+        vectors = slots.take(embeds, first[:, None]).detach().expand(-1, L, -1)  # (B, L, e)
+        for group in step.groups:
+            if INPUT in group.depths:
+                vectors = put(vectors, group.rows, group.run(embeds, INPUT, layout))
+        widened = slots.insert(embeds, vectors, layout)  # (B, N, e)
+        for group in step.groups:
+            if group.rows is None:
+                widened = group.generators[0].attach(widened, vectors, embeds, group.instance, layout)
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, widened
+        later = beyond_causal(kwargs.get("attention_mask"))  # (B, S, S)
+        self._widen(kwargs, layout, mask, is_token, first)
+        if static:
+            make_room(cache, L, self.info.sliding_window)
+        mask = pad_to_static_cache(kwargs["attention_mask"], cache, B, S + L)
+        if later is not None:
+            for _ in range(2):  # rows, then columns
+                later = slots.insert(later, later.new_zeros(B, L, later.shape[2]), layout).transpose(1, 2)
+            mask = see_beyond_causal(stack.config, kwargs["inputs_embeds"], mask, cache, later)
+        kwargs["attention_mask"] = mask
+
+        # From here on positions count in the widened rows.
+        scope = slots.insert(scope, torch.zeros_like(live), layout)  # (B, N)
+        first = layout.token_index.gather(1, first[:, None])[:, 0]  # (B,)
+        for group in step.groups:
+            group.instance = group.instance._replace(mask=pick(scope, group.rows), first=pick(first, group.rows))
+        if torch.is_grad_enabled() and stack.training:
+            _keep_context(stack)
+
+    def _widen(
+        self,
+        kwargs: dict[str, Any],
+        layout: slots.Layout,
+        mask: torch.Tensor | None,
+        is_token: torch.Tensor,
+        first: torch.Tensor,
+    ) -> None:
+        """Give the slots a place in everything that the stack is called with per token."""
+        B, S = is_token.shape
+        for name, value in kwargs.items():
+            unknown = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (B, S)
+            if unknown and name not in _KNOWN + _FOREIGN:
+                raise ValueError(f"Instance prompts do not know how to give slots a place in `{name}` {(B, S)}.")
+        kwargs["attention_mask"] = None
+        # Without a mask, position ids that do not count on would be taken for those of several sequences in a row.
+        if mask is not None or not layout.all_live or layout.levels:
+            mask = is_token if mask is None else mask
+            kwargs["attention_mask"] = slots.insert(mask, layout.live, layout)  # (B, N)
+        if kwargs.get("token_type_ids") is not None:
+            types = kwargs["token_type_ids"].expand(B, S)  # (B, S)
+            own = types.gather(1, layout.anchor.clamp(max=S - 1))  # (B, L)
+            kwargs["token_type_ids"] = slots.insert(types, own, layout)  # (B, N)
+        if "position_ids" in self.info.forward_args:
+            positions = kwargs["position_ids"]
+            positions = positions.expand(*positions.shape[:-2], B, S)  # (B, S) or (R, B, S)
+            kwargs["position_ids"] = slots.insert_positions(positions, first, layout)  # (B, N) or (R, B, N)
+        self._check_fits(kwargs.get("position_ids"), layout.order.shape[1], layout.num_slots)
+
+    def _check_fits(self, position_ids: torch.Tensor | None, num_positions: int, num_slots: int) -> None:
+        limit = self.info.max_positions
+        if limit is None or num_positions <= limit:
+            return
+        if position_ids is not None:
+            num_positions = int(position_ids.max()) + 1 - self.info.position_offset
+        if num_positions > limit:
+            raise ValueError(
+                f"The sequence does not fit: the model has {limit} positions, and {num_positions - num_slots} tokens with "
+                f"{num_slots} prompt slots need {num_positions}. Truncate the text or use fewer `num_virtual_tokens`."
+            )
+
+    def _continue(self, kwargs: dict[str, Any], step: Pass, tokens: torch.Tensor) -> None:
+        """Go on from a cache that holds slots: only what counts its positions changes."""
+        table, seen = step.cache.table, step.cache.get_seq_length()
+        step.table = table
+        B, S = tokens.shape[:2]
+        mask = padding_mask(kwargs.get("attention_mask"), B, seen + S, from_static_cache=False)  # (B, seen + S)
+        mask_within = table.widen_mask(mask, seen + S)  # (B, seen + L + S)
+        num_positions = seen + table.num_slots + S
+        kwargs["attention_mask"] = pad_to_static_cache(mask_within, step.cache.inner, B, num_positions)
+        if "position_ids" in self.info.forward_args:
+            positions = kwargs.get("position_ids")
+            if positions is None and mask is not None:
+                positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[
+                    :, seen:
+                ] + self.info.position_offset  # (B, S)
+            elif positions is None:
+                positions = torch.arange(seen, seen + S, device=tokens.device) + self.info.position_offset  # (S,)
+            kwargs["position_ids"] = positions + table.num_counted.to(positions.device)  # (B, S) or (R, B, S)
+        self._check_fits(kwargs.get("position_ids"), seen + S + table.num_slots, table.num_slots)
+
+    @torch.compiler.disable
+    def _fill(self, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Before a layer runs: write this depth's vectors into the slots, and hide those that it does not see yet."""
+        step = _pass.get()
+        if step is None or step.owner is not self or step.table is None:
+            return None
+        if step.layout is None and not step.table.levels:
+            return None
+        run = step.runs[id(layer)] = step.runs.get(id(layer), -1) + 1
+        depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # to compile, a count is no constant
+        states = args[0] if args else kwargs["hidden_states"]  # (B, N, d)
+        late = step.table.levels
+        if late and (depth < late[-1] or step.attention.startswith("flash_attention")):
+            args, kwargs = _hide(step, layer, depth, states, args, kwargs)
+        groups = [group for group in step.groups if depth in group.depths]
+        if not groups:
+            return (args, kwargs) if late else None
+        for group in groups:
+            prompts = group.run(states, depth, step.layout)  # (G, l, d)
+            if group.rows is not None:
+                standing = slots.take(states, step.layout.slot_index)  # (B, L, d)
+                prompts = put(torch.zeros_like(standing) if group.adds else standing, group.rows, prompts)  # (B, L, d)
+            states = slots.fill(states, prompts, step.layout, add=group.adds)
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+    @torch.compiler.disable
+    def _close(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the stack ran: leave what the caller would have got, had there been no slots."""
+        step = _pass.get()
+        if step is None or step.owner is not self or stack in _frozen.get():
+            return None
+        _pass.set(step.outer)
+        if output is None or step.table is None:  # the stack raised, or there was nothing to do
+            return None
+        cache = step.cache
+        if step.layout is not None:
+            layout = step.layout
+            last = slots.take(output.last_hidden_state, layout.read_index)  # (B, S, d)
+            if output.get("hidden_states") is not None:
+                inner = tuple(slots.take(states, layout.token_index) for states in output.hidden_states[:-1])
+                output.hidden_states = (*inner, last)  # each (B, S, d)
+            if output.get("pooler_output") is not None:
+                output.pooler_output = _pool(stack, last)  # (B, d)
+            if output.get("past_key_values") is not None:
+                cache = SlotCache(output.past_key_values, step.table)
+            if self.info.encoder_of_pair:  # the decoder attends to the slots, so they stay
+                output["slot_order"], output["slot_live"] = layout.order, layout.live
+                note_encoder_slots(layout.order, layout.live)
+            else:
+                output.last_hidden_state = last
+        if output.get("attentions") is not None:
+            output.attentions = tuple(self._strip(maps, step) for maps in output.attentions)
+        if output.get("past_key_values") is not None:
+            output.past_key_values = cache
+        return output.to_tuple() if step.as_tuple else output
+
+    def _strip(self, attention: torch.Tensor | None, step: Pass) -> torch.Tensor | None:
+        """Attention maps (B, heads, queries, keys) without the slots among queries and keys."""
+        if attention is None:
+            return None
+        if step.layout is not None:
+            attention = slots.take(attention, step.layout.token_index, dim=2)  # (B, heads, S, keys)
+        table = step.table
+        keys = table.token_positions(max(attention.shape[-1], table.order.shape[1]))  # (B, keys - L)
+        if attention.shape[-1] < table.order.shape[1]:
+            raise ValueError(
+                "`output_attentions` with a sliding-window cache that has dropped prompt slots is not known."
+            )
+        return slots.take(attention, keys, dim=3)  # (B, heads, S, keys - L)
+
+
+def _hide(
+    step: Pass, layer: nn.Module, depth: int, states: torch.Tensor, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a layer with a mask that hides the slots which it does not see yet."""
+    names = forward_args(layer)
+    if "attention_mask" not in names:
+        raise ValueError(f"Slots cannot be hidden from {type(layer).__name__}, which takes no `attention_mask`.")
+    place = names.index("attention_mask")
+    mask = args[place] if place < len(args) else kwargs.get("attention_mask")
+    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    num_queries, seen, start = states.shape[1], 0, 0
+    num_keys = num_queries
+    if cache is not None:
+        seen = length(cache, depth)
+        num_keys, start = cache.get_mask_sizes(num_queries, depth)
+    # Layers of one kind share their mask. The mask is kept beside the one made of it, so that its id is not used again.
+    stage = sum(depth < level for level in step.table.levels)
+    key = (id(mask), stage, num_keys, start)
+    if key not in step.masks:
+        hidden = step.table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
+        made = hide(mask, hidden, num_queries, seen, start, step.owner.info.causal, step.attention, states.dtype)
+        step.masks[key] = mask, made
+    made = step.masks[key][1]
+    if place < len(args):
+        return (*args[:place], made, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "attention_mask": made}
+
+
+def _pool(stack: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """What the stack's pooler (B, d) makes of `states` (B, S, d), once more: it ran while the slots were there."""
+    if isinstance(stack.pooler, nn.Linear):  # ALBERT
+        return stack.pooler_activation(stack.pooler(states[:, 0]))
+    return stack.pooler(states)
+
+
+@torch.compiler.disable
+def _attend_to_slots(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Before the decoder of a pair runs: widen its mask over the encoder's output, which kept its slots."""
+    if (
+        found := current_request().encoder_slots
+    ) is None or _frozen.get():  # a frozen pass has the widened mask already
+        return None
+    kwargs = {**dict(zip(forward_args(decoder), args)), **kwargs} if args else dict(kwargs)
+    states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+    if states is not None:
+        num_tokens = states.shape[1] - found[1].shape[1]
+        mask = padding_mask(mask, states.shape[0], num_tokens, from_static_cache=False)  # (B, S)
+        kwargs["encoder_attention_mask"] = SlotTable(*found).widen_mask(mask, num_tokens)  # (B, N)
+    return (), kwargs
+
+
+def run_frozen(stack: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The last hidden states (B, S, d) of the stack without prompts, gradient and dropout."""
+    token = _frozen.set((*_frozen.get(), stack))
+    training = [module for module in stack.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            return stack(**{**kwargs, "return_dict": True}).last_hidden_state
+    finally:
+        _frozen.reset(token)
+        for module in training:
+            module.training = True
+
+
+class _InContext:
+    """A checkpoint function whose recomputation sees the context variables of the forward pass.
+
+    Transformers before 5.23 runs a layer's hooks again when backward recomputes the layer, long after the pass is over
+    and perhaps in another thread.
+    """
+
+    def __init__(self, checkpoint: Any):
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(partial(copy_context().run, function), *args, **kwargs)
+
+
+def _keep_context(stack: nn.Module) -> None:
+    for module in stack.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, _InContext):
+            module._gradient_checkpointing_func = _InContext(checkpoint)

@@ -1,0 +1,208 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The forms in which transformers hands an attention mask to a stack, brought back to which tokens are padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.masking_utils import create_masks_for_generate
+
+
+def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_static_cache: bool) -> torch.Tensor | None:
+    """The 2-D mask behind `attention_mask`.
+
+    Args:
+        attention_mask (`Any`): None; (B, T); (B, 1, S, T) in bool or as biases, which hides nothing but padding from later
+            tokens; where `generate` made it for an empty static cache, also a flex attention `BlockMask`; or a dict of
+            these by layer type.
+        num_rows (`int`): B.
+        num_tokens (`int`): T, the number of tokens so far.
+        from_static_cache (`bool`): Whether the cache is an empty static one, for which `generate` makes the mask.
+
+    Returns:
+        `torch.Tensor`, *optional*: Shape (B, T) in the dtype that was given or bool; None if nothing is masked.
+
+    Raises:
+        ValueError: The mask has another form or size.
+    """
+    attention_mask = _full(attention_mask)
+    if attention_mask is None:
+        return None
+    shape = tuple(attention_mask.shape)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        if from_static_cache and shape[1] > num_tokens:  # Bloom's comes as long as the cache
+            return attention_mask[:, :num_tokens]
+        if shape != (num_rows, num_tokens):
+            raise ValueError(f"`attention_mask` must have the shape {(num_rows, num_tokens)}, got {shape}.")
+        return attention_mask
+    if len(shape) == 4 and from_static_cache:
+        # Each token sees itself unless it is padding, whatever the window: the diagonal is the 2-D mask.
+        if not isinstance(attention_mask, torch.Tensor):
+            rows = torch.arange(shape[0], device=attention_mask.kv_indices.device)
+            at = torch.arange(num_tokens, device=rows.device)
+            mod = torch.vmap(torch.vmap(attention_mask.mask_mod, (None, None, 0, 0)), (0, None, None, None))
+            seen = mod(rows, torch.zeros_like(rows[0]), at, at)  # (B, S)
+        else:
+            seen = _is_seen(attention_mask[..., :num_tokens]).diagonal(dim1=1, dim2=2)  # (B, S)
+        return seen.expand(num_rows, -1)
+    if len(shape) == 4 and isinstance(attention_mask, torch.Tensor) and shape[-1] == num_tokens:
+        seen = _is_seen(attention_mask)  # (B, S, T)
+        last = seen[:, -1]  # (B, T)
+        past = torch.ones_like(seen[0]).tril(num_tokens - shape[2])  # (S, T)
+        graded = attention_mask.is_floating_point() and bool((attention_mask[:, 0][~seen] > -1e4).any())
+        if not graded and torch.equal(seen & past, last[:, None] & past):
+            return last.expand(num_rows, -1)
+    raise ValueError(
+        "Instance prompts need `attention_mask` as None, or as 2-D, (batch, tokens), or in a form that hides nothing but "
+        f"padding from later tokens, to know which tokens are padding; got {type(attention_mask).__name__} of shape {shape}."
+    )
+
+
+def _full(attention_mask: Any) -> Any:
+    """Of masks by layer type, the one of full attention, or what there is."""
+    if not isinstance(attention_mask, dict) or not attention_mask:
+        return attention_mask or None if isinstance(attention_mask, dict) else attention_mask
+    return attention_mask.get("full_attention", next(iter(attention_mask.values())))
+
+
+def _is_seen(mask: torch.Tensor) -> torch.Tensor:
+    mask = mask[:, 0]  # (B, S, T)
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def beyond_causal(attention_mask: Any) -> torch.Tensor | None:
+    """Which later tokens each token sees (B, S, S), as within an image of Gemma 3; None if there are none."""
+    attention_mask = _full(attention_mask)
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:
+        return None
+    later = _is_seen(attention_mask)[:, :, : attention_mask.shape[2]].triu(1)  # (B, S, S)
+    return later if later.any() else None
+
+
+def see_beyond_causal(
+    config: Any, embeds: torch.Tensor, mask: torch.Tensor | None, cache: Any, later: torch.Tensor
+) -> torch.Tensor | dict[str, Any]:
+    """The masks of a stack, made from the 2-D one as the stack would, in which some tokens see later ones too.
+
+    Args:
+        config (`PreTrainedConfig`): The stack's.
+        embeds (`torch.Tensor`): Shape (B, N, e). What it is called with.
+        mask (`torch.Tensor`, *optional*): Shape (B, N).
+        cache (`Cache`, *optional*): The cache that it fills.
+        later (`torch.BoolTensor`): Shape (B, N, N).
+    """
+    room = 0 if cache is None or not cache.is_compileable else cache.get_max_length() - later.shape[2]
+    later = torch.nn.functional.pad(later, (0, max(room, 0)))  # (B, N, keys)
+    return create_masks_for_generate(
+        config=config,
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        past_key_values=cache,
+        or_mask_function=lambda b, h, q, k: later[b, q, k],
+    )
+
+
+def pad_to_static_cache(
+    mask: torch.Tensor | None, cache: Any, num_rows: int, num_positions: int
+) -> torch.Tensor | None:
+    """For a static cache, the 2-D mask (B, positions so far) as long as the cache; else as it is.
+
+    Most models do so themselves, but Bloom computes its ALiBi biases from a mask of just this length.
+    """
+    if cache is None or not cache.is_compileable:
+        return mask
+    if mask is None:
+        mask = torch.ones(num_rows, num_positions, dtype=torch.bool)  # (B, positions so far)
+    return torch.nn.functional.pad(
+        mask, (0, max(cache.get_max_length() - mask.shape[1], 0))
+    )  # (B, length of the cache)
+
+
+def hide(
+    mask: Any,
+    hidden: torch.Tensor,
+    num_queries: int,
+    seen: int,
+    start: int,
+    causal: bool,
+    attention: str,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A layer's attention mask with some keys hidden as well, in the form that the layer takes.
+
+    Args:
+        mask (`Any`): The mask (B, T), or (B or 1, heads or 1, Q or 1, T) in bool, 0/1 or as biases; a flex attention
+            `BlockMask`; or None, where every position sees all that the layer's causality lets it see.
+        hidden (`torch.BoolTensor`): Shape (B, T). True for keys to hide.
+        num_queries (`int`): Q.
+        seen (`int`): How many positions the layer has in its cache, before those of this pass.
+        start (`int`): The position of the first key, which is not 0 in a sliding window's cache.
+        causal (`bool`): Whether the layer is causal.
+        attention (`str`): The name of the attention implementation.
+        dtype (`torch.dtype`): The dtype of biases, where there was no mask.
+
+    Raises:
+        ValueError: The mask has another form.
+    """
+    flash = attention.startswith("flash_attention")
+    if mask is None and flash:
+        return ~hidden
+    if mask is None:
+        seen_by = torch.ones(num_queries, hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        if causal:
+            queries = seen + torch.arange(num_queries, device=hidden.device)  # (Q,)
+            seen_by = queries[:, None] >= start + torch.arange(hidden.shape[1], device=hidden.device)  # (Q, T)
+        mask = seen_by & ~hidden[:, None, None, :]  # (B, 1, Q, T)
+        # Eager attention adds its mask to the scores.
+        return (
+            mask
+            if attention == "sdpa"
+            else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        )
+    if isinstance(mask, torch.Tensor) and mask.dim() in (2, 4) and mask.shape[-1] == hidden.shape[1]:
+        hidden = hidden if mask.dim() == 2 else hidden[:, None, None, :]  # (B, 1, 1, T)
+        lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() and mask.dim() == 4 else 0
+        return torch.where(hidden, torch.full((), lowest, dtype=mask.dtype, device=mask.device), mask)
+    if hasattr(mask, "mask_mod"):
+        from torch.nn.attention.flex_attention import and_masks, create_block_mask
+
+        size = {"B": hidden.shape[0], "H": None, "Q_LEN": num_queries, "KV_LEN": hidden.shape[1]}
+        return create_block_mask(
+            and_masks(mask.mask_mod, lambda b, h, q, k: ~hidden[b, k]), **size, device=hidden.device
+        )
+    raise ValueError(
+        f"Slots that are hidden from the first layers need a mask of a known form there, got {type(mask).__name__} "
+        f"{tuple(getattr(mask, 'shape', ()))} for {hidden.shape[1]} keys under {attention!r} attention."
+    )
+
+
+def check_not_packed(kwargs: dict[str, Any]) -> None:
+    """Refuse rows that hold several sequences, each of which would need prompts of its own.
+
+    Raises:
+        ValueError: The row is packed or padding-free.
+    """
+    positions = kwargs.get("position_ids")
+    packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+    if not packed and positions is not None and kwargs.get("attention_mask") is None and positions.dim() == 2:
+        packed = bool((positions.diff(dim=1) != 1).any())
+    if packed:
+        raise ValueError(
+            "Instance prompts do not support packed or padding-free rows (several sequences in one row, told apart by "
+            "`position_ids` or `cu_seq_lens`): each sequence needs prompts of its own. Turn packing and padding-free "
+            "batching off (TRL: `packing=False, padding_free=False`)."
+        )

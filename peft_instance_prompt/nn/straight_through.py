@@ -1,0 +1,199 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Straight-through choices of Dynamic Prompting (https://arxiv.org/abs/2303.02909): where a row's prompt stands, and how
+long it is. Forward takes one candidate per row, backward gives each candidate's weight the gradient that the sum
+`sum_j weights[:, j] * C_j` over all candidates C_j would give, without ever building them.
+
+Shapes: B rows, S tokens, d features, l prompt vectors, hence l + 1 candidates of either choice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional as F
+
+
+def straight_through_choice(
+    logits: torch.Tensor, temperature: float, noise: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Choose one of K candidates per row by the straight-through Gumbel-softmax (https://arxiv.org/abs/1611.01144).
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): Finite scores of the candidates.
+        temperature (`float`): Divides the logits, above 0. Without noise it changes the gradient only.
+        noise (`bool`):
+            Add Gumbel noise, that is sample from `softmax(logits)`, for training; otherwise take the largest. Under
+            `torch.func.vmap` noise needs `randomness="different"` (or `"same"`).
+
+    Returns:
+        `tuple` of the chosen index, int64 of shape `(B,)`, and the weights of shape `(B, K)`: exactly one-hot in value,
+        with the gradient of the softmax. The weights are float32 at least even if the logits are in half precision, as
+        the gradients that arrive at them are sums over whole sequences.
+
+    Raises:
+        ValueError: If `temperature` is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0, got {temperature}.")
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if noise:
+        scores = scores - torch.empty_like(scores).exponential_().log()  # -log of an exponential is Gumbel(0, 1)
+    soft = (scores / temperature).softmax(dim=-1)
+    index = soft.argmax(dim=-1)  # (B,)
+    hard = torch.arange(logits.shape[-1], device=logits.device) == index.unsqueeze(-1)  # (B, K)
+    # The bracket is exactly 0, so the value is one-hot without rounding.
+    return index, hard + (soft - soft.detach())
+
+
+def length_gate(weights: torch.Tensor) -> torch.Tensor:
+    """
+    Gates of the prompt vectors for a choice of length: candidate i keeps the first i prompts, so prompt k is kept with
+    `sum_{i > k} weights[:, i]`. To be multiplied on the prompts, with the dropped ones also masked out of attention.
+    The gradient is that of the sum over the candidates in which the dropped prompts are zeros.
+
+    Args:
+        weights (`torch.Tensor` of shape `(B, l + 1)`): One-hot over the lengths 0 to l, see [`straight_through_choice`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, l)`: 1 for the kept prompts and 0 for the others, in the dtype of `weights`.
+    """
+    return weights[..., 1:].flip(-1).cumsum(dim=-1).flip(-1)  # (B, l)
+
+
+def attach_position_gradient(
+    out: torch.Tensor,
+    weights: torch.Tensor,
+    prompts: torch.Tensor,
+    tokens: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    order: Literal["paper", "dpt"] = "paper",
+) -> torch.Tensor:
+    """
+    Give the weights of a choice of position their gradient. Candidate j puts j of a row's prompts P behind the instance
+    text, which are the tokens `start` to `end - 1`, and the rest before it:
+
+    - `order="paper"`: `P[:l - j]` directly before token `start`, `P[l - j:]` directly before token `end`,
+    - `order="dpt"` (the released code): `P[j:]` directly before token `start`, `P[:j]` directly before token `end`,
+
+    and all tokens keep their order. With `C_j` that arrangement, backward gives `weights[b, j]` the gradient
+    `<grad_out[b], C_j[b]>`, including the terms of the tokens outside the text, which are the same for each j. `out`
+    gets its gradient as it is. Nothing else gets a gradient here: prompts and tokens have theirs through `out`.
+
+    Args:
+        out (`torch.Tensor` of shape `(B, S + l, d)`): The arrangement of the chosen candidates.
+        weights (`torch.Tensor` of shape `(B, l + 1)`): One-hot over j, see [`straight_through_choice`].
+        prompts (`torch.Tensor` of shape `(B, l, d)`): P.
+        tokens (`torch.Tensor` of shape `(B, S, d)`): The sequence without prompts.
+        start (`torch.Tensor` of shape `(B,)`): int64, the text's first token; `0 <= start <= end`.
+        end (`torch.Tensor` of shape `(B,)`): int64, one behind the text's last token; `end <= S`.
+        order (`str`, *optional*, defaults to `"paper"`): `"paper"` or `"dpt"`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S + l, d)`: `out`, a view with the same values and dtype. The gradient of `weights`
+        is computed in float32 at least and in memory of the order of the sequence, not of l + 1 sequences.
+
+    Raises:
+        ValueError: If `order` is unknown or the shape of `out` or `weights` does not fit `prompts` and `tokens`.
+    """
+    if order not in ("paper", "dpt"):
+        raise ValueError(f'`order` must be "paper" or "dpt", got {order!r}.')
+    (B, S, d), l = tokens.shape, prompts.shape[-2]
+    for name, tensor, shape in (
+        ("prompts", prompts, (B, l, d)),
+        ("out", out, (B, S + l, d)),
+        ("weights", weights, (B, l + 1)),
+        ("start", start, (B,)),
+        ("end", end, (B,)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"`{name}` must have shape {shape} for `tokens` of shape {(B, S, d)} and l={l} prompts, "
+                f"got {tuple(tensor.shape)}."
+            )
+    return _AttachPositionGradient.apply(out, weights, prompts, tokens, start, end, order)
+
+
+class _AttachPositionGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out, weights, prompts, tokens, start, end, order) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        _, weights, *tensors, ctx.order = inputs
+        ctx.dtype = weights.dtype
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        scores = None
+        if ctx.needs_input_grad[1]:
+            scores = _candidate_scores(grad, *ctx.saved_tensors, ctx.order).to(ctx.dtype)
+        return grad, scores, None, None, None, None, None
+
+
+def _candidate_scores(
+    grad: torch.Tensor, prompts: torch.Tensor, tokens: torch.Tensor, start: torch.Tensor, end: torch.Tensor, order: str
+) -> torch.Tensor:
+    """(B, l + 1), `<grad[b], C_j[b]>`."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    grad, prompts, tokens = grad.to(dtype), prompts.to(dtype), tokens.to(dtype)
+    (S, d), l = tokens.shape[-2:], prompts.shape[-2]
+
+    place = torch.arange(S, device=tokens.device)
+    before, behind = place < start.unsqueeze(-1), place >= end.unsqueeze(-1)  # (B, S)
+    outside = (before | behind).unsqueeze(-1)  # (B, S, 1)
+    # Before the text a token stays where it is, behind it it moves by l: the same for each j.
+    moved = torch.where(before.unsqueeze(-1), grad[:, :S], grad[:, l:])  # (B, S, d)
+    same = (moved * tokens).masked_fill(~outside, 0.0).sum(dim=(-2, -1)).unsqueeze(-1)  # (B, 1)
+    # A token of the text moves by the number of prompts before it, which is l - j.
+    text = _shifted_products(grad, tokens.masked_fill(outside, 0.0), l).flip(-1)  # (B, l + 1)
+
+    # A prompt stands at one of the l places from `start` on, or at one of the l places from `end` on.
+    k = torch.arange(l, device=grad.device)
+    places = torch.cat((start.unsqueeze(-1) + k, end.unsqueeze(-1) + k), dim=-1)  # (B, 2 l)
+    around = grad.gather(-2, places.unsqueeze(-1).expand(-1, -1, d))  # (B, 2 l, d)
+    products = around @ prompts.mT  # (B, 2 l, l)
+    j = torch.arange(l + 1, device=grad.device).unsqueeze(-1)  # (l + 1, 1)
+    # "dpt": the prompts k >= j are at start + k - j, and the others at end + (l - j) + k.
+    choice = torch.where(k < l - j, k, k + l) if order == "paper" else (k - j) % (2 * l)  # (l + 1, l)
+    return same + text + products.gather(-2, choice.expand(grad.shape[0], -1, -1)).sum(dim=-1)  # (B, l + 1)
+
+
+def _shifted_products(grad: torch.Tensor, tokens: torch.Tensor, l: int) -> torch.Tensor:
+    """
+    (B, l + 1), `sum_t <grad[b, t + a], tokens[b, t]>` for the shifts a = 0 to l.
+
+    Blocks of c tokens times the c + l places they can reach, then sums along the diagonals: less work than all pairs of
+    positions, less traffic than a pass per shift, and (c + l) / c copies of the sequence, at most about 2.
+    """
+    S = tokens.shape[-2]
+    c = min(S, max(32, l))
+    if S % c:
+        padding = (0, 0, 0, -S % c)
+        tokens, grad = F.pad(tokens, padding), F.pad(grad, padding)
+    blocks = tokens.unflatten(-2, (-1, c))  # (B, S / c, c, d)
+    reach = grad.unfold(-2, c + l, c)  # (B, S / c, d, c + l)
+    products = (blocks @ reach).sum(dim=-3)  # (B, c, c + l)
+    i = torch.arange(c, device=grad.device).unsqueeze(-1)  # (c, 1)
+    diagonals = i + torch.arange(l + 1, device=grad.device)  # (c, l + 1)
+    return products.gather(-1, diagonals.expand(grad.shape[0], -1, -1)).sum(dim=-2)  # (B, l + 1)

@@ -1,0 +1,220 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Did the instance matter? The same data with each instance's own prompt, another's, the mean of all, and none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from .intercept import intercept
+from .introspect import active_generator, evaluating, record
+from .scope import note
+
+
+PROMPTS = ("own", "shuffled", "mean", "none")
+
+
+@dataclass
+class InstanceReport:
+    """What [`instance_report`] found; `print` it for a table.
+
+    Attributes:
+        values (`dict[str, dict[str, torch.Tensor]]`): By measure (`"loss"`, `"accuracy"` or the metric's name) and prompt
+            (`"own"`, `"shuffled"`, `"mean"`, `"none"`): one number per instance.
+        level (`float`): The share of resamples that an interval covers.
+        resamples (`int`): The number of bootstrap resamples.
+        seed (`int`): The seed of the resampling.
+    """
+
+    values: dict[str, dict[str, torch.Tensor]]
+    level: float
+    resamples: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.values["loss"]["own"])
+
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
+        """By measure and prompt, or difference of prompts such as `"own - none"`: mean, and ends of its interval."""
+        return {
+            measure: {
+                name: {"mean": mean, "low": low, "high": high}
+                for name, (mean, low, high) in self._bootstrap(by_prompt).items()
+            }
+            for measure, by_prompt in self.values.items()
+        }
+
+    def _bootstrap(self, by_prompt: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+        pairs = {f"own - {other}": by_prompt["own"] - by_prompt[other] for other in PROMPTS[1:]}
+        series = {**by_prompt, **pairs}
+        table = torch.stack(list(series.values()), dim=1)  # (n, 7)
+        generator = torch.Generator().manual_seed(self.seed)
+        # All columns take the same instances, so the differences are paired.
+        picks = (torch.randint(len(table), (len(table),), generator=generator) for _ in range(self.resamples))
+        means = torch.stack([table[pick].mean(dim=0) for pick in picks])  # (resamples, 7)
+        tail = (1 - self.level) / 2
+        low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype), dim=0)  # (7,) each
+        return dict(zip(series, torch.stack([table.mean(dim=0), low, high], dim=1).tolist()))
+
+    def to_json(self) -> str:
+        """The summary, the setting and the value of each instance, as JSON."""
+        setting = {"instances": len(self), "level": self.level, "resamples": self.resamples, "seed": self.seed}
+        values = {m: {p: value.tolist() for p, value in by_prompt.items()} for m, by_prompt in self.values.items()}
+        return json.dumps({**setting, "summary": self.summary(), "values": values}, indent=2)
+
+    def __str__(self) -> str:
+        summary = self.summary()
+        lines = [f"{len(self)} instances, {self.level:.0%} intervals of {self.resamples} bootstrap resamples"]
+        lines.append(f"{'prompt':<16}" + "".join(f"{measure:<28}" for measure in summary).rstrip())
+        for name in next(iter(summary.values())):
+            cells = (by_name[name] for by_name in summary.values())
+            texts = (f"{c['mean']:.4f} [{c['low']:.4f}, {c['high']:.4f}]" for c in cells)
+            lines.append(f"{name:<16}" + "".join(f"{text:<28}" for text in texts).rstrip())
+        return "\n".join(lines)
+
+
+def instance_report(
+    model: nn.Module,
+    data: Any,
+    batch_size: int = 8,
+    collate_fn: Callable | None = None,
+    metric: Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor] | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> InstanceReport:
+    """Measure whether prompts that are generated from the instance do more than prompts that are not.
+
+    Four times over the same data, the model gets
+    - `own`: each instance's own prompt;
+    - `shuffled`: that of another instance of the same batch, never its own. All of it is the other's: every vector at
+      every depth as it stood in the slots (anchor included, see `init_weights`) when the other instance was run with its own
+      prompt, and what the method's encoder says of it, from which places and lengths are made;
+    - `mean`: the mean over all instances of these vectors, the same for each;
+    - `none`: no prompt. Everything else that was trained, such as a classification head, stays.
+
+    If `own` is no better than `shuffled` and `mean`, the adapter has learned a prompt for the task and not for the instance.
+
+    Args:
+        model (`nn.Module`): The model with an active adapter, e.g. a [`~peft.PeftModel`].
+        data (`DataLoader` or `Dataset`): Batches, or examples. They must have `labels`, which in a causal model are -100 on
+            the instruction: from these, or from the other means that [`InstancePromptConfig`] names, the model knows what the
+            prompt may be generated from.
+        batch_size (`int`): For a data set. Defaults to 8; at least 2.
+        collate_fn (`Callable`, *optional*): For a data set. Defaults to transformers' `default_data_collator`.
+        metric (`Callable`, *optional*): Takes logits and batch, returns a number for each row. Defaults to accuracy: whether
+            the likeliest class is the label; for labels per token, the share of a row's labelled tokens that are the
+            likeliest, given what stands before them; nothing for regression.
+        level (`float`): The share of bootstrap resamples that an interval covers. Defaults to 0.95.
+        resamples (`int`): The number of bootstrap resamples over instances. Defaults to 1000.
+        seed (`int`): For who gets whose prompt and for the resampling. Defaults to 0.
+
+    Returns:
+        [`InstanceReport`]: Means over instances (an instance's loss is that of its labelled tokens' mean), their intervals,
+            and those of the paired differences to `own`.
+
+    Raises:
+        ValueError: There is no active adapter, no pair of instances, no label, or an argument is out of range.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
+    if resamples < 1:
+        raise ValueError(f"`resamples` must be at least 1, got {resamples}.")
+    causal_lm = active_generator(model)[0].info.causal_lm
+    if not isinstance(data, DataLoader):
+        data = DataLoader(data, batch_size=batch_size, collate_fn=collate_fn or default_data_collator)
+    device = next(model.parameters()).device
+    batches = [send_to_device(dict(batch), device) for batch in data]  # the same order each time
+    if len(batches) < 2 and (not batches or count_rows(batches[0]) < 2):
+        raise ValueError("At least two instances are needed for one to get the prompt of another.")
+
+    found: dict[str, dict[str, list[torch.Tensor]]] = {}
+
+    def measure(prompts: str, batch: dict[str, Any]) -> None:
+        for name, values in evaluate(model, batch, causal_lm, metric).items():
+            found.setdefault(name, {}).setdefault(prompts, []).append(values.double().cpu())
+
+    generator = torch.Generator().manual_seed(seed)
+    total: dict[int | None, torch.Tensor] = {}
+    with evaluating(model):
+        for number, batch in enumerate(batches):
+            rows = count_rows(batch)
+            own = recorded(model, batch)
+            for depth, values in own.items():
+                total[depth] = total.get(depth, 0) + values.double().sum(dim=0)
+            measure("own", batch)
+            order = torch.randperm(rows, generator=generator)
+            donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: nobody gets its own
+            others = own
+            if rows == 1:  # the batch before it lends its first row
+                others, donors = recorded(model, batches[number - 1]), torch.tensor([0])
+            with intercept(lambda made, o=others, d=donors: o[made.depth][d.to(made.values.device)]):
+                measure("shuffled", batch)
+            with note(adapter_names=("__base__",) * rows):
+                measure("none", batch)
+        n = sum(map(count_rows, batches))
+        mean = {depth: values / n for depth, values in total.items()}
+        with intercept(lambda made: mean[made.depth].to(made.values.dtype).expand_as(made.values)):
+            for batch in batches:
+                measure("mean", batch)
+    values = {m: {prompts: torch.cat(by_prompt[prompts]) for prompts in PROMPTS} for m, by_prompt in found.items()}
+    return InstanceReport(values, level, resamples, seed)
+
+
+def recorded(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, torch.Tensor]:
+    return {depth: made.values for depth, made in record(model, batch).items()}
+
+
+def count_rows(batch: Mapping[str, Any]) -> int:
+    if batch.get("labels") is None:
+        raise ValueError(f"Each batch must have `labels`, got {sorted(batch)}.")
+    return len(batch["labels"])
+
+
+def evaluate(
+    model: nn.Module, batch: Mapping[str, Any], causal_lm: bool, metric: Callable | None = None
+) -> dict[str, torch.Tensor]:
+    """Loss and accuracy, or `metric`, of each row: tensors of shape (B,)."""
+    logits, labels = model(**batch).logits.float(), batch["labels"]
+    given = None if metric is None else torch.as_tensor(metric(logits, batch))
+    if logits.dim() == 2 and (logits.shape[1] == 1 or labels.is_floating_point()):
+        kind = F.mse_loss if logits.shape[1] == 1 else F.binary_cross_entropy_with_logits
+        loss, accuracy = kind(logits, labels.view_as(logits).float(), reduction="none").mean(dim=1), None  # (B,)
+    else:
+        if logits.dim() == 2:
+            logits, labels = logits[:, None], labels[:, None]  # (B, 1, C), (B, 1)
+        elif causal_lm:
+            logits, labels = logits[:, :-1], labels[:, 1:]  # (B, S - 1, V), (B, S - 1)
+        asked = labels != -100
+        if not asked.any(dim=1).all():
+            empty = (~asked.any(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(f"Row(s) {empty} of a batch have no label that is not -100.")
+        count = asked.sum(dim=1)  # (B,)
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")  # (B, S)
+        right = (logits.argmax(dim=-1) == labels) & asked  # (B, S)
+        loss, accuracy = losses.sum(dim=1) / count, right.sum(dim=1) / count  # (B,), (B,)
+    if metric is not None:
+        return {"loss": loss, getattr(metric, "__name__", "metric"): given}
+    return {"loss": loss} if accuracy is None else {"loss": loss, "accuracy": accuracy}

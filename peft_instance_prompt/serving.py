@@ -1,0 +1,87 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Prompts for engines that know nothing of adapters but take prompt embeddings, such as vLLM's `prompt_embeds`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .generator import INPUT
+from .introspect import active_generator
+
+
+class _Opened(Exception):
+    """Ends a forward pass where the stack would begin its work."""
+
+
+def to_prompt_embeds(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> list[torch.Tensor]:
+    """The input embeddings of each request, with the generated prompt vectors in their places and without padding.
+
+    The bare base model continues them as the model with the adapter continues the tokens. Nothing of the stack is run but what
+    the method itself needs.
+
+    Args:
+        model (`nn.Module`): The model with the active adapter, in evaluation mode.
+        input_ids (`torch.LongTensor`): Shape (B, S). The whole prompts, as `generate` takes them.
+        attention_mask (`torch.Tensor`, *optional*): Shape (B, S). 0 where there is padding.
+        kwargs: What else the model takes that bears on the prompts: `instruction_mask`, `instance_embeds`.
+
+    Returns:
+        `list[torch.Tensor]`: One of shape (positions, e) for each row, in the dtype of the base model.
+
+    Raises:
+        ValueError: The adapter's vectors do not enter at the input alone, or the model is in training mode.
+
+    Example:
+
+    ```py
+    >>> embeds = to_prompt_embeds(model, **tokenizer("What is the capital of France?", return_tensors="pt"))
+    >>> llm.generate({"prompt_embeds": embeds[0]})  # vLLM with `enable_prompt_embeds=True`
+    ```
+    """
+    layer, generator = active_generator(model)
+    if generator.depths != (INPUT,) or generator.visible_from > 0:
+        where = ", ".join("the input" if depth == INPUT else f"layer {depth}" for depth in generator.depths)
+        raise ValueError(
+            f"{type(generator).__name__} generates prompt vectors at {where}, from what the layers below have made of the "
+            "text; an engine that takes prompt embeddings gives access to the input only. Methods that can be served so are "
+            "those that enter at the input: dynamic prompting, IPT with the host `prompt`, IDPG with `multi_layer=False`."
+        )
+    if model.training:
+        raise ValueError("The model is in training mode, in which prompts may be sampled; call `model.eval()` first.")
+    opened: dict[str, Any] = {}
+
+    def stop(stack: nn.Module, args: tuple, given: dict[str, Any]) -> None:
+        if given.get("input_ids") is None:  # else it is a method's own pass over the tokens without prompts
+            opened.update(given)
+            raise _Opened
+
+    # Registered last, so it runs behind the hook that opens the slots.
+    stack = next(m for m in model.modules() if any(child is layer for child in m.children()))
+    handle = stack.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    except _Opened:
+        pass
+    finally:
+        handle.remove()
+    embeds, mask = opened["inputs_embeds"], opened["attention_mask"]  # (B, N, e), (B, N)
+    return list(embeds) if mask is None else [row[seen] for row, seen in zip(embeds, mask.bool())]

@@ -1,0 +1,182 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Find the transformer stacks of a model, their layers and what their forward takes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+@dataclass(frozen=True)
+class StackInfo:
+    """What the rest of the package needs to know of a stack; it holds no module, so that it can be copied and pickled.
+
+    Attributes:
+        name (`str`): The stack's name in the base model; `""` if the base model is the stack.
+        layers_name (`str`): The name of its list of layers in the base model.
+        hidden_size (`int`): d, the width of the layers' input.
+        embedding_size (`int`): e, the width of the input embeddings; unlike d in a few models.
+        output_size (`int`): The width of what the stack returns; OPT projects it back to e.
+        vocab_size (`int`): V.
+        num_layers (`int`): How often a layer is run, which is more than the list holds where layers are shared.
+        forward_args (`frozenset[str]`): The names of the arguments that the stack's forward takes.
+        causal (`bool`): Whether a token sees only what stands before it.
+        causal_lm (`bool`): Whether instruction and response stand in the same row.
+        encoder_of_pair (`bool`): Whether the stack is the encoder of an encoder-decoder model.
+        decoder_of_pair (`bool`): Whether it is the decoder of one.
+        max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
+        position_offset (`int`): The position id of the first token.
+        sliding_window (`int`, *optional*): The width of its sliding attention window.
+    """
+
+    name: str
+    layers_name: str
+    hidden_size: int
+    embedding_size: int
+    output_size: int
+    vocab_size: int
+    num_layers: int
+    forward_args: frozenset[str]
+    causal: bool
+    causal_lm: bool
+    encoder_of_pair: bool
+    decoder_of_pair: bool
+    max_positions: int | None
+    position_offset: int
+    sliding_window: int | None
+
+
+def forward_args(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward, in order."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def find_stacks(model: nn.Module) -> dict[str, str]:
+    """The stacks of a model: `{name of the list of layers: name of the stack}`, in the model's order.
+
+    A stack is a module that takes `input_ids` or `inputs_embeds`, holds a list of layers, and holds no other stack.
+    """
+    takers = {name for name, module in model.named_modules() if _takes_tokens(module)}
+    stacks = {}
+    for name in (n for n, _ in model.named_modules() if n in takers):
+        inside = name + "." if name else ""
+        if any(other != name and other.startswith(inside) for other in takers):
+            continue
+        layers_name = _find_layers(model.get_submodule(name))
+        if layers_name is not None:
+            stacks[inside + layers_name] = name
+    return stacks
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    if not hasattr(module, "get_input_embeddings"):
+        return False
+    args = forward_args(module)
+    return "input_ids" in args and "inputs_embeds" in args
+
+
+def _find_layers(stack: nn.Module) -> str | None:
+    """The list of layers is the module list that holds most of the parameters and lies in no other."""
+    lists = {name: module for name, module in stack.named_modules() if isinstance(module, nn.ModuleList)}
+    # An adapter's own lists lie in the stack, too, and those of a large adapter outweigh the layers of a small model.
+    adapters = [name for name, module in stack.named_modules() if isinstance(module, BaseTunerLayer)]
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in [*lists, *adapters])}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
+    return max(sizes, key=sizes.get) if sizes and max(sizes.values()) > 0 else None
+
+
+def embed(stack: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """The input embeddings (B, S, e) that a stack makes of `input_ids` (B, S), in the form in which it takes them."""
+    embeds = stack.get_input_embeddings()(input_ids)  # (B, S, e)
+    # The encoders of Pegasus and Marian scale what they look up themselves but not what they are given.
+    unscaled = "encoder_hidden_states" not in forward_args(stack)
+    return (
+        embeds * stack.embed_scale if unscaled and isinstance(getattr(stack, "embed_scale", None), float) else embeds
+    )
+
+
+def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
+    """Gather a [`StackInfo`].
+
+    Args:
+        model (`nn.Module`): The base model.
+        layers_name (`str`): The name of the list of layers.
+        stack_name (`str`): The name of the stack that it lies in.
+    """
+    stack = model.get_submodule(stack_name)
+    config = stack.config.get_text_config()
+    embedding = stack.get_input_embeddings()
+    # Two halves of a pair are told apart by their names: configs and classes call them in many ways.
+    names = [name.split(".") for name in find_stacks(model).values()]
+    pair = bool(model.config.is_encoder_decoder) and any("decoder" in name for name in names) and len(names) > 1
+    decoder = pair and "decoder" in stack_name.split(".")
+    encoder = pair and not decoder
+    generates = hasattr(model, "generate") and (model.can_generate() if hasattr(model, "can_generate") else False)
+    # Attention modules say what they are; where they do not (Bloom, MPT, DeBERTa), a decoder is what takes a cache.
+    flags = [module.is_causal for module in stack.modules() if hasattr(module, "is_causal")]
+    causal = decoder or (not encoder and (any(flags) if flags else "past_key_values" in forward_args(stack)))
+    max_positions, offset = _learned_positions(stack)
+    return StackInfo(
+        name=stack_name,
+        layers_name=layers_name,
+        hidden_size=config.hidden_size,
+        embedding_size=embedding.embedding_dim,
+        output_size=getattr(getattr(stack, "project_out", None), "out_features", config.hidden_size),
+        vocab_size=embedding.num_embeddings,
+        num_layers=_num_layers(model.get_submodule(layers_name), config, decoder),
+        forward_args=frozenset(forward_args(stack)),
+        causal=causal,
+        causal_lm=bool(generates and causal and not pair),
+        encoder_of_pair=encoder,
+        decoder_of_pair=decoder,
+        max_positions=max_positions,
+        position_offset=offset,
+        sliding_window=getattr(config, "sliding_window", None),
+    )
+
+
+def _num_layers(layers: nn.ModuleList, config, decoder: bool) -> int:
+    names = ("decoder_layers", "num_decoder_layers") if decoder else ()
+    for name in (*names, "num_hidden_layers"):
+        count = getattr(config, name, None)
+        if isinstance(count, int) and count > len(layers) and count % len(layers) == 0 and _shares_layers(layers):
+            return count
+    return len(layers)
+
+
+def _shares_layers(layers: nn.ModuleList) -> bool:
+    # ALBERT: groups of layers, each run several times.
+    return any(isinstance(child, nn.ModuleList) for layer in layers for child in layer.children())
+
+
+def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:
+    """How many positions have a learned embedding (None: rotary, relative or ALiBi), and the id of the first."""
+    for name, module in stack.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
+            "position_embeddings",
+            "wpe",
+            "embed_positions",
+        ):
+            # OPT and BART skip the head of the table by themselves; RoBERTa and MPNet count on from the padding id.
+            if hasattr(module, "offset"):
+                return module.num_embeddings - module.offset, 0
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - offset, offset
+    return None, 0

@@ -1,0 +1,159 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional
+
+from peft.utils import PeftType
+
+from ...config import InstancePromptConfig, check_choice, check_int
+
+
+# The variants of the paper.
+PRESETS: dict[str, dict[str, str]] = {
+    "adap_pos": {"position": "task"},
+    "adap_ins_pos": {"position": "instance"},
+    "adap_length": {"position": "off", "length": "task"},
+    "adap_ins_length": {"position": "off", "length": "instance"},
+    "adap_ins_vec": {"position": "off", "representation": "instance"},
+    "adap_ins_vec_pos": {"position": "instance", "representation": "instance"},
+}
+
+
+@dataclass
+class DynamicPromptConfig(InstancePromptConfig):
+    """Configuration of [`DynamicPromptModel`], dynamic prompting (https://arxiv.org/abs/2303.02909).
+
+    A soft prompt at the input of which position, length and content are learned, each per task or per instance, in any
+    combination. [`DynamicPromptConfig.preset`] gives the paper's variants.
+
+    Deviations from the paper and its code: by default the adapter starts as a near no-op (`init_weights`): each vector as the
+    opposite of the first token's embedding, and none of them behind the instance; the instance
+    vector is the mean over the instruction's tokens and not over padding; unused prompt vectors are masked out of attention;
+    choices are made without noise in evaluation.
+
+    Args:
+        num_virtual_tokens (`int`): The number l of prompt vectors, the most that `length` can choose. Defaults to 20, the
+            paper's.
+        position (`str`): How many of the prompt vectors stand behind the instance, 0 to l: chosen `"off"` (none of them),
+            per `"task"` or per `"instance"`, the default. Behind is between instruction and response in a causal model,
+            before the end token in an encoder.
+        length (`str`): How many of the prompt vectors are used, 0 to l: `"off"` (all), `"task"` or `"instance"`.
+        representation (`str`): `"off"`, or `"instance"`: the prompt is a mixture of `num_pool` learned prompts.
+        num_pool (`int`): The number k of prompts that are mixed. Defaults to 4.
+        order (`str`): Which vectors go behind the instance when j of them do: `"paper"`, the default, the last j;
+            `"dpt"`, the first j, as in the released code.
+        instance_source (`str`): What the instance vector is made of: `"frozen"`, the default, the mean of the last hidden
+            states of a pass of the base model without prompts; `"embeddings"`, the mean of the input embeddings, which costs
+            next to nothing; or `"instance_embeds"`, a vector that is given to `forward` and `generate` under this name.
+        instance_embeds_dim (`int`, *optional*): The width of the given vectors, for `instance_source="instance_embeds"`.
+        relu_logits (`bool`): Whether the logits of the choices per instance go through a ReLU, as in the released code; a
+            row whose logits are all negative then has no gradient. Defaults to `False`.
+        temperature (`float`): The temperature of the Gumbel-softmax at the start of training, above 0. Defaults to 1.
+        min_temperature (`float`): Its temperature at the end, above 0. Defaults to 0.5.
+        anneal_steps (`int`): After how many forward passes in training it is reached. In pass t of n the temperature is
+            `temperature * (min_temperature / temperature) ** (t / n) ** 2`. Defaults to 680, which is the schedule of the
+            released code.
+        sample_at_eval (`bool`): Whether choices are drawn at random in evaluation too, as in the released code, so that one
+            and the same input gets several answers. Defaults to `False`: the likeliest.
+        prompt_position (`str`): Where the vectors that do not go behind the instance stand, `"before"` the first token or
+            `"after_first"`. Defaults to the latter, which disturbs a causal model less; the paper has the former.
+        kwargs: The fields that all methods have, see [`InstancePromptConfig`]; `layers_to_transform` is not one of them, and
+            `bottleneck_dim` is not used.
+    """
+
+    num_virtual_tokens: int = field(default=20, metadata={"help": "The number of prompt vectors per instance."})
+    prompt_position: Literal["before", "after_first"] = field(
+        default="after_first",
+        metadata={"help": "Where the part before the instance stands: 'before' or 'after_first'."},
+    )
+    position: Literal["off", "task", "instance"] = field(
+        default="instance", metadata={"help": "What the prompt's split around the instance is chosen per."}
+    )
+    length: Literal["off", "task", "instance"] = field(
+        default="off", metadata={"help": "What the prompt's length is chosen per."}
+    )
+    representation: Literal["off", "instance"] = field(
+        default="off", metadata={"help": "'instance': the prompt is a mixture of `num_pool` prompts."}
+    )
+    num_pool: int = field(default=4, metadata={"help": "The number of prompts that are mixed."})
+    order: Literal["paper", "dpt"] = field(
+        default="paper", metadata={"help": "Behind the instance go the last ('paper') or the first ('dpt') vectors."}
+    )
+    instance_source: Literal["frozen", "embeddings", "instance_embeds"] = field(
+        default="frozen", metadata={"help": "The instance vector: 'frozen', 'embeddings' or 'instance_embeds'."}
+    )
+    instance_embeds_dim: Optional[int] = field(default=None, metadata={"help": "The width of `instance_embeds`."})
+    relu_logits: bool = field(default=False, metadata={"help": "Whether logits per instance go through a ReLU."})
+    temperature: float = field(default=1.0, metadata={"help": "The Gumbel-softmax' temperature at the start."})
+    min_temperature: float = field(default=0.5, metadata={"help": "The Gumbel-softmax' temperature at the end."})
+    anneal_steps: int = field(default=680, metadata={"help": "Training passes until the lowest temperature."})
+    sample_at_eval: bool = field(default=False, metadata={"help": "Whether choices are random in evaluation too."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.DYNAMIC_PROMPT
+        for name in ("position", "length"):
+            check_choice(self, name, ("off", "task", "instance"))
+        check_choice(self, "representation", ("off", "instance"))
+        check_choice(self, "order", ("paper", "dpt"))
+        check_choice(self, "instance_source", ("frozen", "embeddings", "instance_embeds"))
+        check_choice(self, "prompt_position", ("before", "after_first"))
+        for name in ("relu_logits", "sample_at_eval"):
+            check_choice(self, name, (True, False))
+        for name in ("num_pool", "anneal_steps"):
+            check_int(self, name, minimum=1)
+        for name in ("temperature", "min_temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"`{name}` must be a number, got {value!r}.")
+            if not 0 < value < float("inf"):
+                raise ValueError(f"`{name}` must be above 0 and finite, got {value}.")
+        if self.instance_embeds_dim is not None:
+            check_int(self, "instance_embeds_dim", minimum=1)
+        if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):
+            raise ValueError(
+                "`instance_embeds_dim` must be the width of the given vectors with `instance_source='instance_embeds'` and "
+                f"None otherwise, got {self.instance_embeds_dim!r} with {self.instance_source!r}."
+            )
+        if self.layers_to_transform is not None:
+            raise ValueError(
+                f"`layers_to_transform` must be None, as the prompt stands at the input only, got "
+                f"{self.layers_to_transform!r}."
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> DynamicPromptConfig:
+        """A variant of the paper.
+
+        Args:
+            name (`str`): `"adap_pos"`, `"adap_ins_pos"`, `"adap_length"`, `"adap_ins_length"`, `"adap_ins_vec"` or
+                `"adap_ins_vec_pos"`.
+            **overrides: Fields to set otherwise, and `task_type`.
+
+        Raises:
+            ValueError: There is no such preset.
+
+        Example:
+
+        ```py
+        >>> DynamicPromptConfig.preset("adap_pos", task_type="CAUSAL_LM").position
+        'task'
+        ```
+        """
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}; choose one of {list(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})

@@ -1,0 +1,65 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.utils import PeftType
+
+from ...config import InstancePromptConfig, check_choice, check_int
+from ...nn.rational import ACTIVATIONS, GELU_FITS
+
+
+@dataclass
+class IAPTConfig(InstancePromptConfig):
+    """Configuration of [`IAPTModel`], instruction-aware prompt tuning (https://arxiv.org/abs/2405.18203).
+
+    At every layer the prompt vectors are generated anew from that layer's own input, over the instruction's tokens:
+    down-projection, self-attention pooling to `num_virtual_tokens` vectors, learned activation, up-projection.
+
+    Deviations from the paper: by default the adapter starts as a near no-op (`init_weights`). `bottleneck_dim` and the
+    scheme by which layers share their projections could not be recovered from public sources, so they are options with
+    defaults of our own.
+
+    Args:
+        num_virtual_tokens (`int`): The number of prompt vectors per layer. Defaults to 4, the paper's.
+        bottleneck_dim (`int`): The width m of the generator. Defaults to 16. With m = 320, 2 * d * m * L comes to the
+            84 M parameters that are reported for LLaMA-2 7B.
+        activation (`str`): `"rational"`, the default, has 12 learned coefficients per layer and starts at GELU; or a fixed
+            one: `"gelu"`, `"relu"`, `"silu"`, `"tanh"`.
+        activation_fit (`str`): Which fit of GELU a rational activation starts from: `"wide"`, the default, is within 4.9e-3
+            of it on [-10, 10]; `"tight"` within 1.2e-4 on [-3, 3].
+        share_layers (`int`): How many consecutive layers share their two projections; pooling and activation stay each
+            layer's own. Defaults to 1: none.
+        kwargs: The fields that all methods have, see [`InstancePromptConfig`].
+    """
+
+    activation: Literal["rational", "gelu", "relu", "silu", "tanh"] = field(
+        default="rational", metadata={"help": "'rational' (learned), or a fixed 'gelu', 'relu', 'silu' or 'tanh'."}
+    )
+    activation_fit: Literal["wide", "tight"] = field(
+        default="wide", metadata={"help": "The fit of GELU that a rational activation starts from."}
+    )
+    share_layers: int = field(
+        default=1, metadata={"help": "How many consecutive layers share their down- and up-projection."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.IAPT
+        check_choice(self, "activation", tuple(ACTIVATIONS))
+        check_choice(self, "activation_fit", tuple(GELU_FITS))
+        check_int(self, "share_layers", minimum=1)
