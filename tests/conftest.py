@@ -1,0 +1,56 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What all tests share: one thread, little logging, no hub, and the parameters `method` and `kind` of the shared tests."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from methods import KINDS, METHODS, SKIPS  # noqa: E402
+
+
+torch.set_num_threads(1)  # the models are so small that threads cost more than they give
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `method` runs for each entry of METHODS; one that takes `kind`, for one entry per config class."""
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    own = [name for names in named for name in (names.split(",") if isinstance(names, str) else names)]
+    for name, values in (("method", METHODS), ("kind", KINDS)):
+        if name in metafunc.fixturenames and name not in own:
+            metafunc.parametrize(name, list(values))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what methods.py declares not to hold."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        for name in ("method", "kind"):
+            if reason := SKIPS.get((params.get(name), getattr(item, "originalname", ""))):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,128 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The methods that every shared test runs over. A new method adds a line to `METHODS`, and a line to `SKIPS` per exception."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IPTConfig, LPTConfig
+
+
+# Each makes a config for a tiny model; `kw` are the fields that all methods have.
+METHODS: dict[str, Callable] = {
+    "iapt": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, **kw}),
+    "iapt_after_first": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, "prompt_position": "after_first", **kw}),
+    "iapt_paper": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, "init_weights": "paper", **kw}),
+    "lpt": lambda **kw: LPTConfig(**{"bottleneck_dim": 8, "dropout": 0.0, **kw}),
+    "lpt_pooled": lambda **kw: LPTConfig(
+        **{
+            "bottleneck_dim": 8,
+            "dropout": 0.0,
+            "generator_type": "appg",
+            "insertion_layer": 2,
+            "prompt_position": "after_first",
+            **kw,
+        }
+    ),
+    "idpg": lambda **kw: IDPGConfig(**{"num_virtual_tokens": 4, "phm_n": 4, "dropout": 0.0, **kw}),
+    "idpg_single": lambda **kw: IDPGConfig(
+        **{
+            "num_virtual_tokens": 4,
+            "multi_layer": False,
+            "phm_n": 4,
+            "bottleneck_dim": 8,
+            "dropout": 0.0,
+            "instance_source": "embeddings",
+            **kw,
+        }
+    ),
+    "idpg_paper": lambda **kw: IDPGConfig(
+        **{
+            "num_virtual_tokens": 4,
+            "projection": "dense",
+            "dropout": 0.0,
+            "depth_input": "instance",
+            "layer_sharing": "none",
+            "init_weights": "paper",
+            **kw,
+        }
+    ),
+    "ipt": lambda **kw: IPTConfig(**{"num_virtual_tokens": 4, "table_rank": 4, **kw}),
+    "ipt_encoder": lambda **kw: IPTConfig(
+        **{
+            "num_virtual_tokens": 4,
+            "strategy": "encoder",
+            "bottleneck_dim": 4,
+            "dropout": 0.0,
+            "table_rank": None,
+            **kw,
+        }
+    ),
+    "ipt_deep": lambda **kw: IPTConfig(
+        **{
+            "num_virtual_tokens": 4,
+            "strategy": "encoder",
+            "encoder": "lstm",
+            "host": "deep",
+            "bottleneck_dim": 4,
+            "dropout": 0.0,
+            **kw,
+        }
+    ),
+    "dynamic_prompt": lambda **kw: DynamicPromptConfig(**{"num_virtual_tokens": 4, **kw}),
+    "dynamic_prompt_all": lambda **kw: DynamicPromptConfig(
+        **{
+            "num_virtual_tokens": 5,
+            "length": "instance",
+            "representation": "instance",
+            "order": "dpt",
+            "instance_source": "embeddings",
+            **kw,
+        }
+    ),
+}
+
+# Which shared test (the name of its function) does not hold for which method, and why.
+SKIPS: dict[tuple[str, str], str] = {
+    ("ipt", "test_whole_row_is_the_instance_of_a_plain_call"): "it looks up the first tokens only",
+    (
+        "dynamic_prompt",
+        "test_whole_row_is_the_instance_of_a_plain_call",
+    ): "it chooses in steps, the same one for these rows",
+    ("ipt", "test_embeds_in_place_of_ids"): "it looks token ids up",
+    ("ipt", "test_inputs_embeds"): "it looks token ids up",
+    ("ipt_encoder", "test_inputs_embeds"): "it looks token ids up",
+    ("ipt_deep", "test_inputs_embeds"): "it looks token ids up",
+    ("ipt", "test_template_that_does_not_occur"): "it looks token ids up",
+    ("ipt", "test_ranges_and_tuples_become_lists"): "`layers_to_transform` is refused",
+    ("lpt", "test_attentions_are_those_among_tokens"): "the layers below the prompt do not attend to it",
+    ("lpt", "test_model_with_positions_for_no_slots"): "late slots take no positions",
+    ("lpt", "test_ranges_and_tuples_become_lists"): "`layers_to_transform` is refused",
+    ("dynamic_prompt", "test_ranges_and_tuples_become_lists"): "`layers_to_transform` is refused",
+    ("dynamic_prompt", "test_assistant_model"): "refused as an assistant, see tuners/test_dynamic_prompt.py",
+    (
+        "dynamic_prompt",
+        "test_fresh_adapter_copies_the_first_token",
+    ): "its vectors begin as the opposite of the first token",
+    (
+        "dynamic_prompt_all",
+        "test_fresh_adapter_copies_the_first_token",
+    ): "its vectors begin as the opposite of the first token",
+    ("dynamic_prompt", "test_no_leak"): "its choices are discrete: another instruction need not get another prompt",
+}
+
+# One method per kind, the first of each: for tests whose outcome depends on the kind only, and for slow ones.
+KINDS: list[str] = list({type(make()): name for name, make in reversed(METHODS.items())}.values())[::-1]

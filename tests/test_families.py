@@ -1,0 +1,82 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What must hold in every architecture: one test for each pair of a method and a family of decoders."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from methods import METHODS
+from tiny import DECODERS, adapted, assert_same, batch, causal_lm
+
+from peft_instance_prompt.layer import InstancePromptLayer
+
+
+# The first method meets all families, the others one family of each kind of positions and masks.
+SPREAD = ("llama", "gpt2", "gemma3", "mistral", "bloom")
+CASES = [(method, family) for i, method in enumerate(METHODS) for family in DECODERS if i == 0 or family in SPREAD]
+
+
+def hooks(model: torch.nn.Module) -> list:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values()]
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+@torch.no_grad()
+def test_family(method: str, family: str) -> None:
+    base = causal_lm(family, attn_implementation="eager")
+    untouched = copy.deepcopy(base)
+    model = adapted(base, METHODS[method](task_type="CAUSAL_LM"))
+    left, right = batch(9, 6, side="left"), batch(9, 6, side="right")
+    plain = untouched(**left, output_hidden_states=True, output_attentions=True)
+
+    # Shapes: whoever stands outside of the stack sees the tokens and nothing else.
+    out = model(**left, output_hidden_states=True, output_attentions=True)
+    assert out.logits.shape == plain.logits.shape
+    assert [x.shape for x in out.hidden_states] == [x.shape for x in plain.hidden_states]
+    if plain.attentions and plain.attentions[0] is not None:
+        assert [x.shape for x in out.attentions] == [x.shape for x in plain.attentions]
+    assert (out.logits - plain.logits).abs().max() > 1e-2 * plain.logits.abs().max(), "the adapter does nothing"
+
+    # Padding: a row's numbers depend neither on the side of the padding nor on the rows beside it.
+    padded_right = model(**right).logits
+    for row, n in enumerate((9, 6)):
+        alone = model(right["input_ids"][row : row + 1, :n]).logits[0]
+        assert_same(padded_right[row, :n], alone)
+        assert_same(out.logits[row, -n:], alone)
+
+    # Cache: the same text with it and without it, and the one that a single pass over the finished text predicts.
+    kwargs = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    text = model.generate(**left, **kwargs, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(model.generate(**left, **kwargs, use_cache=False), text.sequences)
+    grown = torch.cat([left["attention_mask"], left["attention_mask"].new_ones(2, 5)], dim=1)  # (B, S + 5)
+    instruction = torch.cat([left["attention_mask"], left["attention_mask"].new_zeros(2, 5)], dim=1)  # (B, S + 5)
+    forced = model(text.sequences, attention_mask=grown, instruction_mask=instruction).logits[:, 8:-1]  # (B, 5, V)
+    assert_same(torch.stack(text.logits, dim=1), forced)
+    bare = untouched.generate(**left, **kwargs, output_logits=True, return_dict_in_generate=True)
+    assert (text.logits[-1] - bare.logits[-1]).abs().max() > 1e-2 * bare.logits[-1].abs().max()
+
+    # Disabled and unloaded: the base model, bit by bit, and nothing left of ours.
+    with model.disable_adapter():
+        assert torch.equal(model(**left).logits, plain.logits)
+        assert torch.equal(model.generate(**left, **kwargs), bare.sequences)
+    again = model.unload()
+    assert torch.equal(again(**left).logits, plain.logits)
+    assert not any(isinstance(module, InstancePromptLayer) for module in again.modules())
+    assert len(hooks(again)) == len(hooks(untouched))
+    assert again.state_dict().keys() == untouched.state_dict().keys()

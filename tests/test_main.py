@@ -1,0 +1,192 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`python -m peft_instance_prompt`: what it says of good folders, and how it refuses broken ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from methods import METHODS
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt.__main__ import main
+
+
+def save(folder: Path, method: str = "iapt", family: str = "llama", **changes):
+    model = get_peft_model(tiny.causal_lm(family), METHODS[method](task_type="CAUSAL_LM", **changes))
+    model.save_pretrained(folder)
+    return model
+
+
+def inspect(folder: Path, capsys) -> dict:
+    assert main([str(folder), "--json"]) in (0, 1)
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])  # of one width, and with embeddings narrower than the layers
+def test_every_method_is_known(tmp_path, capsys, method, family):
+    model = save(tmp_path, method, family)
+    assert main([str(tmp_path)]) == 0
+    assert f"type           {model.peft_config['default'].peft_type.value}, for CAUSAL_LM" in capsys.readouterr().out
+    found = inspect(tmp_path, capsys)
+    own = [p for name, p in model.named_parameters() if f".{model.base_model.prefix}generator." in name]
+    assert found["parameters"] >= sum(p.numel() for p in own)  # a shared parameter is saved under each of its names
+    data = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert found["bytes"] == len(data) and found["sha256"] == hashlib.sha256(data).hexdigest()
+    layer = next(module for _, module in model.base_model._layers())
+    assert found["generated_at"] == ["input" if d < 0 else d for d in layer.generators["default"].depths]
+    assert found["stacks"] == [layer.info.name]
+    assert found["hidden_size"] == 32 and found["num_layers"] == 3 and found["not_finite"] == {}
+
+
+def test_iapt_in_full(tmp_path, capsys):
+    save(tmp_path)
+    found = inspect(tmp_path, capsys)
+    assert found["parameters"] == 2 * 32 * 8 * 3 + 4 * 8 * 3 + 12 * 3
+    assert found["activation_coefficients"] == 36 and found["coefficients_out_of_range"] == {}
+    assert found["dtypes"] == ["float32"] and found["num_virtual_tokens"] == 4
+    assert main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "36 coefficients, 0 of them outside [-1, 1]" in text and f"{found['parameters']:,} parameters" in text
+
+
+def change(folder: Path, **values: float) -> None:
+    """Set the first number of tensors, by the end of their names."""
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    for end, value in values.items():
+        (key,) = (key for key in weights if key.endswith(end.replace("__", ".")))
+        weights[key].view(-1)[0] = value
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_what_should_not_be_trusted(tmp_path, capsys):
+    save(tmp_path)
+    change(tmp_path, activation__1__numerator=1.5, activation__2__denominator=-1.01, up__0__weight=float("nan"))
+    assert main([str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "NOT FINITE" in line and "1 value(s)" in line and "up.0.weight" in line]
+    out = [line for line in lines if "OUT OF RANGE" in line]
+    assert len(out) == 2 and "activation.1.numerator" in out[0] and "activation.2.denominator" in out[1]
+    found = inspect(tmp_path, capsys)
+    assert list(found["not_finite"].values()) == [1] and len(found["coefficients_out_of_range"]) == 2
+
+
+def test_a_classifier_with_its_head(tmp_path, capsys):
+    base = AutoModelForSequenceClassification.from_config(tiny.configure("llama", num_labels=3))
+    get_peft_model(base, IAPTConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    assert "for SEQ_CLS" in capsys.readouterr().out
+
+
+def missing_config(folder):
+    (folder / "adapter_config.json").unlink()
+
+
+def corrupt_config(folder):
+    (folder / "adapter_config.json").write_text("{")
+
+
+def config_field(**fields):
+    def breaks(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return breaks
+
+
+def missing_weights(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def cut_weights(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled_weights(folder):
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "adapter_model.bin")
+    file.unlink()
+
+
+def weights(edit):
+    def breaks(folder):
+        file = folder / "adapter_model.safetensors"
+        found = load_file(file)
+        edit(found, next(iter(sorted(found))))
+        save_file(found, file)
+
+    return breaks
+
+
+BROKEN = {
+    "holds no adapter_config.json": missing_config,
+    "is no adapter's config": corrupt_config,
+    "of the type 'XYZ', which is none of": config_field(peft_type="XYZ"),
+    "`num_virtual_tokens` must be at least 1, got 0": config_field(num_virtual_tokens=0),
+    "`bottleneck_dim` must be an integer": config_field(bottleneck_dim="8"),
+    "does not say `hidden_size`": config_field(hidden_size=None),
+    "no weights": missing_weights,
+    "not a readable safetensors file": cut_weights,
+    "a pickle, which can run any code": pickled_weights,
+    "lack 1 tensor": weights(lambda found, key: found.pop(key)),
+    "'activation.7.denominator'": weights(
+        lambda found, key: found.update({key.replace("activation.0", "activation.7"): found[key].clone()})
+    ),
+    "belongs to no adapter of this type": weights(
+        lambda found, key: found.update({"base_model.model.q_proj.lora_A": found[key].clone()})
+    ),
+    "has the shape": weights(lambda found, key: found.update({key: found[key][:-1].clone()})),
+    "config asks for": config_field(bottleneck_dim=6),
+    "lack 5 tensor(s) that the config asks for": config_field(num_layers=4),
+    "for 1 stack(s)": config_field(target_modules=["model.layers", "other.layers"]),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_folders_are_refused_in_one_sentence(tmp_path, capsys, message):
+    save(tmp_path)
+    BROKEN[message](tmp_path)
+    assert main([str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("error: ") and message in said.err
+    assert said.err.count("\n") == 1 and said.err.endswith(".\n")
+
+
+def test_other_folders_are_refused(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
+    get_peft_model(tiny.causal_lm(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert main([str(tmp_path)]) == 2
+    assert "of the type 'LORA'" in capsys.readouterr().err
+
+
+def test_as_a_module(tmp_path, capsys, monkeypatch):
+    """What `python -m peft_instance_prompt` does."""
+    save(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["peft_instance_prompt", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("peft_instance_prompt", run_name="__main__", alter_sys=True)
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("type           IAPT")

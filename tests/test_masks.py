@@ -1,0 +1,87 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Every form of attention mask, made by transformers itself, must give back the padding that it was made from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import batch, causal_lm
+from transformers import StaticCache
+from transformers.masking_utils import create_masks_for_generate
+
+from peft_instance_prompt.masks import check_not_packed, padding_mask
+
+
+MASK = batch(9, 6)["attention_mask"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_masks_for_an_empty_static_cache(family: str, attention: str, side: str) -> None:
+    model = causal_lm(family, attn_implementation=attention)
+    mask = batch(9, 6, side=side)["attention_mask"]
+    cache = StaticCache(config=model.config, max_cache_len=14)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.compiler.set_stance("force_eager"):  # a block mask would be compiled, for ten seconds
+        made = create_masks_for_generate(model.config, torch.zeros(2, 9, 32), mask, cache, positions)
+    assert isinstance(made, dict) == (family == "gemma3")
+    found = padding_mask(made, 2, 9, from_static_cache=True)
+    assert torch.equal(found.bool(), mask.bool())
+
+
+def test_plain_forms() -> None:
+    assert padding_mask(None, 2, 9, False) is None
+    assert padding_mask({"full_attention": None, "sliding_attention": None}, 2, 9, False) is None
+    assert padding_mask(MASK, 2, 9, False) is MASK
+    assert padding_mask({"sliding_attention": None, "full_attention": MASK}, 2, 9, False) is MASK
+    one = torch.ones(1, 1, 9, 14).tril().bool()  # the same for all rows
+    assert padding_mask(one, 2, 9, True).shape == (2, 9)
+
+
+@pytest.mark.parametrize(
+    ("mask", "static"),
+    [
+        (torch.ones(2, 8), False),
+        (torch.ones(1, 9), False),
+        (torch.ones(2, 9, 9), True),
+        (torch.ones(2, 1, 9, 9), False),  # biases
+        (torch.ones(2, 1, 9, 9).tril().triu(-2).bool(), False),  # hides tokens that are no padding
+        (torch.ones(9), False),
+    ],
+    ids=lambda value: str(tuple(value.shape)) if isinstance(value, torch.Tensor) else None,
+)
+def test_other_forms_are_refused(mask: torch.Tensor, static: bool) -> None:
+    with pytest.raises(ValueError, match="`attention_mask`"):
+        padding_mask(mask, 2, 9, static)
+
+
+def test_packed() -> None:
+    ids = torch.arange(6)[None]
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    for fine in (
+        {},
+        {"position_ids": ids},
+        {"position_ids": packed, "attention_mask": torch.ones(1, 6)},
+        {"position_ids": packed.expand(3, 1, 6)},  # three rows of positions are no packing
+        {"cu_seq_lens_q": None},
+    ):
+        check_not_packed(fine)
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        with pytest.raises(ValueError, match="padding_free=False"):
+            check_not_packed({name: torch.tensor([0, 3, 6])})
+    with pytest.raises(ValueError, match="packing=False"):
+        check_not_packed({"position_ids": packed, "attention_mask": None})

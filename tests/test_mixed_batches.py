@@ -1,0 +1,335 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Mixed batches: each row with the adapter that it names gives what it gives alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers as tf
+from methods import KINDS, METHODS
+from packaging import version
+from peft import LoraConfig, PeftModel
+from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb
+
+from peft_instance_prompt import generator as generators
+from peft_instance_prompt import layer as engine
+
+
+NAMES = ["a", "__base__", "b", "c", "a", "d"]
+LENGTHS = (9, 12, 5, 7, 12, 8)
+NEW = 5
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+# The greedy text of some random models would be one token over and over. Not for decoders: padding counts as text there.
+VARIED = {**GREEDY, "no_repeat_ngram_size": 1}
+WAYS = [
+    {},
+    {"use_cache": False},
+    {"num_beams": 3, "num_return_sequences": 2},
+    {"cache_implementation": "static"},
+]
+
+
+def accepted(method: str, **fields) -> dict:
+    """Those of the fields, in any combination, that a method takes as they are."""
+    kept = {}
+    for name, value in fields.items():
+        try:
+            METHODS[method](**{name: value})
+            kept[name] = value
+        except (TypeError, ValueError):
+            continue
+    return kept
+
+
+def several(base: torch.nn.Module, method: str, task_type: str, **fields) -> PeftModel:
+    """`a` and `b` differ in their weights only, `c` and `d` in their numbers of slots, their place and their bottleneck."""
+    make = METHODS[method]
+    model = adapted(base, make(task_type=task_type, **fields), name="a")
+    model.add_adapter("b", make(task_type=task_type, **fields))
+    other = accepted(method, prompt_position="after_first")
+    model.add_adapter("c", make(task_type=task_type, **fields, num_virtual_tokens=2, **other))
+    other = accepted(method, bottleneck_dim=4, prompt_position="end")
+    model.add_adapter("d", make(task_type=task_type, **fields, num_virtual_tokens=3, **other))
+    for seed, name in enumerate("bcd", start=1):
+        perturb(model, seed=seed, adapter=name)
+    return model.eval()
+
+
+def alone(model: PeftModel, name: str, call: Callable, **inputs):
+    if name == "__base__":
+        with model.disable_adapter():
+            return call(**inputs)
+    model.set_adapter(name)
+    out = call(**inputs)
+    model.set_adapter("a")
+    return out
+
+
+def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    real = inputs["attention_mask"][row].bool()
+    return {"input_ids": inputs["input_ids"][row : row + 1, real]}
+
+
+# --------------------------------------------------------------------------------------------------- row by row
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        (k, f)
+        for i, k in enumerate(KINDS)
+        for f in ("llama", "gpt2", "gemma3", "mistral", "bloom", "mpt", "opt")
+        if i == 0 or f in ("gemma3", "bloom")
+    ],
+)
+def test_decoder(kind: str, family: str) -> None:
+    model, inputs = several(causal_lm(family), kind, "CAUSAL_LM"), batch(*LENGTHS)
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=NAMES).logits
+        for row, name in enumerate(NAMES):
+            own = alone(model, name, model, **row_of(inputs, row)).logits[0]
+            assert_same(mixed[row, -len(own) :], own)
+        named = alone(model, "b", model, **row_of(inputs, 0)).logits[0]
+        assert (mixed[0, -len(named) :] - named).abs().max() > 1e-2, "all adapters give the same"
+    # Bloom before transformers 5.23 cannot generate for an unpadded row with a static cache, without an adapter either.
+    no_static = family == "bloom" and version.parse(tf.__version__) < version.parse("5.23")
+    for how in WAYS[:-1] if no_static else WAYS:
+        text = model.generate(**inputs, **GREEDY, **how, adapter_names=NAMES)
+        copies = how.get("num_return_sequences", 1)
+        for row, name in enumerate(NAMES):
+            own = alone(model, name, model.generate, **row_of(inputs, row), **GREEDY, **how)
+            assert torch.equal(text[row * copies : (row + 1) * copies, -NEW:], own[:, -NEW:]), (how, row, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [(KINDS[0], f) for f in ("bert", "deberta-v2", "albert")] + [(k, "roberta") for k in KINDS]
+)
+@torch.no_grad()
+def test_encoder(kind: str, family: str) -> None:
+    model = several(encoder(family), kind, "FEATURE_EXTRACTION")
+    inputs = batch(*LENGTHS, side="right")
+    mixed = model(**inputs, adapter_names=NAMES, output_hidden_states=True)
+    for row, name in enumerate(NAMES):
+        own = alone(model, name, model, **row_of(inputs, row), output_hidden_states=True)
+        n = LENGTHS[row]
+        assert_same(mixed.last_hidden_state[row, :n], own.last_hidden_state[0])
+        for together, states in zip(mixed.hidden_states, own.hidden_states):
+            assert_same(together[row, :n], states[0])
+        if own.get("pooler_output") is not None:
+            assert_same(mixed.pooler_output[row], own.pooler_output[0])
+
+
+@torch.no_grad()
+def test_classifier_with_heads_of_their_own(kind: str) -> None:
+    """Each adapter has its own head in `modules_to_save`, and a row meets the head of its adapter."""
+    base = encoder("bert", tf.AutoModelForSequenceClassification)
+    model, inputs = several(base, kind, "SEQ_CLS"), batch(*LENGTHS, side="right")
+    mixed = model(**inputs, adapter_names=NAMES).logits
+    for row, name in enumerate(NAMES):
+        assert_same(mixed[row], alone(model, name, model, **row_of(inputs, row)).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "side"),
+    [(KINDS[0], f, "encoder") for f in PAIRS]
+    + [(k, "bart", "encoder") for k in KINDS[1:]]
+    + [(KINDS[0], "t5", "both")],
+)
+def test_pair(kind: str, family: str, side: str) -> None:
+    target = None if side == "encoder" else ["encoder", "decoder"]
+    model, inputs = several(pair(family), kind, "SEQ_2_SEQ_LM", target_modules=target), batch(*LENGTHS, side="right")
+    decoder_ids = batch(*[4] * 6, seed=3)["input_ids"]
+    with torch.no_grad():
+        mixed = model(**inputs, decoder_input_ids=decoder_ids, adapter_names=NAMES).logits
+        for row, name in enumerate(NAMES):
+            own = {**row_of(inputs, row), "decoder_input_ids": decoder_ids[row : row + 1]}
+            assert_same(mixed[row], alone(model, name, model, **own).logits[0])
+    for how in WAYS:
+        text = model.generate(**inputs, **VARIED, **how, adapter_names=NAMES)
+        copies = how.get("num_return_sequences", 1)
+        for row, name in enumerate(NAMES):
+            own = alone(model, name, model.generate, **row_of(inputs, row), **VARIED, **how)
+            assert torch.equal(text[row * copies : (row + 1) * copies], own), (how, row, name)
+
+
+def test_sampling(kind: str) -> None:
+    """With the same draws, a batch in which all rows name one adapter is a batch of that adapter."""
+    model, inputs = several(causal_lm(), kind, "CAUSAL_LM"), batch(9, 6)
+    how, texts = {**GREEDY, "do_sample": True, "num_return_sequences": 2}, []
+    for names in (["b", "b"], None):
+        model.set_adapter("a" if names else "b")
+        torch.manual_seed(4)
+        texts.append(model.generate(**inputs, **how, **({"adapter_names": names} if names else {})))
+    assert torch.equal(*texts)
+
+
+@torch.no_grad()
+def test_whole_batch_of_one_name(kind: str) -> None:
+    model, inputs = several(causal_lm(), kind, "CAUSAL_LM"), batch(9, 6)
+    for name in ("a", "b", "d"):
+        named = model(**inputs, adapter_names=[name, name]).logits
+        real = inputs["attention_mask"].bool()
+        assert_same(named[real], alone(model, name, model, **inputs).logits[real])
+    bare = causal_lm()(**inputs).logits
+    assert torch.equal(model(**inputs, adapter_names=["__base__"] * 2).logits, bare)
+    # Disabled is disabled, whatever the rows name.
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs, adapter_names=["a", "b"]).logits, bare)
+        text = model.generate(**inputs, **GREEDY, adapter_names=["a", "b"])
+    assert torch.equal(text, causal_lm().generate(**inputs, **GREEDY))
+
+
+# ------------------------------------------------------------------------------------------ run together, not in turns
+
+
+@torch.no_grad()
+def test_adapters_of_one_signature_run_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"n{i}" for i in range(8)]
+    model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM"), name=names[0])
+    for seed, name in enumerate(names[1:], start=1):
+        model.add_adapter(name, METHODS[kind](task_type="CAUSAL_LM"))
+        perturb(model, seed=seed, adapter=name)
+    model.eval()
+    inputs = batch(9, 6, 8, 5, 7, 9, 4, 6)
+    expected = torch.cat(
+        [
+            alone_named(
+                model, name, input_ids=inputs["input_ids"][row : row + 1, inputs["attention_mask"][row].bool()]
+            )
+            for row, name in enumerate(names)
+        ]
+    )
+    calls, original = [], generators.run_together
+
+    def count(together, states, instance, depth, shell):
+        calls.append((depth, len(states)))
+        return original(together, states, instance, depth, shell)
+
+    monkeypatch.setattr(engine, "run_together", count)
+    mixed = model(**inputs, adapter_names=names).logits[:, -1]
+    (layer,) = (module for module in model.modules() if isinstance(module, engine.InstancePromptLayer))
+    assert calls == [(depth, 8) for depth in layer.generators[names[0]].depths]
+    assert_same(mixed, expected)
+    # One of another size is a call of its own, and a row of the base model is none.
+    calls.clear()
+    model.add_adapter("other", METHODS[kind](task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model(**inputs, adapter_names=[*names[:6], "other", "__base__"])
+    depths = layer.generators[names[0]].depths
+    assert sorted(calls) == sorted([(depth, n) for depth in depths for n in (6, 1)])
+
+
+def alone_named(model: PeftModel, name: str, **inputs) -> torch.Tensor:
+    model.set_adapter(name)
+    return model(**inputs).logits[:, -1]  # (1, V)
+
+
+# ------------------------------------------------------------------------------------------ scopes of their own
+
+
+@torch.no_grad()
+def test_templates_of_their_own(kind: str) -> None:
+    model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM", response_template=[90]), name="a")
+    model.add_adapter("b", METHODS[kind](task_type="CAUSAL_LM", response_template=[91, 92]))
+    model.add_adapter("c", METHODS[kind](task_type="CAUSAL_LM"))  # without one: the whole row
+    perturb(model, seed=1, adapter="b")
+    perturb(model, seed=2, adapter="c")
+    model.eval()
+    ids = torch.tensor([[5, 6, 90, 8, 9, 10], [5, 6, 7, 91, 92, 10], [5, 6, 90, 8, 91, 92]])
+    mixed = model(ids, adapter_names=["a", "b", "c"]).logits
+    for row, name in enumerate("abc"):
+        assert_same(mixed[row], alone(model, name, model, input_ids=ids[row : row + 1]).logits[0])
+    # A response that changes leaves what stands before it alone.
+    changed = ids.clone()
+    changed[0, 3:], changed[1, 5:] = torch.tensor([40, 41, 42]), 43
+    again = model(changed, adapter_names=["a", "b", "c"]).logits
+    assert_same(again[0, :3], mixed[0, :3])
+    assert_same(again[1, :5], mixed[1, :5])
+    with pytest.raises(ValueError, match=r"`response_template` \[91, 92\] does not occur in row\(s\) \[0\]"):
+        model(ids[:1], adapter_names=["b"])
+
+
+@torch.no_grad()
+def test_instruction_mask_by_row(kind: str) -> None:
+    model, inputs = several(causal_lm(), kind, "CAUSAL_LM"), batch(*LENGTHS)
+    mask = inputs["attention_mask"].clone()
+    mask[:, -2:] = 0
+    text = model.generate(**inputs, **GREEDY, num_beams=2, instruction_mask=mask, adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        own = mask[row : row + 1, inputs["attention_mask"][row].bool()]
+        how = {**row_of(inputs, row), **GREEDY, "num_beams": 2, "instruction_mask": own}
+        assert torch.equal(text[row, -NEW:], alone(model, name, model.generate, **how)[0, -NEW:])
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_bad_names(kind: str, call: str) -> None:
+    model, inputs = several(causal_lm(), kind, "CAUSAL_LM"), batch(9, 6)
+
+    @torch.no_grad()
+    def run(names) -> torch.Tensor:
+        if call == "forward":
+            return model(**inputs, adapter_names=names).logits
+        return model.generate(**inputs, **GREEDY, adapter_names=names)
+
+    expected = run(["a", "b"])
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): nobody, someone$"):
+        run(["someone", "nobody"])
+    for names in (["a", "b", "c"], ["a"]):
+        with pytest.raises(ValueError, match=rf"`adapter_names` must name .* each of the 2 rows, got {len(names)}\."):
+            run(names)
+    with pytest.raises(TypeError, match="expected a list of str"):
+        run("a")
+    model.train()
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
+        run(["a", "b"])
+    model.eval()
+    assert torch.equal(run(["a", "b"]), expected)
+
+
+@torch.no_grad()
+def test_decoder_that_counts_its_own_positions(kind: str) -> None:
+    """BART's decoder takes no position ids, so rows with fewer slots than others would be moved."""
+    model = several(pair("bart"), kind, "SEQ_2_SEQ_LM", target_modules=["decoder"])
+    inputs = {**batch(9, 6, side="right"), "decoder_input_ids": batch(4, 4, seed=3)["input_ids"]}
+    for names in (["a", "c"], ["a", "__base__"]):
+        with pytest.raises(
+            ValueError, match="different numbers of prompt slots in 'model.decoder'.*num_virtual_tokens"
+        ):
+            model(**inputs, adapter_names=names)
+    mixed = model(**inputs, adapter_names=["a", "b"]).logits
+    for row, name in enumerate("ab"):
+        own = {**row_of(inputs, row), "decoder_input_ids": inputs["decoder_input_ids"][row : row + 1]}
+        assert_same(mixed[row], alone(model, name, model, **own).logits[0])
+
+
+@pytest.mark.parametrize("other", ["lora", *KINDS])
+def test_kinds_do_not_mix(kind: str, other: str) -> None:
+    """One model holds adapters of one kind, as PEFT has it; and the refusal changes nothing."""
+    if other == kind:
+        pytest.skip("one kind")
+    model, inputs = several(causal_lm(), kind, "CAUSAL_LM"), batch(9, 6)
+    with torch.no_grad():
+        expected = model(**inputs, adapter_names=["a", "b"]).logits
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("other", lora if other == "lora" else METHODS[other](task_type="CAUSAL_LM"))
+    assert "other" not in model.peft_config
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, adapter_names=["a", "b"]).logits, expected)

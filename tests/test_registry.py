@@ -1,0 +1,90 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Registration with PEFT: once, and never against PEFT itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+from methods import METHODS
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType as TheSame
+
+from peft_instance_prompt.model import InstancePromptModel
+from peft_instance_prompt.registry import add_peft_type, register_method
+
+
+def test_members_are_like_those_of_peft(kind: str) -> None:
+    config = METHODS[kind]()
+    member = config.peft_type
+    name = member.name
+    assert isinstance(member, PeftType) and member in list(PeftType) and TheSame is PeftType
+    assert member is getattr(PeftType, name) is PeftType[name] is PeftType(name)
+    assert member == name and member.value == name and json.dumps(member) == f'"{name}"'
+    assert copy.deepcopy(member) is member is pickle.loads(pickle.dumps(member))
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is type(config)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[member]
+    assert issubclass(tuner, InstancePromptModel)
+    assert tuner.prefix == name.lower() + "_", "transformers derives the prefix itself"
+
+
+def test_registering_twice_changes_nothing(kind: str) -> None:
+    config = type(METHODS[kind]())
+    member = METHODS[kind]().peft_type
+    tuner, before = PEFT_TYPE_TO_TUNER_MAPPING[member], list(PeftType)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register_method(member.name.lower(), config, tuner)
+    assert add_peft_type(member.name) is member
+    assert list(PeftType) == before
+    assert PEFT_TYPE_TO_TUNER_MAPPING[member] is tuner
+
+
+def test_stands_aside_for_peft(kind: str) -> None:
+    lora = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA]
+    with pytest.warns(UserWarning, match="PEFT has a method named 'lora' of its own .*LoraConfig"):
+        register_method("lora", type(METHODS[kind]()), InstancePromptModel)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is lora
+
+
+def test_a_peft_that_knows_the_name_already() -> None:
+    """In a process of its own, where the enum has the name before this package is imported."""
+    code = """
+import warnings
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.peft_types import PeftType
+member = str.__new__(PeftType, "IAPT")
+member._name_ = member._value_ = "IAPT"
+type.__setattr__(PeftType, "IAPT", member)
+PeftType._member_map_["IAPT"] = PeftType._value2member_map_["IAPT"] = member
+PeftType._member_names_.append("IAPT")
+class Theirs: pass
+PEFT_TYPE_TO_CONFIG_MAPPING[member] = Theirs
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peft_instance_prompt
+assert any("'iapt' of its own" in str(one.message) for one in caught), caught
+assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is Theirs
+assert list(PeftType).count("IAPT") == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

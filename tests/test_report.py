@@ -1,0 +1,227 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The report on own, shuffled, mean and no prompts, against loops by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from methods import METHODS
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification
+
+from peft_instance_prompt import IAPTConfig, instance_report
+from peft_instance_prompt.report import PROMPTS, InstanceReport
+
+
+SLOTS = 4
+
+
+def rows(number: int) -> list[dict[str, torch.Tensor]]:
+    """Rows that begin alike; the first five tokens are the instruction."""
+    ids = torch.randint(3, tiny.VOCAB, (number, 8))
+    ids[:, 0] = 1
+    labels = ids.masked_fill(torch.arange(8) < 5, -100)
+    return [{"input_ids": i, "labels": l} for i, l in zip(ids, labels)]
+
+
+def stack_rows(data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in data]) for name in data[0]}
+
+
+def adapted(kind: str = "iapt", **changes):
+    fields = {"task_type": "CAUSAL_LM", "init_weights": False, **changes}
+    return get_peft_model(tiny.causal_lm(), METHODS[kind](**fields)).eval()
+
+
+def alone(model, data, **kwargs) -> torch.Tensor:
+    """The loss of each row in a batch of its own."""
+    with torch.no_grad():
+        return torch.stack([model(**stack_rows([row]), **kwargs).loss for row in data]).double()
+
+
+def with_slots(model, data, states: dict[int, torch.Tensor] | None = None):
+    """Run each row alone; write `states` (n, l, d) into the slots of each layer, or read what stands there."""
+    read: dict[int, list] = {}
+
+    def hook(number, module, args, kwargs):
+        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        if states is None:
+            read.setdefault(number, []).append(hidden[0, :SLOTS])
+        else:
+            hidden[0, :SLOTS] = states[number][len(read.setdefault(number, []))]
+            read[number].append(None)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    layers = model.get_base_model().model.layers
+    handles = [
+        layer.register_forward_pre_hook(lambda *a, n=n: hook(n, *a), with_kwargs=True)
+        for n, layer in enumerate(layers)
+    ]
+    losses = alone(model, data)
+    for handle in handles:
+        handle.remove()
+    return losses, ({n: torch.stack(part) for n, part in read.items()} if states is None else None)
+
+
+def test_own_and_none(kind):
+    model, data = adapted(kind), rows(5)
+    report = instance_report(model, data, batch_size=3)
+    assert len(report) == 5
+    torch.testing.assert_close(report.values["loss"]["own"], alone(model, data), atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(report.values["loss"]["none"], alone(model, data), atol=1e-5, rtol=1e-5)
+        guesses = model(**stack_rows(data)).logits.argmax(dim=-1)
+    right = [(guesses[n, 4:7] == row["labels"][5:]).double().mean() for n, row in enumerate(data)]
+    assert report.values["accuracy"]["none"].tolist() == pytest.approx([value.item() for value in right])
+
+
+def test_shuffled_and_mean():
+    """Against hooks of the test's own that write into the slots, here the first positions, of each layer's input."""
+    model, data = adapted(), rows(4)
+    own, states = with_slots(model, data)
+    report = instance_report(model, DataLoader(data, batch_size=2, collate_fn=stack_rows))
+    torch.testing.assert_close(report.values["loss"]["own"], own, atol=1e-5, rtol=1e-5)
+    swapped = {n: part[[1, 0, 3, 2]] for n, part in states.items()}  # of two rows each gets the other's
+    shuffled, _ = with_slots(model, data, swapped)
+    torch.testing.assert_close(report.values["loss"]["shuffled"], shuffled, atol=1e-5, rtol=1e-5)
+    mean, _ = with_slots(
+        model, data, {n: part.mean(dim=0, keepdim=True).expand_as(part) for n, part in states.items()}
+    )
+    torch.testing.assert_close(report.values["loss"]["mean"], mean, atol=1e-5, rtol=1e-5)
+    assert ((own - shuffled).abs() > 1e-3).all() and ((own - mean).abs() > 1e-3).all()
+
+
+def test_a_last_batch_of_one_row_borrows_from_the_batch_before():
+    model, data = adapted(), rows(3)
+    _, states = with_slots(model, data)
+    shuffled, _ = with_slots(model, data, {n: part[[1, 0, 0]] for n, part in states.items()})
+    report = instance_report(model, data, batch_size=2)
+    torch.testing.assert_close(report.values["loss"]["shuffled"], shuffled, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nobody_gets_its_own(seed):
+    values = instance_report(adapted(), rows(9), batch_size=9, seed=seed).values["loss"]
+    assert ((values["own"] - values["shuffled"]).abs() > 1e-4).all()
+
+
+def test_a_constant_prompt_cannot_tell_instances_apart(kind):
+    """The control that is fed a constant: own, shuffled and mean are one and the same, and none is not."""
+    values = instance_report(adapted(kind, condition="constant"), rows(5), batch_size=3).values["loss"]
+    for other in ("shuffled", "mean"):
+        torch.testing.assert_close(values["own"], values[other], atol=1e-4, rtol=1e-4)
+    assert ((values["own"] - values["none"]).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("num_labels", [3, 1])
+def test_classification_and_regression(num_labels):
+    """Labels per row; without the prompt the trained head stays."""
+    config = tiny.configure("llama", num_labels=num_labels)
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_config(config),
+        IAPTConfig(task_type="SEQ_CLS", bottleneck_dim=8, init_weights=False),
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    ids = torch.randint(3, tiny.VOCAB, (4, 6))
+    labels = torch.tensor([0, 2, 1, 0]) if num_labels == 3 else torch.tensor([0.5, -1.0, 2.0, 0.0])
+    data = [{"input_ids": i, "labels": l} for i, l in zip(ids, labels)]
+    report = instance_report(model, data, batch_size=2)
+    torch.testing.assert_close(report.values["loss"]["own"], alone(model, data), atol=1e-5, rtol=1e-5)
+    assert ("accuracy" in report.values) == (num_labels == 3)
+    if num_labels == 3:
+        right = model(input_ids=ids).logits.argmax(dim=-1) == labels
+        assert report.values["accuracy"]["own"].tolist() == right.double().tolist()
+    layer = model.get_base_model().model.iapt
+    layer.enable_adapters(False)
+    torch.testing.assert_close(report.values["loss"]["none"], alone(model, data), atol=1e-5, rtol=1e-5)
+
+
+def test_own_metric_and_own_scope():
+    """A metric of the caller's, and labels on all tokens with `instruction_mask` to say what the prompt is made from."""
+    data = [{**row, "labels": row["input_ids"], "instruction_mask": torch.arange(8) < 5} for row in rows(4)]
+
+    def first_logit(logits, batch):
+        assert logits.shape[:2] == batch["labels"].shape
+        return logits[:, 0, 0]
+
+    model = adapted()
+    report = instance_report(model, data, batch_size=2, metric=first_logit)
+    assert list(report.values) == ["loss", "first_logit"]
+    batch = stack_rows(data)
+    torch.testing.assert_close(report.values["first_logit"]["own"], model(**batch).logits[:, 0, 0].detach().double())
+
+
+def test_the_model_is_left_as_it_was():
+    model, data = adapted().train(), rows(2)
+    model.base_model.model.lm_head.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    instance_report(model, data)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+
+
+def make_report(own: torch.Tensor, **others: torch.Tensor) -> InstanceReport:
+    return InstanceReport({"loss": {p: others.get(p, own) for p in PROMPTS}}, level=0.95, resamples=2000, seed=0)
+
+
+def test_intervals():
+    """For many instances, the interval of the mean is that of the normal distribution; differences are paired."""
+    own = torch.randn(400, dtype=torch.double) * 3 + 5
+    summary = make_report(own, none=own + 1, mean=torch.randn(400, dtype=torch.double)).summary()["loss"]
+    half = 1.96 * own.std().item() / math.sqrt(400)
+    found = summary["own"]
+    assert found["mean"] == pytest.approx(own.mean().item())
+    assert found["high"] - found["mean"] == pytest.approx(half, rel=0.12)
+    assert found["mean"] - found["low"] == pytest.approx(half, rel=0.12)
+    # Paired: the same for each instance, so certain, although each of the two means is not.
+    assert list(summary["own - none"].values()) == pytest.approx([-1.0, -1.0, -1.0])
+    difference = summary["own - mean"]
+    assert difference["high"] - difference["low"] > 2 * half
+
+
+def test_text_and_json():
+    report = instance_report(adapted(), rows(4), batch_size=2, resamples=50)
+    lines = str(report).splitlines()
+    assert "4 instances" in lines[0] and lines[1].split() == ["prompt", "loss", "accuracy"]
+    names = ["own", "shuffled", "mean", "none", "own - shuffled", "own - mean", "own - none"]
+    assert [line[:16].strip() for line in lines[2:]] == names
+    assert f"{report.values['loss']['own'].mean():.4f} [" in lines[2]
+    read = json.loads(report.to_json())
+    assert read["values"]["loss"]["none"] == report.values["loss"]["none"].tolist()
+    assert read["summary"] == report.summary() == report.summary()  # resampled alike each time
+    assert read["instances"] == 4 and list(read["summary"]["accuracy"]) == names
+
+
+def test_bad_input():
+    model, data = adapted(), rows(2)
+    for fields, message in (({"level": 1.0}, "`level`"), ({"resamples": 0}, "`resamples`")):
+        with pytest.raises(ValueError, match=message):
+            instance_report(model, data, **fields)
+    with pytest.raises(ValueError, match="two instances"):
+        instance_report(model, data[:1])
+    with pytest.raises(ValueError, match="`labels`"):
+        instance_report(model, [{"input_ids": row["input_ids"]} for row in data])
+    with pytest.raises(ValueError, match="active"):
+        instance_report(tiny.causal_lm(), data)

@@ -1,0 +1,135 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Slots, against lists put together in Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_instance_prompt import slots
+
+
+def merged(anchor: list[int], live: list[bool], num_tokens: int) -> list[str]:
+    """One row: dead slots at the left edge, each live slot before its token."""
+    row = [f"s{k}" for k in range(len(anchor)) if not live[k]]
+    for t in range(num_tokens + 1):
+        row += [f"s{k}" for k in range(len(anchor)) if live[k] and anchor[k] == t]
+        row += [f"t{t}"] if t < num_tokens else []
+    return row
+
+
+def names(order: torch.Tensor, num_slots: int) -> list[str]:
+    return [f"s{n}" if n < num_slots else f"t{n - num_slots}" for n in order.tolist()]
+
+
+CASES = [
+    ([[0, 0, 0]], [[1, 1, 1]], 4),
+    ([[1, 1, 1]], [[1, 1, 1]], 4),
+    ([[4, 4, 4]], [[1, 1, 1]], 4),
+    ([[0, 2, 4], [2, 0, 3]], [[1, 1, 1], [1, 1, 1]], 4),  # anchors need not be sorted
+    ([[0, 2, 4], [2, 0, 3]], [[0, 1, 1], [1, 0, 0]], 4),
+    ([[0, 0]], [[0, 0]], 1),
+]
+
+
+@pytest.mark.parametrize(("anchor", "live", "num_tokens"), CASES)
+def test_arrange(anchor: list, live: list, num_tokens: int) -> None:
+    layout = slots.arrange(torch.tensor(anchor), num_tokens, torch.tensor(live).bool())
+    L = len(anchor[0])
+    assert (layout.num_slots, layout.num_tokens) == (L, num_tokens)
+    assert layout.all_live == all(all(row) for row in live)
+    for b in range(len(anchor)):
+        row = names(layout.order[b], L)
+        assert row == merged(anchor[b], live[b], num_tokens)
+        assert [row[n] for n in layout.slot_index[b]] == [f"s{k}" for k in range(L)]
+        assert [row[n] for n in layout.token_index[b]] == [f"t{t}" for t in range(num_tokens)]
+    assert torch.equal(layout.read_index, layout.token_index)
+
+
+def test_read_index_is_that_of_the_last_slot_behind_the_instruction() -> None:
+    anchor = torch.tensor([[3, 3], [0, 3], [0, 0], [3, 3]])
+    live = torch.tensor([[1, 1], [1, 1], [1, 1], [0, 0]]).bool()
+    layout = slots.arrange(anchor, 5, live, last=torch.tensor([2, 2, 2, 2]))
+    moved = (layout.read_index - layout.token_index).tolist()
+    assert moved == [[0, 0, 2, 0, 0], [0, 0, 1, 0, 0], [0] * 5, [0] * 5]
+    for b, place in enumerate(("s1", "s1", "t2", "t2")):
+        assert names(layout.order[b], 2)[layout.read_index[b, 2]] == place
+
+
+def test_insert_then_take_gives_back_tokens_and_slots() -> None:
+    tokens, prompts = torch.randn(2, 5, 3), torch.randn(2, 2, 3)
+    layout = slots.arrange(torch.tensor([[0, 5], [3, 1]]), 5)
+    both = slots.insert(tokens, prompts, layout)
+    assert both.shape == (2, 7, 3)
+    assert torch.equal(slots.take(both, layout.token_index), tokens)
+    assert torch.equal(slots.take(both, layout.slot_index), prompts)
+    assert torch.equal(both[0, 0], prompts[0, 0]) and torch.equal(both[0, 6], prompts[0, 1])
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert slots.insert(mask, layout.live, layout).tolist() == [[1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_take_along_each_dimension(dim: int) -> None:
+    values, index = torch.randn(2, 5, 6, 7), torch.tensor([[4, 0, 2], [1, 1, 3]])
+    taken = slots.take(values, index, dim)
+    for b in range(2):
+        assert torch.equal(taken[b], values[b].index_select(dim - 1, index[b]))
+    assert taken.is_contiguous()
+
+
+def test_fill_replaces_or_adds_in_the_slots_only() -> None:
+    states, prompts = torch.randn(2, 7, 3), torch.randn(2, 2, 3)
+    layout = slots.arrange(torch.tensor([[0, 5], [3, 1]]), 5)
+    written, added = slots.fill(states, prompts, layout), slots.fill(states, prompts, layout, add=True)
+    for out, expected in ((written, prompts), (added, slots.take(states, layout.slot_index) + prompts)):
+        assert torch.allclose(slots.take(out, layout.slot_index), expected)
+        assert torch.equal(slots.take(out, layout.token_index), slots.take(states, layout.token_index))
+    assert slots.fill(states.half(), prompts, layout).dtype == torch.half
+
+
+def test_fill_passes_gradients_to_prompts_and_tokens() -> None:
+    states, prompts = torch.randn(1, 4, 3, requires_grad=True), torch.randn(1, 1, 3, requires_grad=True)
+    slots.fill(states, prompts, slots.arrange(torch.tensor([[1]]), 3)).sum().backward()
+    assert prompts.grad.eq(1).all()
+    assert states.grad[0, :, 0].tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_positions_count_live_slots(rows: int | None) -> None:
+    # Left padding of one; the two slots stand before the first real token, behind it, or at the end; one may be dead.
+    own = torch.tensor([[0, 0, 1, 2]]).expand(4, 4)
+    first = torch.tensor([1, 1, 1, 1])
+    live = torch.tensor([[1, 1], [1, 1], [1, 1], [0, 1]]).bool()
+    layout = slots.arrange(torch.tensor([[1, 1], [2, 2], [4, 4], [1, 1]]), 4, live)
+    ids = own if rows is None else own.expand(rows, 4, 4)
+    out = slots.insert_positions(ids, first, layout)
+    for positions in out[None] if rows is None else out:
+        inside = [[p for p, n in zip(positions[b].tolist(), names(layout.order[b], 2)) if n != "t0"] for b in range(4)]
+        assert inside[:3] == [[0, 1, 2, 3, 4]] * 3
+        assert inside[3][1:] == [0, 1, 2, 3], "a dead slot, the first here, moves nothing"
+
+
+def test_positions_need_not_start_at_zero() -> None:
+    layout = slots.arrange(torch.tensor([[0], [2]]), 3)
+    out = slots.insert_positions(torch.tensor([[5, 6, 7], [5, 6, 7]]), torch.tensor([0, 0]), layout)
+    assert out.tolist() == [[5, 6, 7, 8], [5, 6, 7, 8]]
+
+
+def test_dead_slots_at_the_end() -> None:
+    live = torch.tensor([[False, True], [True, True], [False, False]])
+    layout = slots.arrange(torch.tensor([[0, 0], [1, 3], [0, 2]]), 3, live, dead_at_end=True)
+    # Slots are 0 and 1, tokens 2, 3 and 4.
+    assert layout.order.tolist() == [[1, 2, 3, 4, 0], [2, 0, 3, 4, 1], [2, 3, 4, 0, 1]]

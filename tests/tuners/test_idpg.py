@@ -1,0 +1,442 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is IDPG's own: sizes, maths, where M(x) comes from and when, the places of the slots, presets, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import adapted, assert_same, batch, causal_lm, encoder, pair, perturb
+from torch import nn
+
+from peft_instance_prompt import IDPGConfig
+from peft_instance_prompt.intercept import intercept
+from peft_instance_prompt.layer import InstancePromptLayer
+from peft_instance_prompt.stack import describe, find_stacks
+from peft_instance_prompt.tuners.idpg import IDPGGenerator
+
+
+INPUTS = batch(9, 6)
+LABELS = INPUTS["input_ids"].where(torch.arange(9) > 5, -100)
+VECTORS = torch.randn(2, 12, generator=torch.Generator().manual_seed(5))
+d, L = 32, 3
+
+
+def config(**fields) -> IDPGConfig:
+    return IDPGConfig(**{"task_type": "CAUSAL_LM", "phm_n": 4, "num_virtual_tokens": 4, "dropout": 0.0, **fields})
+
+
+def given(**fields) -> IDPGConfig:
+    return config(instance_source="instance_embeds", instance_embeds_dim=12, **fields)
+
+
+def generator_of(model: nn.Module, name: str = "default") -> IDPGGenerator:
+    (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
+    return layer.generators[name]
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def logits(model: PeftModel, **kwargs) -> torch.Tensor:
+    return model(**INPUTS, **kwargs).logits
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [("m-phm", 137_232), ("m-dnn", 221_200), ("s-phm", 107_776), ("s-dnn", 1_578_240), ("m-phm-glove", 144_704)],
+)
+def test_parameter_count_of_the_paper(preset: str, expected: int) -> None:
+    """RoBERTa-large: d = 1024, 24 layers, 5 prompt vectors; the generator alone."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 8}
+    with torch.device("meta"):
+        base = tf.RobertaModel(tf.RobertaConfig(vocab_size=8, **sizes))
+        ((layers, stack),) = find_stacks(base).items()
+        generator = IDPGGenerator(IDPGConfig.preset(preset), describe(base, layers, stack))
+    assert count(generator) == expected
+
+
+@pytest.mark.parametrize(("sharing", "bottlenecks", "biases"), [("all", 1, 1), ("bias", 1, L), ("none", L, L)])
+def test_what_depths_share(sharing: str, bottlenecks: int, biases: int) -> None:
+    model = get_peft_model(causal_lm(), config(layer_sharing=sharing, bottleneck_dim=8))
+    one = 2 * 4**3 + d * 8 // 4 + 8 + 8 * 4 * d // 4
+    assert model.get_nb_trainable_parameters()[0] == bottlenecks * one + biases * 4 * d
+
+
+def test_layers_to_transform() -> None:
+    assert generator_of(get_peft_model(causal_lm(), config(layers_to_transform=[2, 0]))).depths == (-1, 2)
+    assert generator_of(get_peft_model(causal_lm(), config(multi_layer=False))).depths == (-1,)
+
+
+def test_shared_left_factors_are_one_tensor(tmp_path: Path) -> None:
+    """Saved once, and still one tensor after loading: a step of training moves both matrices alike."""
+    fields = {"phm_share_A": True, "layer_sharing": "none", "bottleneck_dim": 8}
+    model = adapted(causal_lm(), config(**fields))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in saved.values()) == model.get_nb_trainable_parameters()[0]
+    assert len([name for name in saved if name.endswith(".A")]) == L
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(
+            causal_lm(), tmp_path, adapter_name="other", is_trainable=True, low_cpu_mem_usage=low
+        )
+        assert torch.equal(logits(loaded.eval()), expected)
+        assert count(generator_of(loaded, "other")) == count(generator_of(model))
+        (bottleneck, *_) = generator_of(loaded, "other").bottleneck
+        before = bottleneck.up(torch.ones(1, 8))
+        with torch.no_grad():
+            bottleneck.down.A.mul_(2)
+        assert_same(bottleneck.up(torch.ones(1, 8)), 2 * before)
+
+
+# --------------------------------------------------------------------------------------------------------------- maths
+
+
+def matrix(linear: nn.Module) -> torch.Tensor:
+    if isinstance(linear, nn.Linear):
+        return linear.weight.T
+    A = linear.A if linear.A is not None else linear._owner_of_A[0].A
+    return sum(torch.kron(a, b) for a, b in zip(A, linear.B))
+
+
+def bottleneck(generator: IDPGGenerator, x: torch.Tensor, number: int, bias: int, paper: bool) -> torch.Tensor:
+    """What is generated (l, d) from one vector x (k): `gelu(x W1 + b1) W2 + b2`; x in units of its rms if not as in the paper."""
+    part = generator.bottleneck[number]
+    x = x if paper else x / x.pow(2).mean().sqrt()
+    u = nn.functional.gelu(x @ matrix(part.down) + part.down.bias)
+    return (u @ matrix(part.up) + generator.bias[bias]).view(4, -1)
+
+
+@pytest.mark.parametrize("projection", ["phm", "dense"])
+@pytest.mark.parametrize("paper", [True, False])
+@pytest.mark.parametrize("depth_input", ["previous", "instance"])
+@torch.no_grad()
+def test_multi_layer_against_the_base_model_with_the_prompt_in_its_input(projection, paper, depth_input) -> None:
+    """One row; the slots are given to the bare model as embeddings behind the first token, and hooks add to them."""
+    fields = {"projection": projection, "depth_input": depth_input, "init_weights": "paper" if paper else True}
+    model = adapted(causal_lm(), config(**fields))
+    generator, base = generator_of(model), causal_lm()
+    ids = INPUTS["input_ids"][:1]
+    M = base.model(ids).last_hidden_state[0, -1]  # (d,)
+
+    def unit(states: torch.Tensor) -> torch.Tensor:
+        return 1.0 if paper else states[0].pow(2).mean().sqrt()
+
+    embeds = base.get_input_embeddings()(ids)[0]  # (S, d)
+    prompt = bottleneck(generator, M, 0, 0, paper) * unit(embeds) + (0 if paper else embeds[0])
+    embeds = torch.cat([embeds[:1], prompt, embeds[1:]])  # (S + 4, d)
+
+    def add(number: int):
+        def hook(layer, args):
+            states = args[0][0].clone()  # (S + 4, d)
+            x = states[-1] if depth_input == "previous" else M
+            states[1:5] += bottleneck(generator, x, 0, number, paper) * unit(states)
+            return (states[None], *args[1:])
+
+        return hook
+
+    for number in (1, 2):
+        base.model.layers[number].register_forward_pre_hook(add(number))
+    expected = base(inputs_embeds=embeds[None]).logits[:, [0, *range(5, 13)]]
+    assert_same(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_embeddings_and_given_vectors() -> None:
+    base = causal_lm()
+    for fields, M in [
+        ({"instance_source": "embeddings"}, base.get_input_embeddings()(INPUTS["input_ids"])[1, 3:6].mean(dim=0)),
+        ({"instance_source": "instance_embeds", "instance_embeds_dim": 12}, VECTORS[1]),
+    ]:
+        model, seen = adapted(causal_lm(), config(multi_layer=False, bottleneck_dim=8, **fields)), []
+        with intercept(lambda made: seen.append(made)):
+            model(**INPUTS, labels=LABELS, **({"instance_embeds": VECTORS} if "instance_embeds_dim" in fields else {}))
+        assert_same(seen[0].values[1], M)
+        first = base.get_input_embeddings()(INPUTS["input_ids"])[1, 3]
+        assert_same(
+            seen[1].values[1], first + first.pow(2).mean().sqrt() * bottleneck(generator_of(model), M, 0, 0, False)
+        )
+
+
+@pytest.mark.parametrize(
+    ("base", "pooling", "pick"),
+    [
+        (causal_lm, "auto", lambda states: states[-1]),
+        (causal_lm, "first", lambda states: states[0]),
+        (causal_lm, "mean", lambda states: states.mean(dim=0)),
+        (encoder, "auto", lambda states: states[0]),
+        (encoder, "last", lambda states: states[-1]),
+        (pair, "auto", lambda states: states.mean(dim=0)),
+    ],
+)
+@torch.no_grad()
+def test_what_is_pooled(base, pooling: str, pick) -> None:
+    model = base()
+    stack = model.encoder if base is pair else getattr(model, "model", model)
+    states = stack(**INPUTS).last_hidden_state[0]  # (S, d)
+    fields = {"task_type": None, "multi_layer": False, "bottleneck_dim": 8, "instance_pooling": pooling}
+    model, seen = get_peft_model(model, config(**fields)).eval(), []
+    decoder = {"decoder_input_ids": torch.tensor([[0], [0]])} if base is pair else {}
+    with intercept(lambda made: seen.append(made.values)):
+        model(**INPUTS, **decoder)
+    assert_same(seen[0][0], pick(states))
+
+
+def test_projected_embeddings() -> None:
+    """OPT-350m: embeddings of 24, layers of 32; the input has matrices of its own, and M(x) the width of the embeddings."""
+    model = adapted(causal_lm("opt"), config())
+    shapes = [(part.down.in_features, part.up.out_features) for part in generator_of(model).bottleneck]
+    assert shapes == [(24, 4 * 24), (32, 4 * 32)]
+    model(**INPUTS, labels=LABELS).loss.backward()
+    assert all(p.grad.any() for p in generator_of(model).parameters())
+
+
+# ----------------------------------------------------------------------------------------------------- the frozen pass
+
+
+@pytest.mark.parametrize(
+    ("fields", "extra"),
+    [
+        ({}, 1),
+        ({"depth_input": "instance"}, 1),
+        ({"multi_layer": False, "bottleneck_dim": 8}, 1),
+        ({"instance_source": "embeddings"}, 0),
+        ({"condition": "constant"}, 0),
+    ],
+)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
+def test_frozen_pass_runs_once(fields: dict, extra: int, how: dict) -> None:
+    model = adapted(causal_lm(), config(**fields))
+    calls = []
+    model.base_model.model.model.layers[0].register_forward_hook(lambda *_: calls.append(None))
+    model.generate(**INPUTS, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0, **how)
+    assert len(calls) == 5 + extra
+    calls.clear()
+    model.train()(**INPUTS, labels=LABELS).loss.backward()
+    assert len(calls) == 1 + extra
+
+
+def test_frozen_pass_has_no_dropout_and_no_gradient() -> None:
+    model, seen = get_peft_model(causal_lm(attention_dropout=0.5), config()), []
+    for train in (False, True, True):
+        model.train(train)
+        modes = [module.training for module in model.modules()]
+        with intercept(lambda made: seen.append(made.values) if made.depth is None else None):
+            model(**INPUTS, labels=LABELS)
+        assert modes == [module.training for module in model.modules()]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
+    assert not seen[1].requires_grad
+
+
+def test_dropout_in_training_only() -> None:
+    model = adapted(causal_lm(), config(dropout=0.5))
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    assert not torch.equal(logits(model, labels=LABELS), logits(model, labels=LABELS))
+    model.add_adapter("later", config(dropout=0.5))
+    model.eval().add_adapter("latest", config(dropout=0.5))
+    assert generator_of(model, "latest").training is False
+
+
+def test_constant_condition() -> None:
+    """All instances get one prompt, the constant is trained, and nothing else of the generator changes."""
+    model, seen = adapted(causal_lm(), config(condition="constant", init_weights="paper")), []
+    with intercept(lambda made: seen.append(made.values)):
+        model(**INPUTS, labels=LABELS).loss.backward()
+    assert len(seen) == L and all(torch.equal(made[0], made[1]) for made in seen)
+    generator = generator_of(model)
+    assert generator.constant[0].grad.any()
+    assert count(generator) == count(generator_of(get_peft_model(causal_lm(), config()))) + d
+
+
+# ------------------------------------------------------------------------------------------------- places of the slots
+
+
+@torch.no_grad()
+def test_end_of_a_causal_instruction() -> None:
+    """The next token is predicted at the last slot."""
+    fields = {"multi_layer": False, "bottleneck_dim": 8, "prompt_position": "end"}
+    model, base, seen = adapted(causal_lm(), config(**fields)), causal_lm(), []
+    with intercept(lambda made: seen.append(made.values)):
+        actual = model(**INPUTS, labels=LABELS).logits  # the instruction is the tokens 0 to 5
+    for row, start in ((0, 0), (1, 3)):
+        embeds = base.get_input_embeddings()(INPUTS["input_ids"][row])  # (S, d)
+        embeds = torch.cat([embeds[start:6], seen[1][row], embeds[6:]])
+        expected = base(inputs_embeds=embeds[None]).logits[0]
+        n = 6 - start
+        assert_same(actual[row, start:], expected[[*range(n - 1), n + 3, *range(n + 4, n + 7)]])
+
+
+@torch.no_grad()
+def test_end_of_a_fresh_prompt_goes_on_from_the_last_token() -> None:
+    model, seen = get_peft_model(causal_lm(), config(prompt_position="end")).eval(), []
+    with intercept(lambda made: seen.append(made.values) if made.depth == -1 else None):
+        model(**INPUTS)
+    assert_same(seen[0], model.get_input_embeddings()(INPUTS["input_ids"][:, -1:]).expand(-1, 4, -1))
+
+
+@torch.no_grad()
+def test_end_of_an_encoder_is_before_its_end_token() -> None:
+    fields = {"task_type": None, "multi_layer": False, "bottleneck_dim": 8, "prompt_position": "end"}
+    model, base, seen = adapted(encoder(), config(**fields)), encoder(), []
+    inputs = batch(9, 6, side="right")
+    with intercept(lambda made: seen.append(made.values)):
+        actual = model(**inputs).last_hidden_state
+    for row, n in ((0, 9), (1, 6)):
+        embeds = base.get_input_embeddings()(inputs["input_ids"][row, :n])  # (n, d)
+        embeds = torch.cat([embeds[:-1], seen[1][row], embeds[-1:]])
+        expected = base(inputs_embeds=embeds[None]).last_hidden_state[0]
+        assert_same(actual[row, :n], expected[[*range(n - 1), n + 3]])
+
+
+# -------------------------------------------------------------------------------------------------------- given vectors
+
+
+def test_given_vectors_in_generate() -> None:
+    """Beams included; another vector gives another text; and it is what forward says with the same vectors."""
+    model = adapted(causal_lm(), given())
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    texts = [model.generate(**INPUTS, instance_embeds=v, num_beams=2, **how) for v in (VECTORS, VECTORS, -VECTORS)]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    text = model.generate(**INPUTS, instance_embeds=VECTORS, **how)
+    mask = torch.cat([INPUTS["attention_mask"], torch.ones(2, 5, dtype=torch.long)], dim=1)
+    instruction = mask.clone()
+    instruction[:, 9:] = 0
+    kwargs = {"attention_mask": mask, "instruction_mask": instruction, "instance_embeds": VECTORS}
+    assert torch.equal(model(text[:, :-1], **kwargs).logits[:, 8:].argmax(-1), text[:, 9:])
+
+
+@pytest.mark.parametrize(
+    ("vectors", "error", "says"),
+    [
+        (None, ValueError, r"needs `instance_embeds`.*\(2, 12\)"),
+        (torch.randn(2, 13), ValueError, r"`instance_embeds`.*\(2, 12\).*\(2, 13\)"),
+        (torch.randn(3, 12), ValueError, r"`instance_embeds`.*\(2, 12\).*\(3, 12\)"),
+        (torch.randn(12), ValueError, r"`instance_embeds`.*\(2, 12\).*\(12,\)"),
+        (torch.ones(2, 12, dtype=torch.long), TypeError, "`instance_embeds` must be a tensor of floats.*int64"),
+        ([[0.0] * 12] * 2, TypeError, "`instance_embeds` must be a tensor of floats.*list"),
+    ],
+)
+def test_bad_instance_embeds(vectors, error: type, says: str) -> None:
+    model = get_peft_model(causal_lm(), given()).eval()
+    with pytest.raises(error, match=says):
+        model(**INPUTS, instance_embeds=vectors)
+    if not isinstance(vectors, list):
+        with pytest.raises(error, match="`instance_embeds`"):
+            model.generate(**INPUTS, instance_embeds=vectors, max_new_tokens=2, pad_token_id=0)
+    assert model(**INPUTS, instance_embeds=VECTORS).logits.isfinite().all()
+
+
+def test_instance_embeds_that_are_not_used() -> None:
+    model = get_peft_model(causal_lm(), config()).eval()
+    expected = logits(model)
+    with pytest.warns(UserWarning, match="`instance_embeds` are not used.*'frozen'"):
+        assert torch.equal(logits(model, instance_embeds=VECTORS), expected)
+
+
+def test_mixed_batch_of_sources() -> None:
+    """One row's adapter takes the vectors, the other's makes its own."""
+    model = adapted(causal_lm(), given())
+    model.add_adapter("own", config())
+    perturb(model, 1, adapter="own")
+    rows = {}
+    for name in ("default", "own"):
+        model.set_adapter(name)
+        rows[name] = logits(model, instance_embeds=VECTORS)
+    mixed = logits(model, instance_embeds=VECTORS, adapter_names=["own", "default"])
+    assert_same(mixed[0], rows["own"][0])
+    assert_same(mixed[1, 3:], rows["default"][1, 3:])
+
+
+# ------------------------------------------------------------------------------------------------------------- configs
+
+
+def test_presets() -> None:
+    fields = {name: IDPGConfig.preset(name) for name in ("s-phm", "s-dnn", "m-phm", "m-dnn", "m-phm-glove")}
+    assert [c.bottleneck_dim for c in fields.values()] == [256, 256, 16, 16, 16]
+    assert [c.phm_share_A for c in fields.values()] == [True, True, False, False, False]
+    assert fields["m-phm"].to_dict() == IDPGConfig().to_dict()
+    assert IDPGConfig.preset("m-phm-glove", instance_embeds_dim=100).instance_embeds_dim == 100
+    with pytest.raises(ValueError, match=r"no preset 'l-phm'.*'s-phm', 's-dnn', 'm-phm', 'm-dnn', 'm-phm-glove'"):
+        IDPGConfig.preset("l-phm")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"projection": "lowrank"}, ValueError, r"`projection`.*'phm', 'dense'.*'lowrank'"),
+        ({"phm_n": 0}, ValueError, "`phm_n` must be at least 1, got 0"),
+        ({"layer_sharing": "some"}, ValueError, "`layer_sharing`.*'some'"),
+        ({"depth_input": "next"}, ValueError, "`depth_input`.*'next'"),
+        ({"instance_source": "glove"}, ValueError, "`instance_source`.*'glove'"),
+        ({"instance_pooling": "max"}, ValueError, "`instance_pooling`.*'max'"),
+        ({"multi_layer": "yes"}, ValueError, "`multi_layer`.*'yes'"),
+        ({"dropout": 1.0}, ValueError, r"`dropout`.*\[0, 1\).*1.0"),
+        ({"instance_source": "instance_embeds"}, ValueError, "`instance_embeds_dim`.*None with 'instance_embeds'"),
+        ({"instance_embeds_dim": 12}, ValueError, "`instance_embeds_dim`.*12 with 'frozen'"),
+        ({"multi_layer": False, "layers_to_transform": [1]}, ValueError, r"`layers_to_transform`.*\[1\]"),
+        ({"prompt_position": "middle"}, ValueError, "`prompt_position`.*'end'.*'middle'"),
+    ],
+)
+def test_bad_field(fields: dict, error: type, says: str) -> None:
+    with pytest.raises(error, match=says):
+        IDPGConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"phm_n": 16, "bottleneck_dim": 8}, r"`phm_n`.*`bottleneck_dim` 8.*\[32, 128\].*got 16.*\[1, 2, 4, 8\]"),
+        ({"phm_n": 3}, r"got 3.*\[1, 2, 4, 8, 16\]"),
+        ({"phm_n": 8, "instance_source": "instance_embeds", "instance_embeds_dim": 12}, r"12.*got 8.*\[1, 2, 4\]"),
+    ],
+)
+def test_width_that_n_does_not_divide(fields: dict, says: str) -> None:
+    base = causal_lm()
+    with pytest.raises(ValueError, match=says):
+        get_peft_model(base, config(**fields))
+    assert not any("idpg" in name for name, _ in base.named_modules()) and not base._forward_pre_hooks
+    get_peft_model(base, config(**{**fields, "phm_n": 4}))
+
+
+# ----------------------------------------------------------------------------------------------------- a trained model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["m-phm", "s-phm"])
+@torch.no_grad()
+def test_fresh_adapter_does_not_hurt_a_trained_model(preset: str) -> None:
+    from smollm2 import load_smollm2
+    from vader import sentiment_splits
+
+    model, tokenizer = load_smollm2()
+    texts = [f"Review: {example['text']}" for example in sentiment_splits("movie", n_test=32)[1]]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = inputs["input_ids"].where(inputs["attention_mask"].bool(), -100)
+    before = model(**inputs, labels=labels).loss
+    model = get_peft_model(model, IDPGConfig.preset(preset, task_type="CAUSAL_LM")).eval()
+    after = model(**inputs, labels=labels, instruction_mask=inputs["attention_mask"]).loss
+    assert abs(after - before) < 0.02 * before

@@ -1,0 +1,421 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is IPT's own: the table, the encoders, both hosts, where they start, sizes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from tiny import adapted, assert_same, batch, causal_lm
+from torch import nn
+
+from peft_instance_prompt import IPTConfig
+from peft_instance_prompt.intercept import intercept
+from peft_instance_prompt.layer import InstancePromptLayer
+from peft_instance_prompt.stack import describe, find_stacks
+from peft_instance_prompt.tuners.ipt import ENCODERS, IPTGenerator, Table
+
+
+INPUTS = batch(9, 4)
+LABELS = INPUTS["input_ids"].where(torch.arange(9) > 6, -100)  # instructions of 7 and of 2 tokens
+d, L, V = 32, 3, 96
+
+
+def config(**fields) -> IPTConfig:
+    return IPTConfig(
+        **{"task_type": "CAUSAL_LM", "num_virtual_tokens": 6, "table_rank": 4, "bottleneck_dim": 5, **fields}
+    )
+
+
+def encoder(**fields) -> IPTConfig:
+    return config(**{"strategy": "encoder", **fields})
+
+
+def generator_of(model: nn.Module, name: str = "default") -> IPTGenerator:
+    (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
+    return layer.generators[name]
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return (x.pow(2).mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+@torch.no_grad()
+def logits(model: PeftModel, **kwargs) -> torch.Tensor:
+    return model(**INPUTS, **kwargs).logits
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("rank", [4, None])
+@pytest.mark.parametrize("init_weights", [True, "paper"])
+@pytest.mark.parametrize("task_prompt", [False, True])
+@torch.no_grad()
+def test_lookup_against_the_base_model_with_the_prompt_in_its_input(rank, init_weights, task_prompt) -> None:
+    """Row by row, with as many prompt vectors as there are instruction tokens, but with all if there is a task prompt."""
+    fields = {"table_rank": rank, "init_weights": init_weights, "task_prompt": task_prompt}
+    model, base = adapted(causal_lm(), config(**fields)), causal_lm()
+    generator = generator_of(model)
+    table = generator.table.weight if rank is None else generator.table.weight @ generator.table.up  # (V, d)
+    actual = model(**INPUTS, labels=LABELS).logits
+    for row, start, n in ((0, 0, 6), (1, 5, 2)):
+        ids = INPUTS["input_ids"][row, start:]
+        found = table[ids[:n]]  # (n, d)
+        found = found if init_weights == "paper" else found / rms(found) * generator.gate
+        prompt = torch.cat([found, torch.zeros(6 - n, d)]) + generator.task[0] if task_prompt else found
+        embeds = base.get_input_embeddings()(ids)
+        prompt = prompt if init_weights == "paper" else embeds[0] + rms(embeds[0]) * prompt
+        expected = base(inputs_embeds=torch.cat([prompt, embeds])[None]).logits[0, len(prompt) :]
+        assert_same(actual[row, start:], expected)
+
+
+def test_random_table_is_uniform() -> None:
+    weight = Table(1000, 50).weight
+    assert weight.min() >= -0.5 and weight.max() <= 0.5
+    assert abs(float(weight.std()) - 12**-0.5) < 0.005 and abs(float(weight.mean())) < 0.005
+    low = Table(1000, 50, rank=8)
+    assert abs(float((low.weight @ low.up).std()) - 12**-0.5) < 0.05
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_frozen_table(rank: int | None, tmp_path: Path) -> None:
+    """It gets no gradient, counts as not trained, and is saved all the same."""
+    model = adapted(causal_lm(), encoder(trainable=False, table_rank=rank))
+    generator = generator_of(model)
+    assert not any(name.startswith("table") for name, _ in generator.named_parameters())
+    with torch.no_grad():
+        for buffer in generator.table.buffers():
+            buffer.add_(torch.randn(buffer.shape))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(causal_lm(), tmp_path, adapter_name="other").eval()
+    assert torch.equal(logits(loaded), expected)
+    # In a mixed batch each row has the table of its own adapter.
+    loaded.add_adapter("fresh", encoder(trainable=False, table_rank=rank, init_weights=False))
+    loaded.set_adapter("fresh")
+    fresh = logits(loaded)
+    mixed = logits(loaded, adapter_names=["other", "fresh"])
+    assert_same(mixed[0], expected[0])
+    assert_same(mixed[1, 5:], fresh[1, 5:])
+
+
+@pytest.mark.parametrize("fields", [{}, {"strategy": "encoder", "host": "deep"}])
+def test_mixed_batch_copies_no_table(fields: dict) -> None:
+    """What is stacked over the rows of a mixed batch is everything but the table."""
+    generator = generator_of(get_peft_model(causal_lm(), config(**fields)))
+    stacked = {name for depth in generator.depths for name in generator.parameters_at(depth)}
+    assert stacked == {name for name, _ in generator.named_parameters() if not name.startswith("table.")}
+
+
+def test_table_of_the_models_embeddings() -> None:
+    base = causal_lm()
+    embeddings = base.get_input_embeddings().weight.detach().clone()
+    model = get_peft_model(base, config(table_rank="auto", init="embeddings"))
+    weight = generator_of(model).table.weight
+    assert torch.equal(weight, embeddings) and weight.requires_grad
+    assert weight.data_ptr() != base.get_input_embeddings().weight.data_ptr()
+
+
+def test_the_models_embeddings_themselves() -> None:
+    """Not trained, they are read and not copied, and need no token ids."""
+    fields = {"table_rank": "auto", "init": "embeddings"}
+    model = get_peft_model(causal_lm(), encoder(trainable=False, **fields))
+    assert generator_of(model).table is None
+    copied = get_peft_model(causal_lm(), encoder(**fields))
+    state = {n: torch.randn(p.shape) for n, p in generator_of(model).named_parameters()}
+    for one in (model, copied):
+        generator_of(one).load_state_dict(state, strict=False)
+    assert_same(logits(model.eval()), logits(copied.eval()))
+    embeds = model.get_input_embeddings()(INPUTS["input_ids"])
+    embeds, seen = embeds.detach().requires_grad_(), []
+    with intercept(lambda made: seen.append(made.values)):
+        with_embeds = model(inputs_embeds=embeds, attention_mask=INPUTS["attention_mask"]).logits
+    assert_same(with_embeds, logits(model))
+    assert not seen[0].requires_grad
+
+
+@pytest.mark.parametrize("host", ["prompt", "deep"])
+def test_embeddings_without_ids(host: str) -> None:
+    model = get_peft_model(causal_lm(), config(host=host)).eval()
+    embeds = model.get_input_embeddings()(INPUTS["input_ids"])
+    with pytest.raises(ValueError, match="looks the prompt up by token ids.*`inputs_embeds`"):
+        model(inputs_embeds=embeds, attention_mask=INPUTS["attention_mask"])
+    assert model(**INPUTS).logits.isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------------------- the encoders
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@torch.no_grad()
+def test_encoder_on_each_row_alone(kind: str) -> None:
+    """Against torch's own modules on the row's tokens without padding; rows of one token and of none among them."""
+    torch.manual_seed(3)
+    network, x = ENCODERS[kind](d, 5), torch.randn(5, 7, d)
+    counts = torch.tensor([7, 4, 2, 1, 0])
+    actual = network(x, counts)
+    assert actual.shape == (5, network.num_features) and actual.isfinite().all()
+    for row, n in enumerate(counts[:-1]):
+        one = x[row : row + 1, :n]
+        if kind == "cnn":
+            tokens = nn.functional.pad(one.mT, (0, max(5 - int(n), 0)))  # (1, d, n), at least one window
+            windows = [c(tokens[..., : max(int(n), c.kernel_size[0])]) for c in network.convolutions]
+            expected = torch.cat([w.amax(dim=-1) for w in windows], dim=-1).relu()[0]
+        elif kind == "mlp":
+            expected = network.hidden(one.mean(dim=1)).relu()[0]
+        else:
+            lstm = nn.LSTM(d, 5, num_layers=2, bidirectional=True, batch_first=True)
+            for layer, cells in enumerate(zip(network.forwards, network.backwards)):
+                for cell, suffix in zip(cells, ("", "_reverse")):
+                    for name, weight in cell.named_parameters():
+                        getattr(lstm, f"{name}_l{layer}{suffix}").copy_(weight)
+            last = lstm(one)[1][0]  # (layers * directions, 1, 5)
+            expected = torch.cat([last[-2, 0], last[-1, 0]])
+        assert_same(actual[row], expected)
+    # What stands behind a row's tokens does not matter.
+    noise = torch.where(torch.arange(7) < counts[:, None], 0.0, 100.0)[..., None]
+    assert_same(network(x + noise, counts), actual)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_what_the_encoder_reads(kind: str) -> None:
+    """The first `max_instance_tokens` of the instruction and nothing else."""
+    model = adapted(causal_lm(), encoder(encoder=kind, max_instance_tokens=5))
+    seen: list[torch.Tensor] = []
+    for changed in (None, 0, 4, 5, 7):
+        ids = INPUTS["input_ids"].clone()
+        if changed is not None:
+            ids[0, changed] = 95
+        with torch.no_grad(), intercept(lambda made: seen.append(made.values) if made.depth == -1 else None):
+            model(input_ids=ids, attention_mask=INPUTS["attention_mask"], labels=LABELS)
+    seen = [prompt[0, 1:] - prompt[0, :1] for prompt in seen]  # the first token is also what they are anchored at
+    assert [torch.equal(prompt, seen[0]) for prompt in seen] == [True, False, False, True, True]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_dropout_in_training_only(kind: str) -> None:
+    model = adapted(causal_lm(), encoder(encoder=kind, dropout=0.5))
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    assert not torch.equal(logits(model, labels=LABELS), logits(model, labels=LABELS))
+
+
+# ----------------------------------------------------------------------------------------------------------- deep host
+
+
+@pytest.mark.parametrize("init_weights", [True, "paper"])
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+@torch.no_grad()
+def test_deep_host(init_weights, layers: list[int] | None) -> None:
+    """A task prompt at every layer, and 0.05 times the instance's part added to the first, written by hooks."""
+    model = adapted(causal_lm(), config(host="deep", init_weights=init_weights, layers_to_transform=layers))
+    generator, base, ids = generator_of(model), causal_lm(), INPUTS["input_ids"][:1]
+    found = generator.table(ids[0, :6])  # (6, d)
+    found = found if init_weights == "paper" else found / rms(found) * generator.gate
+
+    def write(number: int):
+        def hook(layer, args):
+            states = args[0].clone()  # (1, 6 + S, d)
+            at = layers.index(number) if layers else number
+            prompt = generator.task[at] + (0.05 * found if at == 0 else 0.0)
+            states[0, :6] = prompt if init_weights == "paper" else states[0, 6] + rms(states[0, 6]) * prompt
+            return (states, *args[1:])
+
+        return hook
+
+    for number in layers or range(L):
+        base.model.layers[number].register_forward_pre_hook(write(number))
+    embeds = base.get_input_embeddings()(ids)
+    # What is not written to begins as a copy of the first token.
+    expected = base(inputs_embeds=torch.cat([embeds[:, :1].expand(-1, 6, -1), embeds], dim=1)).logits[:, 6:]
+    assert_same(model(ids).logits, expected)
+
+
+def test_deep_host_without_task_prompt() -> None:
+    model = get_peft_model(causal_lm(), config(host="deep", task_prompt=False))
+    assert generator_of(model).depths == (0,)
+    assert {name for name, _ in generator_of(model).named_parameters()} == {"gate", "table.weight", "table.up"}
+
+
+@pytest.mark.parametrize("fields", [{}, {"strategy": "encoder"}, {"host": "deep"}])
+def test_constant_condition(fields: dict) -> None:
+    """All instances get one prompt, made by the same generator from a learned constant; there is no table."""
+    model, seen = adapted(causal_lm(), config(condition="constant", init_weights="paper", **fields)), []
+    with intercept(lambda made: seen.append(made.values)):
+        model(**INPUTS, labels=LABELS).loss.backward()
+    for made in seen:
+        assert_same(made[0], made[1])
+    generator = generator_of(model)
+    assert generator.table is None and generator.constant.grad.any()
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    "fields", [{"strategy": s, "host": h} for s in ("lookup", "encoder") for h in ("prompt", "deep")]
+)
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_share_of_a_model_of_1b(fields: dict, kind: str) -> None:
+    """Llama 3.2 1B: the defaults stay within the 0.5 to 1.5 % that the paper states."""
+    sizes = {"vocab_size": 128_256, "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192}
+    with torch.device("meta"):
+        base = tf.LlamaForCausalLM(
+            tf.LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
+        )
+        ((layers, stack),) = find_stacks(base).items()
+        generator = IPTGenerator(IPTConfig(encoder=kind, **fields), describe(base, layers, stack))
+    total = sum(p.numel() for p in base.parameters())
+    trained = sum(p.numel() for p in generator.parameters())
+    assert abs(total / 1.236e9 - 1) < 0.001
+    assert 0.005 < trained / total < 0.015
+    table = sum(p.numel() for p in generator.table.parameters())
+    assert table == 64 * (128_256 + 2048) and table / trained > 0.8
+
+
+def test_full_table_of_a_large_vocabulary_warns() -> None:
+    with pytest.warns(UserWarning, match=r"1,600,000 parameters.*50,000.*3,202,048"):
+        get_peft_model(causal_lm(vocab_size=50_000), config(table_rank=None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(causal_lm(vocab_size=50_000), config())
+        get_peft_model(causal_lm(), config(table_rank=None))
+
+
+@pytest.mark.parametrize("resized", [100, 90])
+def test_vocabulary_that_has_changed(resized: int, tmp_path: Path) -> None:
+    model = adapted(causal_lm(), config())
+    model.save_pretrained(tmp_path)
+    base = causal_lm()
+    base.resize_token_embeddings(resized, mean_resizing=False)
+    with pytest.raises(ValueError, match=rf"`vocab_size` 96.*{resized}"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not any("ipt" in name for name, _ in base.named_modules()) and not base._forward_pre_hooks
+
+
+# ---------------------------------------------------------------------------------------------------- pretrained tables
+
+
+def pretrained(kind: str | None, rank: int | None) -> dict[str, torch.Tensor]:
+    parts = nn.ModuleDict({"table": Table(V, d, rank)})
+    if kind is not None:
+        parts["encoder"] = ENCODERS[kind](d, 5)
+    return {name: tensor + 1 for name, tensor in parts.state_dict().items()}
+
+
+@pytest.mark.parametrize(("kind", "rank", "trainable"), [(None, None, True), ("cnn", 4, True), ("lstm", 4, False)])
+def test_pretrained(kind: str | None, rank: int | None, trainable: bool, tmp_path: Path) -> None:
+    file = tmp_path / "table.safetensors"
+    tensors = pretrained(kind, rank)
+    save_file({**tensors, "head.weight": torch.ones(2)}, file)  # what else stands in the file is left alone
+    fields = {"init": "pretrained", "init_file": str(file), "table_rank": rank, "trainable": trainable}
+    model = get_peft_model(
+        causal_lm(), config(**({} if kind is None else {"strategy": "encoder", "encoder": kind}), **fields)
+    )
+    state = generator_of(model).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    # The adapter does not need the file any more, and does not keep its name.
+    adapted(model.unload(), model.peft_config["default"]).save_pretrained(tmp_path / "adapter")
+    assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert model.peft_config["default"].init_file == str(file)
+    file.unlink()
+    loaded = PeftModel.from_pretrained(causal_lm(), tmp_path / "adapter")
+    assert loaded.peft_config["default"].init == "pretrained"
+
+
+def test_bad_init_file(tmp_path: Path) -> None:
+    base = causal_lm()
+    file = tmp_path / "table.safetensors"
+    how = {"init": "pretrained", "init_file": str(file)}
+
+    def refused(says: str, **fields) -> None:
+        with pytest.raises(ValueError, match=says):
+            get_peft_model(base, config(**how, **fields))
+        assert not any("ipt" in name for name, _ in base.named_modules())
+
+    refused("`init_file`.*not a readable safetensors file")
+    file.write_text(json.dumps({}))
+    refused("`init_file`.*not a readable safetensors file")
+    save_file(pretrained(None, 8), file)
+    refused(r"table.weight \(96, 4\) \(96, 8\), table.up \(4, 32\) \(8, 32\)")
+    save_file(pretrained("cnn", 4), file)
+    refused(r"encoder.hidden.weight \(5, 32\) None", strategy="encoder", encoder="mlp")
+
+
+# ------------------------------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"strategy": "table"}, ValueError, "`strategy`.*'lookup', 'encoder'.*'table'"),
+        ({"encoder": "gru"}, ValueError, "`encoder`.*'cnn', 'mlp', 'lstm'.*'gru'"),
+        ({"host": "prefix"}, ValueError, "`host`.*'prefix'"),
+        ({"init": "zeros"}, ValueError, "`init`.*'zeros'"),
+        ({"init": "pretrained"}, ValueError, "`init_file`.*None with 'pretrained'"),
+        ({"init_file": "x"}, ValueError, "`init_file`.*'x' with 'random'"),
+        ({"table_rank": 0}, ValueError, "`table_rank` must be at least 1, got 0"),
+        ({"table_rank": "all"}, TypeError, "`table_rank`.*'all'"),
+        ({"table_rank": 4, "init": "embeddings"}, ValueError, "`table_rank` must be None.*got 4"),
+        ({"trainable": 2}, ValueError, "`trainable`.*2"),
+        ({"max_instance_tokens": 0}, ValueError, "`max_instance_tokens`.*0"),
+        ({"dropout": -0.1}, ValueError, "`dropout`.*-0.1"),
+        ({"layers_to_transform": [1]}, ValueError, r"`layers_to_transform`.*`host='prompt'`.*\[1\]"),
+    ],
+)
+def test_bad_field(fields: dict, error: type, says: str) -> None:
+    with pytest.raises(error, match=says):
+        IPTConfig(**fields)
+
+
+def test_embeddings_of_another_width() -> None:
+    base = causal_lm("opt")
+    with pytest.raises(ValueError, match="`init='embeddings'`.*24 and not 32"):
+        get_peft_model(base, config(host="deep", init="embeddings", table_rank="auto"))
+    get_peft_model(base, config(init="embeddings", table_rank="auto"))
+
+
+def test_instance_embeds_are_not_used() -> None:
+    model = get_peft_model(causal_lm(), config()).eval()
+    with pytest.warns(UserWarning, match="`instance_embeds` are not used"):
+        assert torch.equal(logits(model, instance_embeds=torch.ones(2, 3)), logits(model))
+
+
+# ----------------------------------------------------------------------------------------------------- a trained model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"strategy": "encoder"}, {"host": "deep"}])
+@torch.no_grad()
+def test_fresh_adapter_does_not_hurt_a_trained_model(fields: dict) -> None:
+    from smollm2 import load_smollm2
+    from vader import sentiment_splits
+
+    model, tokenizer = load_smollm2()
+    texts = [f"Review: {example['text']}" for example in sentiment_splits("movie", n_test=32)[1]]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = inputs["input_ids"].where(inputs["attention_mask"].bool(), -100)
+    before = model(**inputs, labels=labels).loss
+    model = get_peft_model(model, IPTConfig(task_type="CAUSAL_LM", **fields)).eval()
+    after = model(**inputs, labels=labels, instruction_mask=inputs["attention_mask"]).loss
+    assert abs(after - before) < 0.02 * before
