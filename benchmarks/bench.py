@@ -1,0 +1,334 @@
+# Copyright 2026-present the peft_instance_prompt authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What a method costs, as ratios: decoding and prefill against the bare model, a training step against LoRA, the import against
+`import peft`.
+
+    python benchmarks/bench.py --methods iapt,lora --json bench.json
+
+Milliseconds depend on the machine and on what else it does; ratios hardly do, if everything is measured in one run and in
+turns (A, B, A, B, ...). So each round measures every candidate once, and what is reported is the median over the rounds of a
+candidate's time divided by the reference's time in the same round. Models are in float32, on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from smollm2 import load_smollm2  # noqa: E402
+
+
+BATCH = 8
+PROMPT_TOKENS = 96
+TRAIN_TOKENS = 64
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Candidates. A factory takes a base model of its own and returns the model to measure and what to pass to each call.
+# --------------------------------------------------------------------------------------------------------------------
+def bare(base):
+    return base, {}
+
+
+def one_adapter(make_config: Callable) -> Callable:
+    """One adapter for the whole batch."""
+    return lambda base: (get_peft_model(base, make_config()), {})
+
+
+def adapter_per_row(make_config: Callable) -> Callable:
+    """One adapter for each row of the batch, as when several tenants share a backbone."""
+
+    def factory(base):
+        names = [f"tenant{i}" for i in range(BATCH)]
+        model = get_peft_model(base, make_config(), adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, make_config())
+        return model, {"adapter_names": names}
+
+    return factory
+
+
+def lora():
+    return LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+
+
+def iapt():
+    # imported here, so that the other candidates can be measured where the package cannot be imported
+    from peft_instance_prompt import IAPTConfig
+
+    # about as many parameters as the LoRA above
+    return IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, bottleneck_dim=128)
+
+
+def lpt():
+    from peft_instance_prompt import LPTConfig
+
+    return LPTConfig(task_type="CAUSAL_LM")
+
+
+def dynamic(position: str, length: str):
+    """A prompt of 20 vectors, with choices from the mean of the input embeddings, so without a frozen pass."""
+
+    def make_config():
+        from peft_instance_prompt import DynamicPromptConfig
+
+        return DynamicPromptConfig(
+            task_type="CAUSAL_LM", position=position, length=length, instance_source="embeddings"
+        )
+
+    return make_config
+
+
+METHODS = {
+    "bare": bare,
+    "lora": one_adapter(lora),
+    "lora-mixed": adapter_per_row(lora),
+    "iapt": one_adapter(iapt),
+    "iapt-mixed": adapter_per_row(iapt),
+    "lpt": one_adapter(lpt),
+    "lpt-mixed": adapter_per_row(lpt),
+    "fixed-prompt": one_adapter(dynamic("off", "off")),
+    "dynamic": one_adapter(dynamic("instance", "instance")),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measurements. Each takes (model, kwargs) and returns seconds.
+# --------------------------------------------------------------------------------------------------------------------
+def random_batch(model, length: int) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(100, model.config.vocab_size, (BATCH, length), generator=generator)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token is there. It never stops anything."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@torch.inference_mode()
+def decode(model, kwargs: dict, new_tokens: int = 25) -> float:
+    """Time per token of greedy `generate`, after the first token, so without prefill."""
+    model.eval()
+    clock = Clock()
+    model.generate(
+        **random_batch(model, PROMPT_TOKENS),
+        **kwargs,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    return statistics.median(after - before for before, after in zip(clock.times, clock.times[1:]))
+
+
+@torch.inference_mode()
+def prefill(model, kwargs: dict) -> float:
+    """Time of one forward over the prompt that fills the cache and computes the last position's logits."""
+    model.eval()
+    batch = random_batch(model, PROMPT_TOKENS)
+    start = time.perf_counter()
+    model(**batch, **kwargs, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - start
+
+
+def train(model, kwargs: dict) -> float:
+    """Time of forward, backward and AdamW step. The first three quarters of a row are the prompt."""
+    model.train()
+    # the state is kept between rounds, as in training, and hence on the model that it belongs to
+    if not hasattr(model, "bench_optimizer"):
+        model.bench_optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    batch = random_batch(model, TRAIN_TOKENS)
+    labels = batch["input_ids"].clone()
+    labels[:, : TRAIN_TOKENS * 3 // 4] = -100
+    start = time.perf_counter()
+    model(**batch, **kwargs, labels=labels, use_cache=False).loss.backward()
+    model.bench_optimizer.step()
+    model.bench_optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+def in_turns(measure: Callable, candidates: dict, reference: str, repeats: int) -> dict:
+    """Measures all candidates in turns and returns for each its median time and its median ratio to the reference."""
+    for model, kwargs in candidates.values():
+        measure(model, kwargs)  # warm-up
+    rounds = []
+    for i in range(repeats):
+        print(f"  {measure.__name__}: round {i + 1} of {repeats}", file=sys.stderr, flush=True)
+        rounds.append({name: measure(model, kwargs) for name, (model, kwargs) in candidates.items()})
+    return {
+        name: {
+            "ms": 1000 * statistics.median(times[name] for times in rounds),
+            "ratio": statistics.median(times[name] / times[reference] for times in rounds),
+            "ratios": [round(times[name] / times[reference], 4) for times in rounds],
+        }
+        for name in candidates
+    }
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process, in MB: since `reset_peak` where there is /proc, else since its start."""
+    try:
+        (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) / 1024
+    except OSError:
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def train_memory(name: str) -> dict:
+    """Peak memory of two training steps. To be called in a process that does nothing else."""
+    model, kwargs = METHODS[name](load_smollm2()[0])
+    for parameter in model.parameters():
+        parameter.sum()  # weights are mapped from the file, and resident only once they are read
+    reset_peak()  # loading has a peak of its own
+    loaded = peak_mb()
+    for _ in range(2):
+        train(model, kwargs)
+    return {"peak_mb": peak_mb(), "above_loaded_mb": peak_mb() - loaded}
+
+
+def import_times(repeats: int) -> dict:
+    """What `import peft_instance_prompt` adds to `import peft`, each in a fresh process, in turns."""
+    code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+    times = {"peft": [], "peft_instance_prompt": []}
+    for i in range(repeats + 1):
+        for name in times:
+            result = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True)
+            if result.returncode:
+                raise RuntimeError(f"import {name} failed:\n{result.stderr}")
+            if i > 0:  # the first round fills the disk cache
+                times[name].append(float(result.stdout))
+    pairs = list(zip(times["peft_instance_prompt"], times["peft"]))
+    return {
+        "peft_ms": 1000 * statistics.median(times["peft"]),
+        "extra_ms": 1000 * statistics.median(ours - theirs for ours, theirs in pairs),
+        "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="iapt,iapt-mixed,lora,lora-mixed", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--measure", default="decode,prefill,train,import", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
+    parser.add_argument("--train-memory-of", metavar="METHOD", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+
+    if args.train_memory_of:
+        print(json.dumps(train_memory(args.train_memory_of)))
+        return
+
+    methods = args.methods.split(",")
+    measures = args.measure.split(",")
+    for value, known in [(methods, METHODS), (measures, ("decode", "prefill", "train", "import"))]:
+        if unknown := set(value) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    # the references are always measured
+    methods = list(dict.fromkeys(["bare", "lora", *methods]))
+
+    results = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "threads": torch.get_num_threads(),
+        "repeats": args.repeats,
+    }
+    if set(measures) - {"import"}:
+        base, _ = load_smollm2()
+        candidates = {name: METHODS[name](copy.deepcopy(base)) for name in methods}
+        results["parameters"] = {
+            name: sum(p.numel() for p in model.parameters() if p.requires_grad) if name != "bare" else 0
+            for name, (model, _) in candidates.items()
+        }
+        if "decode" in measures:
+            results["decode"] = in_turns(decode, candidates, "bare", args.repeats)
+        if "prefill" in measures:
+            results["prefill"] = in_turns(prefill, candidates, "bare", args.repeats)
+        if "train" in measures:
+            # several adapters at a time are not trained
+            candidates = {name: x for name, x in candidates.items() if name != "bare" and not name.endswith("-mixed")}
+            results["train"] = in_turns(train, candidates, "lora", args.repeats)
+            for name in candidates:
+                command = [sys.executable, __file__, "--train-memory-of", name]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                results["train"][name].update(json.loads(output.splitlines()[-1]))
+    if "import" in measures:
+        results["import"] = import_times(args.repeats)
+
+    print(f"\nSmolLM2-135M, batch {BATCH}, {PROMPT_TOKENS} prompt tokens; training on {BATCH} x {TRAIN_TOKENS} tokens")
+    print(
+        "decode: per token, against bare; prefill: against bare; train: per step, against lora; memory: peak, and of"
+    )
+    print("that above the loaded model")
+    header = ("method", "trainable", "decode", "", "prefill", "", "train", "", "memory", "")
+    layout = "{:<12} {:>11}  {:>9} {:>7}  {:>9} {:>7}  {:>9} {:>7}  {:>9} {:>9}"
+    print(layout.format(*header))
+    if set(measures) - {"import"}:
+        for name in methods:
+            row = [name, f"{results['parameters'][name]:,}"]
+            for measure in ("decode", "prefill", "train"):
+                cell = results.get(measure, {}).get(name)
+                row += [f"{cell['ms']:.1f} ms", f"x {cell['ratio']:.2f}"] if cell else ["-", ""]
+            cell = results.get("train", {}).get(name)
+            row += [f"{cell['peak_mb']:.0f} MB", f"{cell['above_loaded_mb']:.0f} MB"] if cell else ["-", ""]
+            print(layout.format(*row))
+    if "import" in measures:
+        cell = results["import"]
+        print(
+            f"import peft: {cell['peft_ms']:.0f} ms; peft_instance_prompt adds {cell['extra_ms']:.0f} ms (x {cell['ratio']:.3f})"
+        )
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
