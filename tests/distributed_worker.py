@@ -22,13 +22,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from methods import METHODS
 from peft import PeftModel
 from tiny import adapted, batch, causal_lm
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-
-from accelerate import Accelerator
 
 
 STEPS, LEARNING_RATE = 3, 0.05
