@@ -202,19 +202,35 @@ def state_at(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states.gather(1, index[:, None, None].expand(-1, 1, states.shape[-1])).detach()  # (B, 1, d)
 
 
+class Ready(NamedTuple):
+    """What running several adapters together needs of them, made once for all depths.
+
+    Attributes:
+        shell (`nn.Module`): What [`shell_of`] makes of the first.
+        weights (`dict[PromptGenerator, dict[str, nn.Parameter]]`): The parameters of each, by name.
+    """
+
+    shell: nn.Module
+    weights: dict[PromptGenerator, dict[str, nn.Parameter]]
+
+    @classmethod
+    def of(cls, generators: Sequence[PromptGenerator]) -> Ready:
+        return cls(shell_of(generators[0]), {generator: dict(generator.named_parameters()) for generator in generators})
+
+
 def run_together(
     generators: Sequence[PromptGenerator],
     states: torch.Tensor,
     instance: Instance,
     depth: int,
-    shell: nn.Module | None = None,
+    ready: Ready | None = None,
 ) -> torch.Tensor:
     """The prompt vectors of rows that have different adapters of one signature, in one batched call.
 
     Args:
         generators (`Sequence[PromptGenerator]`): The adapter of each of B rows, or one for all of them.
         states, instance, depth: As in [`PromptGenerator.forward`].
-        shell (`nn.Module`, *optional*): What [`shell_of`] makes of the first of them; made here if it is not given.
+        ready (`Ready`, *optional*): Made here if it is not given.
 
     Returns:
         `torch.Tensor`: Shape (B, l, d).
@@ -222,13 +238,14 @@ def run_together(
     model = generators[0]
     if all(generator is model for generator in generators):
         return model(states, instance, depth)
-    shell = shell_of(model) if shell is None else shell
+    shell, weights = Ready.of(generators) if ready is None else ready
     names = model.parameters_at(depth)
-    stacked = {n: torch.stack([generator.get_parameter(n) for generator in generators]) for n in names}  # (B, *shape)
+    stacked = {n: torch.stack([weights[generator][n] for generator in generators]) for n in names}  # (B, *shape)
 
     def one_row(weights: dict[str, torch.Tensor], states: torch.Tensor, instance: Instance) -> torch.Tensor:
         row = Instance(*(None if field is None else field[None] for field in instance))
-        return torch.func.functional_call(shell, weights, (states[None], row, depth))[0]  # (l, d)
+        # no tensor of a generator has two names, and to look for such ones at each depth takes time
+        return torch.func.functional_call(shell, weights, (states[None], row, depth), tie_weights=False)[0]  # (l, d)
 
     batched = Instance(*(None if field is None else 0 for field in instance))
     return torch.func.vmap(one_row, in_dims=(0, 0, batched))(stacked, states, instance)  # (B, l, d)
@@ -244,3 +261,8 @@ def shell_of(module: nn.Module, made: dict[int, nn.Module] | None = None) -> nn.
     shell.__dict__ = {**module.__dict__, **known, "_parameters": dict(module._parameters)}
     shell._modules = {name: shell_of(child, made) for name, child in module._modules.items()}
     return shell
+
+
+def names_in(module: nn.Module, *parts: str) -> list[str]:
+    """The names of the parameters of some of a module's parts."""
+    return [name for part in parts for name, _ in module.get_submodule(part).named_parameters(prefix=part)]

@@ -38,7 +38,7 @@ from transformers import Cache
 
 from . import slots
 from .cache import SlotCache, SlotTable, length, make_room
-from .generator import INPUT, Instance, PromptGenerator, Source, run_together, shell_of
+from .generator import INPUT, Instance, PromptGenerator, Ready, Source, run_together
 from .intercept import intercepted
 from .masks import beyond_causal, check_not_packed, hide, pad_to_static_cache, padding_mask, see_beyond_causal
 from .nn.pooling import first_index, last_index
@@ -63,7 +63,7 @@ class Group:
 
     def __post_init__(self):
         self.rows = None if self.rows_of is None else torch.cat(self.rows_of)  # (G,)
-        self.shell = shell_of(self.generators[0]) if len(self.generators) > 1 else None  # made once for all depths
+        self.ready = Ready.of(self.generators) if len(self.generators) > 1 else None
         names = ("depths", "adds", "num_slots", "visible_from")
         self.depths, self.adds, self.num_slots, self.visible_from = (getattr(self.generators[0], n) for n in names)
 
@@ -75,7 +75,7 @@ class Group:
         device = next(self.generators[0].parameters()).device  # layers can lie elsewhere than the adapter
         instance = Instance(*(None if value is None else value.to(device) for value in self.instance))
         each = [generator for generator, rows in self for _ in (range(1) if rows is None else rows)]
-        prompts = run_together(each, pick(states, self.rows).to(device), instance, depth, self.shell)
+        prompts = run_together(each, pick(states, self.rows).to(device), instance, depth, self.ready)
         prompts = prompts.to(states.device, states.dtype)
         known = {"states": states, "instance": self.instance, "layout": layout}
         return intercepted(prompts, depth=depth, generators=self.generators, **known)

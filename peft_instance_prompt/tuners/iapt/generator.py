@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...generator import Instance, PromptGenerator, anchored
+from ...generator import Instance, PromptGenerator, anchored, names_in
 from ...nn.pooling import attention_pool, rms
 from ...nn.rational import Rational, get_activation
 from ...stack import StackInfo
@@ -59,8 +59,10 @@ class IAPTGenerator(PromptGenerator):
 
     def parameters_at(self, depth: int) -> list[str]:
         own, shared = self._numbers(depth)
-        mine = (f"down.{shared}.", f"up.{shared}.", f"pool.{own}.", f"activation.{own}.", f"constant.{own}")
-        return [name for name, _ in self.named_parameters() if (name + ".").startswith(mine)]
+        names = names_in(self, f"up.{shared}", f"activation.{own}")
+        if self.constant_input:
+            return [*names, f"constant.{own}"]
+        return names + names_in(self, f"down.{shared}", f"pool.{own}")
 
     def _bottleneck(self, states: torch.Tensor, shared: int) -> torch.Tensor:
         dtype = self.up[shared].weight.dtype

@@ -21,7 +21,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import nn
 
-from ...generator import INPUT, Instance, PromptGenerator, Source, state_at
+from ...generator import INPUT, Instance, PromptGenerator, Source, names_in, state_at
 from ...nn.phm import PHMLinear
 from ...nn.pooling import first_token, last_token, mean_pool, rms, rms_norm
 from ...stack import StackInfo
@@ -97,8 +97,8 @@ class IDPGGenerator(PromptGenerator):
     def parameters_at(self, depth: int) -> list[str]:
         at = self.depths.index(depth)
         number = self.bottleneck_of[at]
-        mine = (f"bottleneck.{number}.", f"constant.{number}.", f"bias.{self.bias_of[at]}.")
-        return [name for name, _ in self.named_parameters() if (name + ".").startswith(mine)]
+        names = [*names_in(self, f"bottleneck.{number}"), f"bias.{self.bias_of[at]}"]
+        return [*names, f"constant.{number}"] if self.constant_input else names
 
     def forward(self, states: torch.Tensor, instance: Instance, depth: int) -> torch.Tensor:
         at = self.depths.index(depth)
