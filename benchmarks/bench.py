@@ -43,7 +43,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 
@@ -93,12 +93,37 @@ def lora():
     return LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
 
 
-def iapt():
-    # imported here, so that the other candidates can be measured where the package cannot be imported
-    from peft_instance_prompt import IAPTConfig
+def iapt(**fields):
+    def make_config():
+        # imported here, so that the other candidates can be measured where the package cannot be imported
+        from peft_instance_prompt import IAPTConfig
 
-    # about as many parameters as the LoRA above
-    return IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, bottleneck_dim=128)
+        return IAPTConfig(task_type="CAUSAL_LM", **fields)
+
+    return make_config
+
+
+def idpg(preset: str, **fields):
+    def make_config():
+        from peft_instance_prompt import IDPGConfig
+
+        return IDPGConfig.preset(preset, task_type="CAUSAL_LM", **fields)
+
+    return make_config
+
+
+def stored_vectors(preset: str, width: int = 384) -> Callable:
+    """IDPG with vectors that come with the batch."""
+
+    def factory(base):
+        model = get_peft_model(base, idpg(preset, instance_source="instance_embeds", instance_embeds_dim=width)())
+        return model, {"instance_embeds": torch.randn(BATCH, width, generator=torch.Generator().manual_seed(0))}
+
+    return factory
+
+
+def prompt_tuning():
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)  # as many as IDPG has
 
 
 def lpt():
@@ -124,8 +149,16 @@ METHODS = {
     "bare": bare,
     "lora": one_adapter(lora),
     "lora-mixed": adapter_per_row(lora),
-    "iapt": one_adapter(iapt),
-    "iapt-mixed": adapter_per_row(iapt),
+    "iapt": one_adapter(iapt()),
+    "iapt-mixed": adapter_per_row(iapt()),
+    # about as many parameters as the LoRA above
+    "iapt-128": one_adapter(iapt(bottleneck_dim=128)),
+    "iapt-128-mixed": adapter_per_row(iapt(bottleneck_dim=128)),
+    "prompt-tuning": one_adapter(prompt_tuning),
+    "idpg": one_adapter(idpg("m-phm")),
+    "s-idpg": one_adapter(idpg("s-phm")),
+    "idpg-stored": stored_vectors("m-phm"),
+    "s-idpg-stored": stored_vectors("s-phm"),
     "lpt": one_adapter(lpt),
     "lpt-mixed": adapter_per_row(lpt),
     "fixed-prompt": one_adapter(dynamic("off", "off")),
@@ -268,6 +301,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="iapt,iapt-mixed,lora,lora-mixed", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--measure", default="decode,prefill,train,import", help="(default: %(default)s)")
+    parser.add_argument("--train-reference", default="lora", help="what a step is compared to (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
     parser.add_argument("--train-memory-of", metavar="METHOD", help=argparse.SUPPRESS)
@@ -282,11 +316,14 @@ def main():
 
     methods = args.methods.split(",")
     measures = args.measure.split(",")
-    for value, known in [(methods, METHODS), (measures, ("decode", "prefill", "train", "import"))]:
+    for value, known in [
+        ([args.train_reference, *methods], METHODS),
+        (measures, ("decode", "prefill", "train", "import")),
+    ]:
         if unknown := set(value) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     # the references are always measured
-    methods = list(dict.fromkeys(["bare", "lora", *methods]))
+    methods = list(dict.fromkeys(["bare", args.train_reference, *methods]))
 
     results = {
         "python": platform.python_version(),
@@ -310,7 +347,7 @@ def main():
         if "train" in measures:
             # several adapters at a time are not trained
             candidates = {name: x for name, x in candidates.items() if name != "bare" and not name.endswith("-mixed")}
-            results["train"] = in_turns(train, candidates, "lora", args.repeats)
+            results["train"] = in_turns(train, candidates, args.train_reference, args.repeats)
             for name in candidates:
                 command = [sys.executable, __file__, "--train-memory-of", name]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -320,11 +357,11 @@ def main():
 
     print(f"\nSmolLM2-135M, batch {BATCH}, {PROMPT_TOKENS} prompt tokens; training on {BATCH} x {TRAIN_TOKENS} tokens")
     print(
-        "decode: per token, against bare; prefill: against bare; train: per step, against lora; memory: peak, and of"
+        f"decode: per token, against bare; prefill: against bare; train: per step, against {args.train_reference}; memory: peak, and of"
     )
     print("that above the loaded model")
     header = ("method", "trainable", "decode", "", "prefill", "", "train", "", "memory", "")
-    layout = "{:<12} {:>11}  {:>9} {:>7}  {:>9} {:>7}  {:>9} {:>7}  {:>9} {:>9}"
+    layout = "{:<14} {:>11}  {:>9} {:>7}  {:>9} {:>7}  {:>9} {:>7}  {:>9} {:>9}"
     print(layout.format(*header))
     if set(measures) - {"import"}:
         for name in methods:

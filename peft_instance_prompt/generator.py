@@ -215,7 +215,9 @@ class Ready(NamedTuple):
 
     @classmethod
     def of(cls, generators: Sequence[PromptGenerator]) -> Ready:
-        return cls(shell_of(generators[0]), {generator: dict(generator.named_parameters()) for generator in generators})
+        return cls(
+            shell_of(generators[0]), {generator: dict(generator.named_parameters()) for generator in generators}
+        )
 
 
 def run_together(

@@ -25,8 +25,7 @@ What one forward needs between its hooks lies in a context variable, so that thr
 
 from __future__ import annotations
 
-from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import cache as once
 from functools import partial
 from typing import Any
@@ -34,97 +33,18 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import Cache
 
 from . import slots
 from .cache import SlotCache, SlotTable, length, make_room
-from .generator import INPUT, Instance, PromptGenerator, Ready, Source, run_together
+from .generator import INPUT, Instance, PromptGenerator, Source
+from .groups import group_rows, pick, put
 from .intercept import intercepted
-from .masks import beyond_causal, check_not_packed, hide, pad_to_static_cache, padding_mask, see_beyond_causal
+from .masks import beyond_causal, check_not_packed, pad_to_static_cache, padding_mask, see_beyond_causal
 from .nn.pooling import first_index, last_index
+from .passes import InContext, Pass, current_pass, frozen_stacks, hide_late_slots, keep_context, run_frozen
 from .scope import Request, current_request, end_call, find_scope, note_call, note_encoder_slots
 from .stack import StackInfo, embed, find_stacks, forward_args
 
-
-@dataclass
-class Group:
-    """Rows whose adapters have one signature and are run together.
-
-    Attributes:
-        generators (`list[PromptGenerator]`): The adapters.
-        rows_of (`list[torch.LongTensor]`, *optional*): The rows of the batch that each of them has; None if there is but
-            one adapter and it has all of them.
-        instance (`Instance`, *optional*): What is known of the rows.
-    """
-
-    generators: list[PromptGenerator]
-    rows_of: list[torch.Tensor] | None = None
-    instance: Instance | None = None
-
-    def __post_init__(self):
-        self.rows = None if self.rows_of is None else torch.cat(self.rows_of)  # (G,)
-        self.ready = Ready.of(self.generators) if len(self.generators) > 1 else None
-        names = ("depths", "adds", "num_slots", "visible_from")
-        self.depths, self.adds, self.num_slots, self.visible_from = (getattr(self.generators[0], n) for n in names)
-
-    def __iter__(self):
-        return zip(self.generators, self.rows_of or [None])
-
-    def run(self, states: torch.Tensor, depth: int, layout: slots.Layout) -> torch.Tensor:
-        """The prompt vectors (G, l, d) of these rows, from the states (B, N, d) of the batch."""
-        device = next(self.generators[0].parameters()).device  # layers can lie elsewhere than the adapter
-        instance = Instance(*(None if value is None else value.to(device) for value in self.instance))
-        each = [generator for generator, rows in self for _ in (range(1) if rows is None else rows)]
-        prompts = run_together(each, pick(states, self.rows).to(device), instance, depth, self.ready)
-        prompts = prompts.to(states.device, states.dtype)
-        known = {"states": states, "instance": self.instance, "layout": layout}
-        return intercepted(prompts, depth=depth, generators=self.generators, **known)
-
-
-def pick(values: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
-    return values if values is None or rows is None else values[rows.to(values.device)]
-
-
-def put(whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
-    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`: dead slots come first."""
-    if rows is None:
-        return values.to(whole.dtype)
-    columns = torch.arange(whole.shape[1] - values.shape[1], whole.shape[1], device=whole.device)
-    return whole.index_put((rows.to(whole.device)[:, None], columns), values.to(whole.dtype))
-
-
-@dataclass
-class Pass:
-    """One forward pass of a stack, between its hooks.
-
-    Attributes:
-        owner (`InstancePromptLayer`): The layer whose hooks these are.
-        outer (`Pass`, *optional*): The pass within which this one runs.
-        attention (`str`): The name of the stack's attention implementation.
-        cache (`SlotCache`, *optional*): The cache with the slots of an earlier pass, if this one goes on from it.
-        layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
-        table (`SlotTable`, *optional*): Which positions are slots, be they opened in this pass or before it.
-        groups (`list[Group]`): The rows that have an adapter.
-        as_tuple (`bool`): Whether the caller wants a tuple.
-        runs (`dict`): How often each layer has run, for layers that are run several times.
-        masks (`dict`): The masks that were made for layers which do not see all slots.
-    """
-
-    owner: InstancePromptLayer
-    outer: Pass | None
-    attention: str = "eager"
-    cache: SlotCache | None = None
-    layout: slots.Layout | None = None
-    table: SlotTable | None = None
-    groups: list[Group] = field(default_factory=list)
-    as_tuple: bool = False
-    runs: dict[int, int] = field(default_factory=dict)
-    masks: dict[tuple, tuple[Any, Any]] = field(default_factory=dict)
-
-
-_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", default=None)
-# The stacks that run without prompts. A model that a hook of such a stack calls still has its own.
-_frozen: ContextVar[tuple] = ContextVar("instance_prompt_frozen", default=())
 
 # What a stack is called with that has a row and a column for each token, or is no business of ours though it looks so.
 _KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
@@ -198,13 +118,13 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]
         for module in layers.modules():
-            if isinstance(checkpoint := getattr(module, "_gradient_checkpointing_func", None), _InContext):
+            if isinstance(checkpoint := getattr(module, "_gradient_checkpointing_func", None), InContext):
                 module._gradient_checkpointing_func = checkpoint.checkpoint
 
     @torch.compiler.disable
     def _open(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the stack runs: insert the slots, or go on from a cache that holds some."""
-        if stack in _frozen.get():
+        if stack in frozen_stacks.get():
             return None
         kwargs = {**dict(zip(forward_args(stack), args)), **kwargs} if args else dict(kwargs)
         tokens = (
@@ -216,49 +136,27 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             kwargs["past_key_values"] = given.inner
         step = Pass(
             self,
-            outer=_pass.get(),
+            outer=current_pass.get(),
             attention=str(stack.config._attn_implementation),
             cache=cache,
             as_tuple=kwargs.get("return_dict") is False,
         )
-        _pass.set(step)  # also if nothing is to be done: what is above it may be a pass that was broken off
+        current_pass.set(step)  # also if nothing is to be done: what is above it may be a pass that was broken off
         if cache is not None:
             self._continue(kwargs, step, tokens)
         else:
             request = current_request()
-            step.groups = [] if self.disable_adapters else self._group(tokens.shape[0], request, tokens.device)
+            step.groups = (
+                []
+                if self.disable_adapters
+                else group_rows(self.generators, self.active_adapters, tokens.shape[0], request, tokens.device)
+            )
             if not step.groups:
                 return (args, kwargs) if isinstance(given, SlotCache) else None
             self._insert(stack, kwargs, step, request, tokens)
         if step.as_tuple:
             kwargs["return_dict"] = True
         return (), kwargs
-
-    def _group(self, num_rows: int, request: Request, device: torch.device) -> list[Group]:
-        """The rows of a batch by adapter; none if no adapter is to be used."""
-        if request.adapter_names is None:
-            active = [name for name in self.active_adapters if name in self.generators]
-            return [Group([self.generators[name]]) for name in active]
-        repeats, rest = divmod(
-            num_rows, len(request.adapter_names)
-        )  # in generate, a row may have become several beams
-        if rest or (repeats != 1 and request.prompt_length is None):
-            raise ValueError(
-                f"`adapter_names` must name an adapter for each of the {num_rows} rows, got {len(request.adapter_names)}."
-            )
-        rows_of: dict[str, list[int]] = {}
-        for row in range(num_rows):
-            rows_of.setdefault(request.adapter_names[row // repeats], []).append(row)
-        alike: dict[tuple, list[str]] = {}
-        for name in rows_of:
-            if name in self.generators:
-                alike.setdefault(self.generators[name].signature, []).append(name)
-        if len(rows_of) == 1 and alike:
-            return [Group([self.generators[name]]) for name in rows_of]
-        return [
-            Group([self.generators[n] for n in names], [torch.tensor(rows_of[n], device=device) for n in names])
-            for names in alike.values()
-        ]
 
     def _insert(
         self, stack: nn.Module, kwargs: dict[str, Any], step: Pass, request: Request, tokens: torch.Tensor
@@ -291,47 +189,10 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         plain = {**kwargs, "attention_mask": mask, "past_key_values": None, "use_cache": False}
         frozen_pass = once(partial(run_frozen, stack, plain))
 
-        L = max(group.num_slots for group in step.groups)
-        scope = is_token  # (B, S)
-        anchor = first[:, None].expand(B, L)  # (B, L)
-        everywhere = all(group.rows is None for group in step.groups)
-        live = torch.full((B, L), everywhere, device=embeds.device)  # (B, L)
-        since = torch.zeros_like(anchor)  # (B, L)
-        for group in step.groups:
-            vectors = []
-            for generator, rows in group:
-                own = find_scope(
-                    pick(is_token, rows),
-                    request.of_rows(B, rows),
-                    generator.config.response_template,
-                    pick(ids, rows),
-                    causal_lm=self.info.causal_lm,
-                    pair_decoder=self.info.decoder_of_pair,
-                    training=stack.training,
-                )  # (G, S)
-                source = Source(
-                    pick(ids, rows),
-                    pick(embeds, rows),
-                    own,
-                    pick(is_token, rows),
-                    request.of_rows(B, rows).instance_embeds,
-                    lambda rows=rows: pick(frozen_pass(), rows),
-                    rows,
-                )
-                vectors.append(intercepted(generator.encode(source), depth=None, generators=[generator]))
-                places, shown = generator.place(source, Instance(own, pick(first, rows), vectors[-1]))  # (G, l)
-                scope, anchor = put(scope, rows, own), put(anchor, rows, places)
-                live = put(live, rows, torch.ones_like(places) if shown is None else shown)
-            vector = None if vectors[0] is None else torch.cat(vectors)  # (G, k)
-            group.instance = Instance(pick(scope, group.rows), pick(first, group.rows), vector, pick(ids, group.rows))
-            since = put(since, group.rows, torch.full_like(pick(since, group.rows), group.visible_from))
-        counts_columns = self.info.max_positions is not None and "position_ids" not in self.info.forward_args
-        full = sum(len(group.rows) for group in step.groups if group.rows is not None and group.num_slots == L)
-        if self.info.causal and counts_columns and not everywhere and full < B:
-            raise ValueError(
-                f"The rows of a batch cannot have different numbers of prompt slots in {self.info.name!r}, which counts its "
-                "positions itself: give all of them adapters with the same `num_virtual_tokens`."
-            )
+        scope, anchor, live, since = self._read(
+            stack.training, step, request, ids, embeds, is_token, first, frozen_pass
+        )
+        L = anchor.shape[1]
         last = last_index(scope) if self.info.causal else None  # (B,)
         levels = tuple(sorted({group.visible_from for group in step.groups} - {0}))
         layout = step.layout = slots.arrange(anchor, S, live, last, since, levels, dead_at_end=not self.info.causal)
@@ -364,7 +225,67 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         for group in step.groups:
             group.instance = group.instance._replace(mask=pick(scope, group.rows), first=pick(first, group.rows))
         if torch.is_grad_enabled() and stack.training:
-            _keep_context(stack)
+            keep_context(stack)
+
+    def _read(
+        self,
+        training: bool,
+        step: Pass,
+        request: Request,
+        ids: torch.Tensor | None,
+        embeds: torch.Tensor,
+        is_token: torch.Tensor,
+        first: torch.Tensor,
+        frozen_pass: Callable[[], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Find each row's instruction, encode it, and ask the adapters where they put their slots.
+
+        Returns:
+            The instruction tokens (B, S), and of each slot (B, L) its anchor, whether it is live, and its first layer.
+        """
+        B = is_token.shape[0]
+        L = max(group.num_slots for group in step.groups)
+        scope = is_token  # (B, S)
+        anchor = first[:, None].expand(B, L)  # (B, L)
+        everywhere = all(group.rows is None for group in step.groups)
+        live = torch.full((B, L), everywhere, device=embeds.device)  # (B, L)
+        since = torch.zeros_like(anchor)  # (B, L)
+        for group in step.groups:
+            vectors = []
+            for generator, rows in group:
+                own = find_scope(
+                    pick(is_token, rows),
+                    request.of_rows(B, rows),
+                    generator.config.response_template,
+                    pick(ids, rows),
+                    causal_lm=self.info.causal_lm,
+                    pair_decoder=self.info.decoder_of_pair,
+                    training=training,
+                )  # (G, S)
+                source = Source(
+                    pick(ids, rows),
+                    pick(embeds, rows),
+                    own,
+                    pick(is_token, rows),
+                    request.of_rows(B, rows).instance_embeds,
+                    lambda rows=rows: pick(frozen_pass(), rows),
+                    rows,
+                )
+                vectors.append(intercepted(generator.encode(source), depth=None, generators=[generator]))
+                places, shown = generator.place(source, Instance(own, pick(first, rows), vectors[-1]))  # (G, l)
+                scope, anchor = put(scope, rows, own), put(anchor, rows, places)
+                live = put(live, rows, torch.ones_like(places) if shown is None else shown)
+            vector = None if vectors[0] is None else torch.cat(vectors)  # (G, k)
+            group.instance = Instance(pick(scope, group.rows), pick(first, group.rows), vector, pick(ids, group.rows))
+            since = put(since, group.rows, torch.full_like(pick(since, group.rows), group.visible_from))
+        counts_columns = self.info.max_positions is not None and "position_ids" not in self.info.forward_args
+        full = sum(len(group.rows) for group in step.groups if group.rows is not None and group.num_slots == L)
+        if self.info.causal and counts_columns and not everywhere and full < B:
+            raise ValueError(
+                f"The rows of a batch cannot have different numbers of prompt slots in {self.info.name!r}, which counts its "
+                "positions itself: give all of them adapters with the same `num_virtual_tokens`."
+            )
+        return scope, anchor, live, since
 
     def _widen(
         self,
@@ -430,7 +351,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     @torch.compiler.disable
     def _fill(self, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Before a layer runs: write this depth's vectors into the slots, and hide those that it does not see yet."""
-        step = _pass.get()
+        step = current_pass.get()
         if step is None or step.owner is not self or step.table is None:
             return None
         if step.layout is None and not step.table.levels:
@@ -440,7 +361,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         states = args[0] if args else kwargs["hidden_states"]  # (B, N, d)
         late = step.table.levels
         if late and (depth < late[-1] or step.attention.startswith("flash_attention")):
-            args, kwargs = _hide(step, layer, depth, states, args, kwargs)
+            args, kwargs = hide_late_slots(step, layer, depth, states, args, kwargs)
         groups = [group for group in step.groups if depth in group.depths]
         if not groups:
             return (args, kwargs) if late else None
@@ -455,10 +376,10 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     @torch.compiler.disable
     def _close(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the stack ran: leave what the caller would have got, had there been no slots."""
-        step = _pass.get()
-        if step is None or step.owner is not self or stack in _frozen.get():
+        step = current_pass.get()
+        if step is None or step.owner is not self or stack in frozen_stacks.get():
             return None
-        _pass.set(step.outer)
+        current_pass.set(step.outer)
         if output is None or step.table is None:  # the stack raised, or there was nothing to do
             return None
         cache = step.cache
@@ -498,34 +419,6 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         return slots.take(attention, keys, dim=3)  # (B, heads, S, keys - L)
 
 
-def _hide(
-    step: Pass, layer: nn.Module, depth: int, states: torch.Tensor, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a layer with a mask that hides the slots which it does not see yet."""
-    names = forward_args(layer)
-    if "attention_mask" not in names:
-        raise ValueError(f"Slots cannot be hidden from {type(layer).__name__}, which takes no `attention_mask`.")
-    place = names.index("attention_mask")
-    mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    num_queries, seen, start = states.shape[1], 0, 0
-    num_keys = num_queries
-    if cache is not None:
-        seen = length(cache, depth)
-        num_keys, start = cache.get_mask_sizes(num_queries, depth)
-    # Layers of one kind share their mask. The mask is kept beside the one made of it, so that its id is not used again.
-    stage = sum(depth < level for level in step.table.levels)
-    key = (id(mask), stage, num_keys, start)
-    if key not in step.masks:
-        hidden = step.table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
-        made = hide(mask, hidden, num_queries, seen, start, step.owner.info.causal, step.attention, states.dtype)
-        step.masks[key] = mask, made
-    made = step.masks[key][1]
-    if place < len(args):
-        return (*args[:place], made, *args[place + 1 :]), kwargs
-    return args, {**kwargs, "attention_mask": made}
-
-
 def _pool(stack: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """What the stack's pooler (B, d) makes of `states` (B, S, d), once more: it ran while the slots were there."""
     if isinstance(stack.pooler, nn.Linear):  # ALBERT
@@ -538,7 +431,7 @@ def _attend_to_slots(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     """Before the decoder of a pair runs: widen its mask over the encoder's output, which kept its slots."""
     if (
         found := current_request().encoder_slots
-    ) is None or _frozen.get():  # a frozen pass has the widened mask already
+    ) is None or frozen_stacks.get():  # a frozen pass has the widened mask already
         return None
     kwargs = {**dict(zip(forward_args(decoder), args)), **kwargs} if args else dict(kwargs)
     states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
@@ -547,39 +440,3 @@ def _attend_to_slots(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         mask = padding_mask(mask, states.shape[0], num_tokens, from_static_cache=False)  # (B, S)
         kwargs["encoder_attention_mask"] = SlotTable(*found).widen_mask(mask, num_tokens)  # (B, N)
     return (), kwargs
-
-
-def run_frozen(stack: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
-    """The last hidden states (B, S, d) of the stack without prompts, gradient and dropout."""
-    token = _frozen.set((*_frozen.get(), stack))
-    training = [module for module in stack.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            return stack(**{**kwargs, "return_dict": True}).last_hidden_state
-    finally:
-        _frozen.reset(token)
-        for module in training:
-            module.training = True
-
-
-class _InContext:
-    """A checkpoint function whose recomputation sees the context variables of the forward pass.
-
-    Transformers before 5.23 runs a layer's hooks again when backward recomputes the layer, long after the pass is over
-    and perhaps in another thread.
-    """
-
-    def __init__(self, checkpoint: Any):
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(partial(copy_context().run, function), *args, **kwargs)
-
-
-def _keep_context(stack: nn.Module) -> None:
-    for module in stack.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if checkpoint is not None and not isinstance(checkpoint, _InContext):
-            module._gradient_checkpointing_func = _InContext(checkpoint)

@@ -28,9 +28,9 @@ from methods import METHODS
 from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm, perturb
 
-from peft_instance_prompt import layer as engine
 from peft_instance_prompt import scope
 from peft_instance_prompt.layer import InstancePromptLayer
+from peft_instance_prompt.passes import current_pass
 from peft_instance_prompt.scope import Request, current_request
 
 
@@ -53,7 +53,7 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     yield
-    assert engine._pass.get() is None
+    assert current_pass.get() is None
     assert current_request() == Request()
 
 
@@ -239,7 +239,7 @@ def test_interrupt_by_the_user(method: str, where: str) -> None:
         handle.remove()
 
     mask = INPUTS["attention_mask"] * (torch.arange(9) < 6)
-    token = engine._pass.set(None)
+    token = current_pass.set(None)
     known = scope._request.set(Request())
     try:
         interrupt(lambda: model(**INPUTS, instruction_mask=mask))
@@ -252,7 +252,7 @@ def test_interrupt_by_the_user(method: str, where: str) -> None:
         assert torch.equal(model.generate(**INPUTS, **GREEDY), text)
     finally:
         scope._request.reset(known)
-        engine._pass.reset(token)
+        current_pass.reset(token)
 
 
 @torch.no_grad()

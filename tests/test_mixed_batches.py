@@ -27,7 +27,8 @@ from peft import LoraConfig, PeftModel
 from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb
 
 from peft_instance_prompt import generator as generators
-from peft_instance_prompt import layer as engine
+from peft_instance_prompt import groups
+from peft_instance_prompt.layer import InstancePromptLayer
 
 
 NAMES = ["a", "__base__", "b", "c", "a", "d"]
@@ -216,13 +217,13 @@ def test_adapters_of_one_signature_run_together(kind: str, monkeypatch: pytest.M
     )
     calls, original = [], generators.run_together
 
-    def count(together, states, instance, depth, shell):
+    def count(together, states, instance, depth, ready):
         calls.append((depth, len(states)))
-        return original(together, states, instance, depth, shell)
+        return original(together, states, instance, depth, ready)
 
-    monkeypatch.setattr(engine, "run_together", count)
+    monkeypatch.setattr(groups, "run_together", count)
     mixed = model(**inputs, adapter_names=names).logits[:, -1]
-    (layer,) = (module for module in model.modules() if isinstance(module, engine.InstancePromptLayer))
+    (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
     assert calls == [(depth, 8) for depth in layer.generators[names[0]].depths]
     assert_same(mixed, expected)
     # One of another size is a call of its own, and a row of the base model is none.

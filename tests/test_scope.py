@@ -28,7 +28,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from peft_instance_prompt import instruction_scope
-from peft_instance_prompt import layer as engine
+from peft_instance_prompt.passes import current_pass
 from peft_instance_prompt.scope import Request, find_scope, from_labels, from_mask, from_template
 
 
@@ -53,7 +53,7 @@ def prompts(model: PeftModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:
     seen = []
 
     def look(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        if (step := engine._pass.get()).layout is None:  # the pass without prompts
+        if (step := current_pass.get()).layout is None:  # the pass without prompts
             return
         states = args[0] if args else kwargs["hidden_states"]
         index = step.layout.slot_index[:, :, None].expand(-1, -1, states.shape[-1])  # (B, L, d)

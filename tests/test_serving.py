@@ -25,7 +25,7 @@ from peft import get_peft_model
 from peft_instance_prompt import to_prompt_embeds
 from peft_instance_prompt.generator import INPUT
 from peft_instance_prompt.introspect import active_generator
-from peft_instance_prompt.layer import _pass
+from peft_instance_prompt.passes import current_pass
 
 
 def adapted(method: str, family: str = "llama"):
@@ -50,7 +50,7 @@ def test_the_bare_model_writes_the_same(method, family):
     model = adapted(method, family)
     wanted = model.generate(input_ids=IDS, attention_mask=MASK, **NEW)[:, 9:]
     embeds = to_prompt_embeds(model, IDS, MASK)
-    assert _pass.get() is None
+    assert current_pass.get() is None
     bare = model.unload()
     for row, own, tokens in zip(embeds, wanted, MASK.sum(dim=1)):
         assert row.dim() == 2 and tokens <= len(row) <= tokens + 6 and not row.requires_grad
