@@ -31,7 +31,7 @@ from .cache import SlotCache
 from .config import InstancePromptConfig
 from .generator import PromptGenerator
 from .layer import InstancePromptLayer
-from .scope import current_request, note
+from .scope import known_of, note
 from .stack import StackInfo, describe, find_stacks
 
 
@@ -164,13 +164,15 @@ class InstancePromptModel(BaseTuner):
             (x for x in (inputs, *args, kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None
         )
         length = inputs.shape[1] if isinstance(inputs, torch.Tensor) and inputs.dim() > 1 else None
+        known = known_of(self.model)
         for name, value in fields.items():
+            value = getattr(known, name) if value is None else value  # it can be said by `instruction_scope`, too
             # Inside, a row may have become several beams, and too few rows would be taken for that.
             if length is not None and isinstance(value, torch.Tensor) and value.shape[:1] != inputs.shape[:1]:
                 raise ValueError(
                     f"`{name}` must have {inputs.shape[0]} row(s), as the input has; got {tuple(value.shape)}."
                 )
-        names = current_request().adapter_names
+        names = known.adapter_names
         if length is not None and names is not None and len(names) != inputs.shape[0]:
             raise ValueError(
                 f"`adapter_names` must name an adapter for each of the {inputs.shape[0]} rows, got {len(names)}."

@@ -102,7 +102,8 @@ def current_request() -> Request:
     return _request.get()
 
 
-def _known_of(model: nn.Module | None) -> Request:
+def known_of(model: nn.Module | None) -> Request:
+    """What was said of calls of `model` by those who are about to call it."""
     # While a model generates, another may be called, as the assistant of assisted decoding is.
     request = _request.get()
     # What was said of a call that is going on, or that an interrupt broke off, is not said of the next one.
@@ -114,7 +115,7 @@ def _known_of(model: nn.Module | None) -> Request:
 @contextmanager
 def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
     """Add `fields` to what is known of calls of `model` for the time of the context."""
-    known = _known_of(model)
+    known = known_of(model)
     token = _request.set(replace(known, model=known.model if model is None else model, **fields))
     try:
         yield
@@ -125,7 +126,7 @@ def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
 @torch.compiler.disable
 def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the base model: take out what only this package understands and note what tells the scope."""
-    known = _known_of(model)
+    known = known_of(model)
     kwargs = dict(kwargs)
     fields = {name: kwargs.pop(name) for name in ("instruction_mask", "instance_embeds") if name in kwargs}
     fields = {name: value for name, value in fields.items() if value is not None}

@@ -342,3 +342,14 @@ def test_request_of_rows() -> None:
     assert request.of_rows(3, None).labels.flatten().tolist() == [0, 1, 2]
     beams = Request(instruction_mask=torch.arange(3)[:, None], prompt_length=1)
     assert beams.of_rows(6, torch.tensor([1, 5])).instruction_mask.flatten().tolist() == [0, 2]
+
+
+def test_generate_with_a_mask_of_fewer_rows() -> None:
+    """Within `generate` a row can have become several beams, so a mask of one row would be taken for all of them."""
+    model, inputs = prompted("iapt").eval(), batch(9, 6)
+    mask, message = torch.ones(1, 9), r"`instruction_mask` must have 2 row\(s\), as the input has; got \(1, 9\)"
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, max_new_tokens=2, instruction_mask=mask)
+    with instruction_scope(mask), pytest.raises(ValueError, match=message):
+        model.generate(**inputs, max_new_tokens=2)
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 2
