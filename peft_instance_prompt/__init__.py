@@ -52,6 +52,7 @@ __all__ = [
     "IPTConfig",
     "IPTModel",
     "InstanceEmbedsCollator",
+    "InstancePromptConfig",
     "LPTConfig",
     "LPTModel",
     "add_instance_embeds",

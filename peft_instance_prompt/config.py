@@ -49,10 +49,12 @@ class InstancePromptConfig(PeftConfig):
             the row's first token at that depth, the attention sink, and what is generated is added to it in units of its
             root mean square. `False` starts from random weights in the same form (used by tests). `"paper"` is the paper's
             own form and start, which disturbs a pretrained causal model badly. It is a property of the trained adapter,
-            not only of its start: do not change it afterwards.
+            not only of its start: do not change it afterwards. (At the `"end"` of a causal model, where the next token is
+            predicted at the last slot, the copies are of the last instruction token, and no start is a near no-op.)
         condition (`str`):
             `"instance"`, or `"constant"` for the control experiment: the same generator fed a learned constant, so that
-            all instances get the same prompt.
+            what is generated is the same for all instances. With `init_weights="paper"` so is the whole prompt; otherwise
+            the state that it is added to is still of the instance's own first token.
         response_template (`str` or `list[int]`, *optional*):
             The token ids that stand between instruction and response in every row; the prompt is then generated from what
             stands up to and including their first occurrence. It is kept with the adapter and serves training, evaluation
@@ -75,8 +77,8 @@ class InstancePromptConfig(PeftConfig):
             The number of layers. Filled in from the base model; a later base model must agree.
 
     Raises:
-        ValueError: A field is out of range; the message names the field, its value and what is allowed.
-        TypeError: A field is unknown or has the wrong type.
+        ValueError: A field has a value that is not allowed; the message names the field, its value and what is allowed.
+        TypeError: A field is unknown, or a number or a list of names has the wrong type.
     """
 
     num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
@@ -134,7 +136,9 @@ class InstancePromptConfig(PeftConfig):
             layers = self.layers_to_transform = list(layers)
         whole = [layers] if isinstance(layers, int) else layers
         if whole is not None and (
-            not isinstance(whole, list) or not whole or any(not isinstance(n, int) or n < 0 for n in whole)
+            not isinstance(whole, list)
+            or not whole
+            or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in whole)
         ):
             raise ValueError(f"`layers_to_transform` must be layer numbers from 0 or None, got {layers!r}.")
         template = self.response_template
@@ -182,6 +186,20 @@ def check_int(config: PeftConfig, name: str, minimum: int) -> None:
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+
+
+def check_number(config: PeftConfig, name: str) -> None:
+    """Raise a TypeError if a field is not a number."""
+    value = getattr(config, name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+
+
+def check_dropout(config: PeftConfig) -> None:
+    """Raise a TypeError or ValueError if `dropout` is not a number from 0 to below 1."""
+    check_number(config, "dropout")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"`dropout` must lie in [0, 1), got {config.dropout!r}.")
 
 
 def check_choice(config: PeftConfig, name: str, allowed: tuple) -> None:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from .intercept import intercept
+from .intercept import Generated, intercept
 from .introspect import active_generator, evaluating, record
 from .scope import note
 
@@ -170,13 +170,15 @@ def instance_report(
             others = own
             if rows == 1:  # the batch before it lends its first row
                 others, donors = recorded(model, batches[number - 1]), torch.tensor([0])
-            with intercept(lambda made, o=others, d=donors: o[made.depth][d.to(made.values.device)]):
+            with intercept(lambda made, o=others, d=donors: lent(o, made, d)):
                 measure("shuffled", batch)
             with note(adapter_names=("__base__",) * rows):
                 measure("none", batch)
         n = sum(map(count_rows, batches))
         mean = {depth: values / n for depth, values in total.items()}
-        with intercept(lambda made: mean[made.depth].to(made.values.dtype).expand_as(made.values)):
+        with intercept(
+            lambda made: mean[made.depth].to(made.values).expand_as(made.values) if made.depth in mean else None
+        ):
             for batch in batches:
                 measure("mean", batch)
     values = {m: {prompts: torch.cat(by_prompt[prompts]) for prompts in PROMPTS} for m, by_prompt in found.items()}
@@ -184,7 +186,14 @@ def instance_report(
 
 
 def recorded(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, torch.Tensor]:
-    return {depth: made.values for depth, made in record(model, batch).items()}
+    # What IPT's encoders read is as long as the batch's longest row. The vectors that come of it are exchanged anyway.
+    made = record(model, batch)
+    return {depth: m.values for depth, m in made.items() if depth is not None or m.values.dim() == 2}
+
+
+def lent(others: Mapping[int | None, torch.Tensor], made: Generated, donors: torch.Tensor) -> torch.Tensor | None:
+    """What was generated for the donors (B,); None, which changes nothing, if that is not exchanged."""
+    return others[made.depth][donors.to(made.values.device)] if made.depth in others else None
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:

@@ -54,6 +54,11 @@ BAD = [
     ("modules_to_save", "score", TypeError, "list of names.*'score'"),
     ("hidden_size", 0, ValueError, "at least 1, got 0"),
     ("num_layers", "3", TypeError, "integer, got '3'"),
+    ("layers_to_transform", True, ValueError, "got True"),
+    ("dropout", "x", TypeError, "number, got 'x'"),
+    ("dropout", 1.0, ValueError, "got 1.0"),
+    ("dropout", -0.1, ValueError, "got -0.1"),
+    ("instance_scale", "x", TypeError, "number, got 'x'"),
 ]
 
 

@@ -109,6 +109,16 @@ def test_shuffled_and_mean():
     assert ((own - shuffled).abs() > 1e-3).all() and ((own - mean).abs() > 1e-3).all()
 
 
+def test_batches_of_different_lengths(method):
+    """What a method reads of an instance may be as long as the text; what it makes of that is exchanged."""
+    data = [{name: value[start:] for name, value in row.items()} for row, start in zip(rows(4), (0, 0, 2, 2))]
+    model = adapted(method)
+    report = instance_report(model, DataLoader(data, batch_size=2, collate_fn=stack_rows))
+    torch.testing.assert_close(report.values["loss"]["own"], alone(model, data), atol=1e-5, rtol=1e-5)
+    assert all(report.values["loss"][prompts].isfinite().all() for prompts in PROMPTS)
+    assert (report.values["loss"]["own"] - report.values["loss"]["mean"]).abs().max() > 1e-4
+
+
 def test_a_last_batch_of_one_row_borrows_from_the_batch_before():
     model, data = adapted(), rows(3)
     _, states = with_slots(model, data)

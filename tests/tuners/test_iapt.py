@@ -122,6 +122,15 @@ def test_rational_activation_starts_at_gelu(fit: str, reach: int, error: float) 
     assert len({id(activation) for activation in generator.activation}) == L
 
 
+def test_fresh_prompts_at_the_end_go_on_from_the_last_token() -> None:
+    """The next token is predicted at the last slot: a copy of the first token would predict what follows that one."""
+    ids = torch.randint(3, 96, (2, 7))
+    model = get_peft_model(causal_lm(), config(prompt_position="end")).eval()
+    with model.disable_adapter():
+        states = model(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(prompts(model, ids)[0], states[0][:, -1:].expand(-1, 4, -1))
+
+
 # --------------------------------------------------------------------------------------------------------- the control
 
 

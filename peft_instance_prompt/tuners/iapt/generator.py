@@ -86,4 +86,4 @@ class IAPTGenerator(PromptGenerator):
             z = self._bottleneck(states, shared)  # (B, N, m)
             pooled = attention_pool(z, self.pool[own](z), instance.mask)  # (B, l, m)
         generated = self.up[shared](self.activation[own](pooled))  # (B, l, d)
-        return generated if self.paper else anchored(generated, states, instance.first)
+        return generated if self.paper else anchored(generated, states, self.anchor_index(instance))

@@ -19,7 +19,7 @@ from typing import Any, Literal, Optional
 
 from peft.utils import PeftType
 
-from ...config import InstancePromptConfig, check_choice, check_int
+from ...config import InstancePromptConfig, check_choice, check_dropout, check_int
 
 
 # The five settings of the paper's tables.
@@ -124,8 +124,7 @@ class IDPGConfig(InstancePromptConfig):
         check_choice(self, "depth_input", ("previous", "instance"))
         check_choice(self, "instance_source", ("frozen", "embeddings", "instance_embeds"))
         check_choice(self, "instance_pooling", ("auto", "first", "last", "mean"))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout!r}.")
+        check_dropout(self)
         if self.instance_embeds_dim is not None:
             check_int(self, "instance_embeds_dim", minimum=1)
         if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):

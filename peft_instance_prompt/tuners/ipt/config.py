@@ -20,12 +20,12 @@ from typing import Literal, Optional, Union
 
 from peft.utils import PeftType
 
-from ...config import InstancePromptConfig, check_choice, check_int
+from ...config import InstancePromptConfig, check_choice, check_dropout, check_int, check_number
 
 
 @dataclass
 class IPTConfig(InstancePromptConfig):
-    """Configuration of [`IPTModel`], instance-aware prompt learning (https://arxiv.org/abs/2206.01958).
+    """Configuration of [`IPTModel`], instance-wise prompt tuning (https://arxiv.org/abs/2206.01958).
 
     The prompt is made from the instance's token ids by a second embedding table, of shape (vocab_size, width): either each
     of the first P instruction tokens looks up its prompt vector, P being `num_virtual_tokens` (`strategy="lookup"`), or a
@@ -38,7 +38,7 @@ class IPTConfig(InstancePromptConfig):
     (the CNN 0.4 M and 0.1 M per prompt vector), so that any strategy with P up to 20 stays between 0.5 and 1.5 %.
 
     Deviations from the paper: by default the adapter starts as a near no-op, and what is looked up is divided by its root
-    mean square (`init_weights`; `"paper"` does neither); fewer prompt vectors (8 and not 100); the low-rank table; the
+    mean square (`init_weights`; `"paper"` does neither); fewer prompt vectors (5 and not 100); the low-rank table; the
     encoders' inner width is `bottleneck_dim` (the released CNN has 1, the LSTM 64, and the MLP is one matrix from the mean to
     all prompt vectors, 105 M weights); padding is never looked up; dropout is active in training only.
 
@@ -59,8 +59,8 @@ class IPTConfig(InstancePromptConfig):
         instance_scale (`float`): What the instance's part is multiplied by with `host="deep"`. Defaults to 0.05.
         table_rank (`int`, `None` or `"auto"`): The rank of the table; `None` for a full one. Defaults to `"auto"`: 64, and a
             full table with `init="embeddings"`.
-        init (`str`): What the table starts from: `"random"`, the default, uniform in [-0.5, 0.5]; `"pretrained"`, the table
-            (and the encoder) in `init_file`; `"embeddings"`, a copy of the base model's input embeddings. With the last and
+        init (`str`): What the table starts from: `"random"`, the default, uniform in [-0.5, 0.5] (of a
+            low-rank table, the first factor); `"pretrained"`, the table (and the encoder) in `init_file`; `"embeddings"`, a copy of the base model's input embeddings. With the last and
             `trainable=False`, the base model's embeddings are read and no copy is made.
         init_file (`str`, *optional*): A safetensors file with `table.*` (and `encoder.*`), as `examples/pretrain_ipt.py` in
             the project's repository writes it. It is not needed any more to load the saved adapter, and not kept in it.
@@ -110,11 +110,11 @@ class IPTConfig(InstancePromptConfig):
         for name in ("task_prompt", "trainable"):
             check_choice(self, name, (True, False))
         check_int(self, "max_instance_tokens", minimum=1)
+        check_number(self, "instance_scale")
         for name in ("table_rank", "vocab_size"):
             if getattr(self, name) is not None:
                 check_int(self, name, minimum=1)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout!r}.")
+        check_dropout(self)
         if self.init == "embeddings" and self.table_rank is not None:
             raise ValueError(f"`table_rank` must be None with `init='embeddings'`, got {self.table_rank}.")
         loaded = self.hidden_size is not None  # a saved adapter does not keep the file

@@ -19,7 +19,7 @@ from .generator import IPTGenerator
 
 
 class IPTModel(InstancePromptModel):
-    """Instance-aware prompt learning (https://arxiv.org/abs/2206.01958): the prompt is made from the instance's token ids, by
+    """Instance-wise prompt tuning (https://arxiv.org/abs/2206.01958): the prompt is made from the instance's token ids, by
     a second embedding table and, if wanted, a small network.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Literal, Optional
 
 from peft.utils import PeftType
 
-from ...config import InstancePromptConfig, check_choice, check_int
+from ...config import InstancePromptConfig, check_choice, check_dropout, check_int
 
 
 @dataclass
@@ -64,8 +64,7 @@ class LPTConfig(InstancePromptConfig):
         check_choice(self, "generator_type", ("npg", "appg", "mppg", "none"))
         if self.insertion_layer is not None:
             check_int(self, "insertion_layer", minimum=0)
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must lie in 0 to below 1, got {self.dropout!r}.")
+        check_dropout(self)
         if self.layers_to_transform is not None:
             raise ValueError(
                 f"`layers_to_transform` must be None, as late prompts enter at one layer, `insertion_layer`; got "
