@@ -125,7 +125,7 @@ class SlotCache(Cache):
             table = getattr(cache, _TABLE, None)
             cache = None if table is None else SlotCache(cache, table)
         if cache is not None and length(cache.inner) == 0:  # it was reset
-            delattr(cache.inner, _TABLE)
+            cache.inner.__dict__.pop(_TABLE, None)
             return None
         return cache
 

@@ -43,7 +43,7 @@ from .masks import beyond_causal, check_not_packed, pad_to_static_cache, padding
 from .nn.pooling import first_index, last_index
 from .passes import InContext, Pass, current_pass, frozen_stacks, hide_late_slots, keep_context, run_frozen
 from .scope import Request, current_request, end_call, find_scope, note_call, note_encoder_slots
-from .stack import StackInfo, embed, find_stacks, forward_args
+from .stack import StackInfo, embed, embed_per_layer, find_stacks, forward_args
 
 
 # What a stack is called with that has a row and a column for each token, or is no business of ours though it looks so.
@@ -130,7 +130,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         tokens = (
             kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         )  # (B, S, ...)
-        given = kwargs.get("past_key_values")
+        given, as_dict = kwargs.get("past_key_values"), kwargs.get("return_dict")
         cache = SlotCache.find(given)
         if isinstance(given, SlotCache):
             kwargs["past_key_values"] = given.inner
@@ -139,11 +139,11 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             outer=current_pass.get(),
             attention=str(stack.config._attn_implementation),
             cache=cache,
-            as_tuple=kwargs.get("return_dict") is False,
+            as_tuple=(stack.config.return_dict if as_dict is None else as_dict) is False,
         )
         current_pass.set(step)  # also if nothing is to be done: what is above it may be a pass that was broken off
         if cache is not None:
-            self._continue(kwargs, step, tokens)
+            self._continue(kwargs, step, tokens, counts_slots=given is not cache)
         else:
             request = current_request()
             step.groups = (
@@ -153,6 +153,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             )
             if not step.groups:
                 return (args, kwargs) if isinstance(given, SlotCache) else None
+            if not self.info.decoder_of_pair:
+                request = request.of_tokens(kwargs.get("input_ids"))
             self._insert(stack, kwargs, step, request, tokens)
         if step.as_tuple:
             kwargs["return_dict"] = True
@@ -187,6 +189,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             positions = (is_token.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
             kwargs["position_ids"] = positions + self.info.position_offset
         plain = {**kwargs, "attention_mask": mask, "past_key_values": None, "use_cache": False}
+        per_layer = kwargs.pop("per_layer_inputs", None)
+        per_layer = embed_per_layer(stack, ids, embeds) if per_layer is None else per_layer  # (B, S, layers, width)
         frozen_pass = once(partial(run_frozen, stack, plain))
 
         scope, anchor, live, since = self._read(
@@ -210,6 +214,9 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, widened
         later = beyond_causal(kwargs.get("attention_mask"))  # (B, S, S)
         self._widen(kwargs, layout, mask, is_token, first)
+        if per_layer is not None:  # the slots begin as copies of the first token, here too
+            own = slots.take(per_layer, first[:, None]).expand(-1, L, -1, -1)  # (B, L, layers, width)
+            kwargs["per_layer_inputs"] = slots.insert(per_layer, own, layout)  # (B, N, layers, width)
         if static:
             make_room(cache, L, self.info.sliding_window)
         mask = pad_to_static_cache(kwargs["attention_mask"], cache, B, S + L)
@@ -328,11 +335,17 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 f"{num_slots} prompt slots need {num_positions}. Truncate the text or use fewer `num_virtual_tokens`."
             )
 
-    def _continue(self, kwargs: dict[str, Any], step: Pass, tokens: torch.Tensor) -> None:
+    def _continue(self, kwargs: dict[str, Any], step: Pass, tokens: torch.Tensor, counts_slots: bool) -> None:
         """Go on from a cache that holds slots: only what counts its positions changes."""
         table, seen = step.cache.table, step.cache.get_seq_length()
         step.table = table
         B, S = tokens.shape[:2]
+        if counts_slots and not self._goes_on(kwargs.get("position_ids"), kwargs.get("attention_mask"), seen, S):
+            raise ValueError(
+                f"`past_key_values` holds {seen} tokens and {table.num_slots} prompt slots, but the text does not go on from "
+                f"these {seen} tokens. Pass the `past_key_values` that the model returned, which counts tokens only, and not "
+                "the cache that went in first."
+            )
         mask = padding_mask(kwargs.get("attention_mask"), B, seen + S, from_static_cache=False)  # (B, seen + S)
         mask_within = table.widen_mask(mask, seen + S)  # (B, seen + L + S)
         num_positions = seen + table.num_slots + S
@@ -348,6 +361,18 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             kwargs["position_ids"] = positions + table.num_counted.to(positions.device)  # (B, S) or (R, B, S)
         self._check_fits(kwargs.get("position_ids"), seen + S + table.num_slots, table.num_slots)
 
+    def _goes_on(self, positions: Any, mask: Any, seen: int, num_new: int) -> bool:
+        """Whether positions (B, S) and mask (B, seen + S) go on from the tokens in a cache that counts slots as well.
+
+        Whoever reads from it how far the text has come takes the slots for tokens. False if that can be told.
+        """
+        if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or (mask is not None and mask.dim() != 2):
+            return True
+        if mask is not None and mask.shape[1] != seen + num_new:
+            return False
+        before = seen if mask is None else mask[:, :seen].sum(dim=1).to(positions.device)  # (B,)
+        return bool((positions[:, 0] == before + self.info.position_offset).all())
+
     @torch.compiler.disable
     def _fill(self, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Before a layer runs: write this depth's vectors into the slots, and hide those that it does not see yet."""
@@ -360,9 +385,14 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # to compile, a count is no constant
         states = args[0] if args else kwargs["hidden_states"]  # (B, N, d)
         late = step.table.levels
+        groups = [group for group in step.groups if depth in group.depths]
+        if (groups or late) and step.layout is not None and states.shape[:2] != step.layout.order.shape:
+            raise ValueError(
+                f"The layers of {self.info.name!r} take states of shape {tuple(states.shape)} and not (rows, positions, width): "
+                "prompts cannot be written between them. Use a method that writes to the input only."
+            )
         if late and (depth < late[-1] or step.attention.startswith("flash_attention")):
             args, kwargs = hide_late_slots(step, layer, depth, states, args, kwargs)
-        groups = [group for group in step.groups if depth in group.depths]
         if not groups:
             return (args, kwargs) if late else None
         for group in groups:

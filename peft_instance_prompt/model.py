@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Optional, Union
 
@@ -31,6 +31,7 @@ from .cache import SlotCache
 from .config import InstancePromptConfig
 from .generator import PromptGenerator
 from .layer import InstancePromptLayer
+from .passes import no_trace
 from .scope import known_of, note
 from .stack import StackInfo, describe, find_stacks
 
@@ -136,7 +137,8 @@ class InstancePromptModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT deals with `adapter_names` before it comes here, but not for MPT.
-        with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)):
+        clean = nullcontext() if torch.compiler.is_compiling() else no_trace()
+        with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)), clean:
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -177,7 +179,9 @@ class InstancePromptModel(BaseTuner):
             raise ValueError(
                 f"`adapter_names` must name an adapter for each of the {inputs.shape[0]} rows, got {len(names)}."
             )
-        with note(self.model, prompt_length=length, **{k: v for k, v in fields.items() if v is not None}):
+        fields = {name: value for name, value in fields.items() if value is not None}
+        ids = inputs if length is not None and not inputs.is_floating_point() else None
+        with note(self.model, prompt_length=length, prompt_ids=ids, **fields), no_trace():
             return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,11 +31,23 @@ from . import slots
 from .cache import SlotCache, SlotTable, length
 from .groups import Group
 from .masks import hide
+from .scope import latest_request
 from .stack import forward_args
 
 
 if TYPE_CHECKING:
     from .layer import InstancePromptLayer
+
+
+@contextmanager
+def no_trace() -> Iterator[None]:
+    """Forget, in the end, passes and requests that an interrupt broke off: after a KeyboardInterrupt torch runs no hooks."""
+    tokens = [(variable, variable.set(variable.get())) for variable in (current_pass, latest_request)]
+    try:
+        yield
+    finally:
+        for variable, token in tokens:
+            variable.reset(token)
 
 
 @dataclass

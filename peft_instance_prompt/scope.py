@@ -61,6 +61,7 @@ class Request:
         labels (`torch.LongTensor`, *optional*): Shape (B, S).
         shifted (`bool`): Whether the labels are TRL's `shift_labels`, which stand one place earlier.
         prompt_length (`int`, *optional*): In `generate`, the number of columns that it was called with.
+        prompt_ids (`torch.LongTensor`, *optional*): In `generate`, the tokens (B, S) that it was called with.
         adapter_names (`tuple[str]`, *optional*): One name per row.
         encoder_slots (`tuple`, *optional*): The `order` (B, N) and `live` (B, L) of the slots in the encoder's output that
             a decoder attends to.
@@ -74,9 +75,23 @@ class Request:
     labels: torch.Tensor | None = None
     shifted: bool = False
     prompt_length: int | None = None
+    prompt_ids: torch.Tensor | None = None
     adapter_names: tuple[str, ...] | None = None
     encoder_slots: tuple[torch.Tensor, torch.Tensor] | None = None
     outer: Request | None = None
+
+    def of_tokens(self, input_ids: torch.Tensor | None) -> Request:
+        """The request without what `generate` was told of its prompt, if these are the tokens (B, S) of another text: within
+        `generate`, classifier-free guidance and stopping criteria that judge by a model call it with such."""
+        if self.prompt_ids is None or input_ids is None:
+            return self
+        P = self.prompt_ids.shape[1]
+        repeats, rest = divmod(input_ids.shape[0], self.prompt_ids.shape[0])
+        if rest == 0 and input_ids.shape[1] >= P:
+            own = self.prompt_ids.to(input_ids.device).repeat_interleave(repeats, dim=0)  # (B, P)
+            if torch.equal(input_ids[:, :P], own):
+                return self
+        return replace(self, prompt_length=None, prompt_ids=None, instruction_mask=None)
 
     def of_rows(self, num_rows: int, rows: torch.Tensor | None) -> Request:
         """The request for some rows of a batch of `num_rows`; in `generate`, one row may have become several beams."""
@@ -94,18 +109,18 @@ class Request:
 
 
 # A context variable and not an attribute of some module: threads that share a model must not share a request.
-_request: ContextVar[Request] = ContextVar("instance_prompt_request", default=Request())
+latest_request: ContextVar[Request] = ContextVar("instance_prompt_request", default=Request())
 
 
 def current_request() -> Request:
     """What is known of the call that is going on."""
-    return _request.get()
+    return latest_request.get()
 
 
 def known_of(model: nn.Module | None) -> Request:
     """What was said of calls of `model` by those who are about to call it."""
     # While a model generates, another may be called, as the assistant of assisted decoding is.
-    request = _request.get()
+    request = latest_request.get()
     # What was said of a call that is going on, or that an interrupt broke off, is not said of the next one.
     while request.outer is not None:
         request = request.outer
@@ -116,11 +131,11 @@ def known_of(model: nn.Module | None) -> Request:
 def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
     """Add `fields` to what is known of calls of `model` for the time of the context."""
     known = known_of(model)
-    token = _request.set(replace(known, model=known.model if model is None else model, **fields))
+    token = latest_request.set(replace(known, model=known.model if model is None else model, **fields))
     try:
         yield
     finally:
-        _request.reset(token)
+        latest_request.reset(token)
 
 
 @torch.compiler.disable
@@ -132,7 +147,7 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     fields = {name: value for name, value in fields.items() if value is not None}
     named = {**dict(zip(forward_args(model), args)), **kwargs} if args else kwargs
     shifted = named.get("labels") is None and named.get("shift_labels") is not None
-    _request.set(
+    latest_request.set(
         replace(
             known,
             model=model,
@@ -140,7 +155,7 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             labels=named.get("shift_labels" if shifted else "labels"),
             shifted=shifted,
             encoder_slots=slots_of(named.get("encoder_outputs")),
-            outer=_request.get(),
+            outer=latest_request.get(),
             **fields,
         )
     )
@@ -155,13 +170,13 @@ def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 def note_encoder_slots(order: torch.Tensor, live: torch.Tensor) -> None:
     """Tell the decoder that is run after the encoder."""
-    _request.set(replace(_request.get(), encoder_slots=(order, live)))
+    latest_request.set(replace(latest_request.get(), encoder_slots=(order, live)))
 
 
 @torch.compiler.disable
 def end_call(model: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of the base model."""
-    _request.set(_request.get().outer or Request())
+    latest_request.set(latest_request.get().outer or Request())
 
 
 @contextmanager

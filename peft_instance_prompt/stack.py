@@ -44,6 +44,7 @@ class StackInfo:
         max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
         position_offset (`int`): The position id of the first token.
         sliding_window (`int`, *optional*): The width of its sliding attention window.
+        recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
     """
 
     name: str
@@ -61,6 +62,7 @@ class StackInfo:
     max_positions: int | None
     position_offset: int
     sliding_window: int | None
+    recurrent_layers: tuple[int, ...] = ()
 
 
 def forward_args(module: nn.Module) -> tuple[str, ...]:
@@ -112,6 +114,15 @@ def embed(stack: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     )
 
 
+def embed_per_layer(stack: nn.Module, input_ids: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor | None:
+    """What Gemma 3n and 4 look up for each layer, (B, S, layers, width), by ids (B, S); None for stacks that do not."""
+    if input_ids is None or getattr(stack, "embed_tokens_per_layer", None) is None:
+        return None
+    known = {"input_ids": input_ids, "inputs_embeds": embeds}
+    names = inspect.signature(stack.get_per_layer_inputs).parameters
+    return stack.get_per_layer_inputs(**{name: value for name, value in known.items() if name in names})
+
+
 def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
     """Gather a [`StackInfo`].
 
@@ -133,6 +144,7 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
     flags = [module.is_causal for module in stack.modules() if hasattr(module, "is_causal")]
     causal = decoder or (not encoder and (any(flags) if flags else "past_key_values" in forward_args(stack)))
     max_positions, offset = _learned_positions(stack)
+    kinds = enumerate(getattr(config, "layer_types", None) or ())
     return StackInfo(
         name=stack_name,
         layers_name=layers_name,
@@ -149,6 +161,7 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
         max_positions=max_positions,
         position_offset=offset,
         sliding_window=getattr(config, "sliding_window", None),
+        recurrent_layers=tuple(n for n, kind in kinds if "attention" not in kind or kind.startswith("linear")),
     )
 
 

@@ -48,6 +48,18 @@ def going_on(model: PeftModel, cache: SlotCache, mask: torch.Tensor, ids: torch.
 NEXT = torch.tensor([[40, 41], [50, 51]])
 
 
+def test_used_again_after_reset(kind: str) -> None:
+    model, inputs = prompted(kind), batch(9, 6)
+    text = model.generate(**inputs, max_new_tokens=4)
+    cache = filled(model, batch(8, 5))
+    cache.reset()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, past_key_values=cache), text)
+    cache.reset()
+    with pytest.raises(ValueError, match="instruction_mask"):  # what is refused must not make it useless
+        model(**inputs, past_key_values=cache, instruction_mask=torch.zeros(2, 9, dtype=torch.bool))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, past_key_values=cache), text)
+
+
 def test_counts_tokens_and_not_slots(method: str) -> None:
     model = prompted(method)
     cache = filled(model, batch(9, 6))

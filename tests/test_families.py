@@ -20,9 +20,12 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
 from methods import METHODS
-from tiny import DECODERS, adapted, assert_same, batch, causal_lm
+from peft import get_peft_model
+from tiny import DECODERS, VOCAB, adapted, assert_same, batch, causal_lm
 
+from peft_instance_prompt import to_prompt_embeds
 from peft_instance_prompt.layer import InstancePromptLayer
 
 
@@ -80,3 +83,47 @@ def test_family(method: str, family: str) -> None:
     assert not any(isinstance(module, InstancePromptLayer) for module in again.modules())
     assert len(hooks(again)) == len(hooks(untouched))
     assert again.state_dict().keys() == untouched.state_dict().keys()
+
+
+_per_layer = {"vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+_per_layer.update(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+_per_layer.update(intermediate_size=48, num_kv_shared_layers=0, sliding_window=32, pad_token_id=0)
+_per_layer.update(max_position_embeddings=128, layer_types=["sliding_attention", "full_attention"] * 2)
+PER_LAYER = {
+    "Gemma3n": {"laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4},
+    "Gemma4": {"global_head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", PER_LAYER)
+@pytest.mark.parametrize("method", ["ipt", "idpg_single", "dynamic_prompt"])
+@torch.no_grad()
+def test_embeddings_of_tokens_in_each_layer(method: str, family: str) -> None:
+    """Against the bare stack, given the prompts and for each layer's table the first token once more for each of them."""
+    if not hasattr(tf, f"{family}TextConfig"):
+        pytest.skip(f"this release of transformers has no {family}")
+    torch.manual_seed(0)
+    base = getattr(tf, f"{family}ForCausalLM")(
+        getattr(tf, f"{family}TextConfig")(**_per_layer, **PER_LAYER[family])
+    ).eval()
+    for parameter in base.parameters():
+        parameter.normal_(std=0.3)
+    model, ids = adapted(base, METHODS[method](task_type="CAUSAL_LM")).eval(), batch(9)["input_ids"]
+    found, (embeds,) = base.model(ids).last_hidden_state, to_prompt_embeds(model, ids)
+    with model.disable_adapter():
+        table = base.model.embed_tokens_per_layer(ids).unflatten(-1, (4, 8))  # (1, S, layers, width)
+        l = len(embeds) - 9
+        table = torch.cat([table[:, :1].expand(-1, l, -1, -1), table], dim=1)  # (1, N, layers, width)
+        expected = base.model(inputs_embeds=embeds[None], per_layer_inputs=table).last_hidden_state
+    assert_same(found[:, 1:], expected[:, 1 + l :], 1e-4)
+    base.model.embed_tokens_per_layer.weight.zero_()
+    assert (found - base.model(ids).last_hidden_state).abs().max() > 1e-2, "the table is of no effect"
+
+
+def test_layers_that_take_other_states_are_refused() -> None:
+    torch.manual_seed(0)
+    base = tf.Gemma3nForCausalLM(tf.Gemma3nTextConfig(**_per_layer, **PER_LAYER["Gemma3n"]))
+    model = get_peft_model(base, METHODS["iapt"](task_type="CAUSAL_LM")).eval()
+    with pytest.raises(ValueError, match=r"take states of shape \(2, 1, 13, 32\).*writes to the input only"):
+        model(batch(9)["input_ids"])
+    assert model.unload()(batch(9)["input_ids"]).logits.isfinite().all()

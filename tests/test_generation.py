@@ -24,7 +24,7 @@ import torch
 from methods import METHODS
 from peft import PeftModel
 from tiny import VOCAB, adapted, assert_same, batch, causal_lm
-from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, StaticCache, StoppingCriteria, TextIteratorStreamer
 from transformers.generation import BaseStreamer
 
 
@@ -354,3 +354,63 @@ def test_attention_implementations_agree(method: str, family: str, attention: st
     real = inputs["attention_mask"].bool()
     assert_same(actual[real], expected[real])
     assert torch.equal(text, by_hand(eager, inputs)[0])
+
+
+# ----------------------------------------------------------------------------------- the model called within `generate`
+
+
+class Judge(StoppingCriteria):
+    """Calls the model on a text of its own after each token."""
+
+    def __init__(self, model: PeftModel, text: dict[str, torch.Tensor]):
+        self.model, self.text, self.seen = model, text, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        self.seen.append(self.model(**self.text).logits)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_another_text_within_generate(kind: str, masked: bool) -> None:
+    model, inputs, text = prompted(kind), batch(9, 6), batch(12, 10, seed=3)
+    fields = {"instruction_mask": inputs["attention_mask"] * (torch.arange(9) < 7)} if masked else {}
+    expected, judge = model(**text).logits, Judge(model, text)
+    alone = model.generate(**inputs, **fields, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **fields, **GREEDY, stopping_criteria=[judge]), alone)
+    assert len(judge.seen) == NEW and all(torch.equal(logits, expected) for logits in judge.seen)
+
+
+def test_classifier_free_guidance(kind: str) -> None:
+    """Against guidance by hand, where each of the two texts has the prompts of its own instruction."""
+    model, inputs, negative = prompted(kind), batch(9), batch(12, seed=3)
+    names = {"negative_prompt_ids": "input_ids", "negative_prompt_attention_mask": "attention_mask"}
+    found = model.generate(
+        **inputs, **GREEDY, guidance_scale=1.5, **{ours: negative[theirs] for ours, theirs in names.items()}
+    )
+    ids, unlike = inputs["input_ids"], negative["input_ids"]
+    for _ in range(NEW):
+        logits, other = (
+            model(part, instruction_mask=torch.arange(part.shape[1])[None] < length, use_cache=False)
+            .logits[:, -1]
+            .log_softmax(dim=-1)
+            for part, length in ((ids, 9), (unlike, 12))
+        )
+        guided = (1.5 * (logits - other) + other).index_fill(1, torch.tensor(EOS), -torch.inf)
+        token = guided.argmax(dim=-1, keepdim=True)  # (1, 1)
+        ids, unlike = torch.cat([ids, token], dim=1), torch.cat([unlike, token], dim=1)
+    assert torch.equal(found, ids)
+
+
+def test_own_cache_of_a_model_with_a_native_adapter(kind: str) -> None:
+    """Nobody swaps in the cache that counts tokens: `generate` counts the slots in it, too, and begins the text anew."""
+    native = causal_lm()
+    native.add_adapter(METHODS[kind](task_type="CAUSAL_LM"))
+    native.eval()
+    for lengths in ((9,), (9, 6)):
+        inputs, cache = batch(*lengths), DynamicCache()
+        text = native.generate(**inputs, **GREEDY, past_key_values=cache)
+        for more in (3, 4, 5, 8):  # fewer tokens than slots, as many, more
+            ids = torch.cat([text, text.new_full((len(lengths), more), 40)], dim=1)
+            mask = torch.cat([inputs["attention_mask"], ids.new_ones(len(lengths), NEW + more)], dim=1)
+            with pytest.raises(ValueError, match="Pass the `past_key_values` that the model returned"):
+                native.generate(ids, attention_mask=mask, **GREEDY, past_key_values=copy.deepcopy(cache))

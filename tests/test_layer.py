@@ -17,16 +17,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from methods import METHODS
 from peft import PeftModel
-from tiny import adapted, assert_same, batch, causal_lm, perturb
+from tiny import adapted, assert_same, batch, causal_lm, encoder, perturb
 
 from peft_instance_prompt import scope
 from peft_instance_prompt.layer import InstancePromptLayer
@@ -240,7 +242,7 @@ def test_interrupt_by_the_user(method: str, where: str) -> None:
 
     mask = INPUTS["attention_mask"] * (torch.arange(9) < 6)
     token = current_pass.set(None)
-    known = scope._request.set(Request())
+    known = scope.latest_request.set(Request())
     try:
         interrupt(lambda: model(**INPUTS, instruction_mask=mask))
         with model.disable_adapter():
@@ -251,8 +253,32 @@ def test_interrupt_by_the_user(method: str, where: str) -> None:
         interrupt(lambda: model(**INPUTS, instruction_mask=mask))
         assert torch.equal(model.generate(**INPUTS, **GREEDY), text)
     finally:
-        scope._request.reset(known)
+        scope.latest_request.reset(known)
         current_pass.reset(token)
+
+
+@torch.no_grad()
+def test_interrupts_keep_nothing_alive(kind: str) -> None:
+    model, caches = prompted(kind), []
+
+    def interrupted() -> None:
+        def stop(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            cache = kwargs["past_key_values"]  # None in a frozen pass
+            if cache is not None and cache.get_seq_length() > 0:
+                caches.append(weakref.ref(cache))
+                raise KeyboardInterrupt
+
+        attention = model.get_base_model().model.layers[1].self_attn
+        handle = attention.register_forward_pre_hook(stop, with_kwargs=True)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**INPUTS, **GREEDY)
+        handle.remove()
+
+    for _ in range(3):
+        interrupted()
+    assert current_pass.get() is None and current_request() == Request()
+    gc.collect()
+    assert [cache() for cache in caches] == [None] * 3
 
 
 @torch.no_grad()
@@ -311,6 +337,15 @@ def test_outputs_as_a_tuple(kind: str) -> None:
     assert isinstance(plain, tuple)
     assert torch.equal(plain[0], out.logits)
     assert all(torch.equal(a, b) for a, b in zip(plain[-1], out.hidden_states))
+
+
+def test_outputs_as_a_tuple_by_the_config(kind: str) -> None:
+    model = adapted(encoder("bert"), METHODS[kind]()).eval()
+    with torch.no_grad():
+        states = model(**batch(9, 6)).last_hidden_state
+        model.get_base_model().config.return_dict = False
+        out = model(**batch(9, 6))
+    assert isinstance(out, tuple) and torch.equal(out[0], states)
 
 
 def test_attentions_are_those_among_tokens(kind: str) -> None:

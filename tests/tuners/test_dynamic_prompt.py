@@ -235,7 +235,7 @@ def test_gradients_are_those_of_the_sum_over_all_arrangements(order: str, length
     with torch.no_grad(), model.disable_adapter():
         vector = base.model(ids).last_hidden_state[:, :n].mean(dim=1)  # (B, d)
         if form is True:
-            vector = vector / vector.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
+            vector = vector / vector.pow(2).sum(-1, keepdim=True).sqrt()
 
     def logits(name: str) -> torch.Tensor:
         return generator.heads[name](vector) if name in generator.heads else generator.logits[name].expand(3, -1)
@@ -378,6 +378,8 @@ def test_trainer_resumes_with_the_temperature(tmp_path) -> None:
 @pytest.mark.parametrize("source", ["frozen", "embeddings"])
 def test_choices_do_not_depend_on_padding_or_the_response(family: str, source: str) -> None:
     model = dynamic(family, length="instance", representation="instance", instance_source=source)
+    for head in generator_of(model).heads.values():
+        head.weight.data.mul_(8)  # what it reads has the length 1
     rows = (12, 9, 7, 5, 10)
     seen = []
     for side in ("left", "right"):
@@ -404,7 +406,7 @@ def test_choices_do_not_depend_on_padding_or_the_response(family: str, source: s
         stack = base.get_decoder()
         states = stack(ids).last_hidden_state if source == "frozen" else stack.get_input_embeddings()(ids)
         mean = states[0, :8].mean(dim=0)
-        mean = mean / mean.pow(2).mean().sqrt()
+        mean = mean / mean.pow(2).sum().sqrt()
         head = generator_of(model).heads["representation"]
         assert_same(record[0].mixture[0], head(mean).softmax(-1))
 

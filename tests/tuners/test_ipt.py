@@ -380,6 +380,11 @@ def test_bad_init_file(tmp_path: Path) -> None:
         ({"trainable": 2}, ValueError, "`trainable`.*2"),
         ({"max_instance_tokens": 0}, ValueError, "`max_instance_tokens`.*0"),
         ({"dropout": -0.1}, ValueError, "`dropout`.*-0.1"),
+        (
+            {"init": "embeddings", "trainable": False, "init_weights": "paper"},
+            ValueError,
+            "`trainable=False` leaves nothing to train",
+        ),
         ({"layers_to_transform": [1]}, ValueError, r"`layers_to_transform`.*`host='prompt'`.*\[1\]"),
     ],
 )

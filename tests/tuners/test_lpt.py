@@ -375,3 +375,16 @@ def test_deep_copy_keeps_its_layer() -> None:
         for parameter in generator_of(model).parameters():
             parameter.zero_()
         assert torch.equal(twin(**inputs).logits, expected)
+
+
+def test_layers_with_a_state_and_no_attention() -> None:
+    """Nothing can be hidden from them by a mask; an insertion below them is right."""
+    fields = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    fields.update(intermediate_size=48, num_key_value_heads=2, full_attn_idxs=[2], pad_token_id=0)
+    base = tf.Lfm2ForCausalLM(tf.Lfm2Config(**fields))
+    before = {name for name, _ in base.named_modules()}
+    with pytest.raises(ValueError, match=r"hidden from the layers \[0, 1\].*got 2"):
+        get_peft_model(base, LPTConfig(task_type="CAUSAL_LM"))
+    assert {name for name, _ in base.named_modules()} == before
+    model = adapted(base, LPTConfig(task_type="CAUSAL_LM", insertion_layer=0))
+    assert model(**batch(9)).logits.isfinite().all()

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ...generator import INPUT, Instance, PromptGenerator, Source, state_at
-from ...nn.pooling import last_index, mean_pool, rms, rms_norm
+from ...nn.pooling import last_index, mean_pool, rms
 from ...nn.straight_through import attach_position_gradient, length_gate, straight_through_choice
 from ...slots import Layout, arrange, take
 from ...stack import StackInfo
@@ -119,7 +120,9 @@ class DynamicPromptGenerator(PromptGenerator):
             )
         else:
             vector = mean_pool(source.embeds.detach() if kind == "embeddings" else source.frozen_pass(), source.mask)
-        return vector if self.paper else rms_norm(vector)
+        # Of unit length: a step of a head, whose weights are as many, else moves a choice as far as d steps of the prompts move
+        # those, and with a learning rate for the prompts the choices are made for good in the first steps.
+        return vector if self.paper else F.normalize(vector.float(), dim=-1).to(vector.dtype)  # (B, width)
 
     def _weights(self, instance: Instance, name: str) -> torch.Tensor | None:
         """The weights (B, candidates) of a choice, None if there is no such choice."""

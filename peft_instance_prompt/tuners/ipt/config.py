@@ -123,6 +123,12 @@ class IPTConfig(InstancePromptConfig):
                 "`init_file` must name a safetensors file with `init='pretrained'` and be None otherwise, got "
                 f"{self.init_file!r} with {self.init!r}."
             )
+        nothing = self.strategy == "lookup" and not self.trainable and not self.task_prompt
+        if nothing and self.init_weights == "paper" and self.condition == "instance":
+            raise ValueError(
+                "`trainable=False` leaves nothing to train with `strategy='lookup'`, `init_weights='paper'` and no "
+                "`task_prompt`."
+            )
         if self.host == "prompt" and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` must be None with `host='prompt'`, which writes to the input only, got "

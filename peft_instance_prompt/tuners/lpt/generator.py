@@ -65,6 +65,13 @@ class LPTGenerator(PromptGenerator):
                 f"{config.insertion_layer}."
             )
 
+        start = info.num_layers // 2 if config.insertion_layer is None else config.insertion_layer
+        if below := [number for number in info.recurrent_layers if number < start]:
+            raise ValueError(
+                f"Late prompts cannot be hidden from the layers {below} of {info.layers_name!r}, which have a state and no "
+                f"attention: choose an `insertion_layer` that is not above them, got {start}, or another method."
+            )
+
     def forward(self, states: torch.Tensor, instance: Instance, depth: int) -> torch.Tensor:
         generated = self.dropout(self._generate(states, instance))  # (B, l, d)
         return generated if self.paper else anchored(generated, states, self.anchor_index(instance))
