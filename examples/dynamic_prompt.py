@@ -67,7 +67,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, lr=1e-2, output="outputs/dynamic_prompt")
+    parser = make_parser(__doc__, lr=2e-2, output="outputs/dynamic_prompt")
     parser.add_argument("--preset", default="adap_ins_pos", help="a variant of the paper (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=20, help="number of prompt tokens (default: %(default)s)")
     parser.add_argument("--source", default="frozen", help="frozen or embeddings (default: %(default)s)")
