@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional, Union
 
@@ -137,9 +137,11 @@ class InstancePromptModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT deals with `adapter_names` before it comes here, but not for MPT.
-        clean = nullcontext() if torch.compiler.is_compiling() else no_trace()
-        with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)), clean:
-            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)):
+            if torch.compiler.is_compiling():  # it cannot part a graph within a context
+                return super().forward(*args, **kwargs)
+            with no_trace():
+                return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`.
