@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,14 +71,26 @@ def forward_args(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
+def _walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without what lies in adapters: that is no one's stack, and a thousand of them are many modules."""
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield name, module
+    if not isinstance(module, BaseTunerLayer):
+        for child_name, child in module.named_children():
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
 def find_stacks(model: nn.Module) -> dict[str, str]:
     """The stacks of a model: `{name of the list of layers: name of the stack}`, in the model's order.
 
     A stack is a module that takes `input_ids` or `inputs_embeds`, holds a list of layers, and holds no other stack.
     """
-    takers = {name for name, module in model.named_modules() if _takes_tokens(module)}
+    takers = [name for name, module in _walk(model) if _takes_tokens(module)]
     stacks = {}
-    for name in (n for n, _ in model.named_modules() if n in takers):
+    for name in takers:
         inside = name + "." if name else ""
         if any(other != name and other.startswith(inside) for other in takers):
             continue
@@ -96,10 +109,8 @@ def _takes_tokens(module: nn.Module) -> bool:
 
 def _find_layers(stack: nn.Module) -> str | None:
     """The list of layers is the module list that holds most of the parameters and lies in no other."""
-    lists = {name: module for name, module in stack.named_modules() if isinstance(module, nn.ModuleList)}
-    # An adapter's own lists lie in the stack, too, and those of a large adapter outweigh the layers of a small model.
-    adapters = [name for name, module in stack.named_modules() if isinstance(module, BaseTunerLayer)]
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in [*lists, *adapters])}
+    lists = {name: module for name, module in _walk(stack) if isinstance(module, nn.ModuleList)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
     return max(sizes, key=sizes.get) if sizes and max(sizes.values()) > 0 else None
 
@@ -141,7 +152,7 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
     encoder = pair and not decoder
     generates = hasattr(model, "generate") and (model.can_generate() if hasattr(model, "can_generate") else False)
     # Attention modules say what they are; where they do not (Bloom, MPT, DeBERTa), a decoder is what takes a cache.
-    flags = [module.is_causal for module in stack.modules() if hasattr(module, "is_causal")]
+    flags = [module.is_causal for _, module in _walk(stack) if hasattr(module, "is_causal")]
     causal = decoder or (not encoder and (any(flags) if flags else "past_key_values" in forward_args(stack)))
     max_positions, offset = _learned_positions(stack)
     kinds = enumerate(getattr(config, "layer_types", None) or ())
@@ -181,7 +192,7 @@ def _shares_layers(layers: nn.ModuleList) -> bool:
 
 def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:
     """How many positions have a learned embedding (None: rotary, relative or ALiBi), and the id of the first."""
-    for name, module in stack.named_modules():
+    for name, module in _walk(stack):
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
             "position_embeddings",
             "wpe",
