@@ -154,6 +154,16 @@ def fit(model, examples, collator, args):
     trainer.train()
 
 
+def save_and_compare(model, tokenizer, examples, labels, before, args):
+    """Print the accuracy with the adapter, and that after it was saved and loaded again."""
+    after = accuracy(model, tokenizer, examples, labels)
+    print(f"accuracy on {len(examples)} held-out sentences: {before:.3f} without the adapter, {after:.3f} with it")
+    model.save_pretrained(args.output)
+    loaded = PeftModel.from_pretrained(load_base(args.model)[0], args.output)
+    again = accuracy(loaded, tokenizer, examples, labels)
+    print(f"{again:.3f} after loading the adapter from {args.output} again", flush=True)
+
+
 def main(args):
     set_seed(args.seed)
     model, tokenizer = load_base(args.model)

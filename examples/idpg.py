@@ -26,11 +26,11 @@ it comes from all-MiniLM-L6-v2, is computed once for all sentences and stored wi
 """
 
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import set_seed
 
 import minilm
-from finetune_iapt import Collator, accuracy, fit, load_base, load_examples, make_parser
+from finetune_iapt import Collator, accuracy, fit, load_base, load_examples, make_parser, save_and_compare
 from peft_instance_prompt import IDPGConfig, InstanceEmbedsCollator, add_instance_embeds
 
 
@@ -58,15 +58,7 @@ def main(args):
     model.print_trainable_parameters()
 
     fit(model, train_examples, collator, args)
-    after = accuracy(model, tokenizer, test_examples, labels)
-    print(
-        f"accuracy on {len(test_examples)} held-out sentences: {before:.3f} without the adapter, {after:.3f} with it"
-    )
-
-    model.save_pretrained(args.output)
-    loaded = PeftModel.from_pretrained(load_base(args.model)[0], args.output)
-    again = accuracy(loaded, tokenizer, test_examples, labels)
-    print(f"{again:.3f} after loading the adapter from {args.output} again", flush=True)
+    save_and_compare(model, tokenizer, test_examples, labels, before, args)
 
 
 if __name__ == "__main__":

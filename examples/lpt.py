@@ -19,10 +19,10 @@ Late prompt tuning on film reviews: a prompt that is generated in the middle of 
 takes a few minutes on two CPU cores; base model and sentences are those of finetune_iapt.py, and come from PyPI packages.
 """
 
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import set_seed
 
-from finetune_iapt import Collator, accuracy, fit, load_base, load_examples, make_parser
+from finetune_iapt import Collator, accuracy, fit, load_base, load_examples, make_parser, save_and_compare
 from peft_instance_prompt import LPTConfig
 
 
@@ -37,15 +37,7 @@ def main(args):
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
     fit(model, train_examples, Collator(tokenizer), args)
-    after = accuracy(model, tokenizer, test_examples, labels)
-    print(
-        f"accuracy on {len(test_examples)} held-out sentences: {before:.3f} without the adapter, {after:.3f} with it"
-    )
-
-    model.save_pretrained(args.output)
-    loaded = PeftModel.from_pretrained(load_base(args.model)[0], args.output)
-    again = accuracy(loaded, tokenizer, test_examples, labels)
-    print(f"{again:.3f} after loading the adapter from {args.output} again", flush=True)
+    save_and_compare(model, tokenizer, test_examples, labels, before, args)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ import pickle
 import pytest
 import torch
 import transformers as tf
+from peft import get_peft_model
 from tiny import DECODERS, VOCAB, causal_lm
 
+from peft_instance_prompt import IAPTConfig
 from peft_instance_prompt.stack import describe, find_stacks
 
 
@@ -160,3 +162,12 @@ def test_none() -> None:
 def test_info_can_be_copied_and_pickled() -> None:
     (info,) = found(causal_lm()).values()
     assert copy.deepcopy(info) == info == pickle.loads(pickle.dumps(info))
+
+
+def test_an_adapter_that_outweighs_the_layers_is_no_stack() -> None:
+    """Its lists of modules lie in the stack, too, and hold more parameters than the layers of a small model."""
+    base = causal_lm()
+    model = get_peft_model(base, IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=2048))
+    assert find_stacks(base) == {"model.layers": "model"}
+    model.add_adapter("other", IAPTConfig(task_type="CAUSAL_LM"))
+    assert set(model.peft_config["other"].target_modules) == {"model.layers"}

@@ -23,6 +23,11 @@ from ...stack import StackInfo
 from .config import LPTConfig
 
 
+def insertion_layer(config: LPTConfig, info: StackInfo) -> int:
+    """The layer at which the prompt enters; by default the middle."""
+    return info.num_layers // 2 if config.insertion_layer is None else config.insertion_layer
+
+
 class LPTGenerator(PromptGenerator):
     """The generator of late prompt tuning (https://arxiv.org/abs/2210.11292).
 
@@ -36,7 +41,7 @@ class LPTGenerator(PromptGenerator):
     def __init__(self, config: LPTConfig, info: StackInfo):
         super().__init__(config, info)
         d, m, l = info.hidden_size, config.bottleneck_dim, config.num_virtual_tokens
-        self.visible_from = info.num_layers // 2 if config.insertion_layer is None else config.insertion_layer
+        self.visible_from = insertion_layer(config, info)
         self.depths = (self.visible_from,)
         self.kind = config.generator_type
         self.paper = config.init_weights == "paper"
@@ -64,8 +69,7 @@ class LPTGenerator(PromptGenerator):
                 f"`insertion_layer` must lie in 0..{info.num_layers - 1} for {info.layers_name!r}, got "
                 f"{config.insertion_layer}."
             )
-
-        start = info.num_layers // 2 if config.insertion_layer is None else config.insertion_layer
+        start = insertion_layer(config, info)
         if below := [number for number in info.recurrent_layers if number < start]:
             raise ValueError(
                 f"Late prompts cannot be hidden from the layers {below} of {info.layers_name!r}, which have a state and no "
