@@ -412,5 +412,5 @@ def test_own_cache_of_a_model_with_a_native_adapter(kind: str) -> None:
         for more in (3, 4, 5, 8):  # fewer tokens than slots, as many, more
             ids = torch.cat([text, text.new_full((len(lengths), more), 40)], dim=1)
             mask = torch.cat([inputs["attention_mask"], ids.new_ones(len(lengths), NEW + more)], dim=1)
-            with pytest.raises(ValueError, match="Pass the `past_key_values` that the model returned"):
+            with pytest.raises(ValueError, match="Pass the cache that the model returned"):
                 native.generate(ids, attention_mask=mask, **GREEDY, past_key_values=copy.deepcopy(cache))
