@@ -164,13 +164,18 @@ class _Mask(Exception):
 
 
 class _Probe(nn.Module):
-    """Stands for the first layer."""
+    """Stands for a layer.
 
-    def forward(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        given = [
-            value for value in (attention_mask, *args[1:]) if isinstance(value, torch.Tensor) and value.dim() == 4
-        ]
-        raise _Mask(given[0] if given else None)
+    Args:
+        names (`tuple[str]`): The names of the layer's arguments.
+    """
+
+    def __init__(self, names: tuple[str, ...]):
+        super().__init__()
+        self.names = names
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Mask({**dict(zip(self.names, args)), **kwargs}.get("attention_mask"))
 
 
 def _makes_causal_mask(stack: nn.Module, layers_name: str) -> bool:
@@ -189,7 +194,10 @@ def _makes_causal_mask(stack: nn.Module, layers_name: str) -> bool:
             )
     except _Mask as caught:
         mask = caught.args[0]
-        return mask is not None and bool(mask[0, 0, 0, 2] != mask[0, 0, 2, 0])
+        if mask is None:  # a causal one is not left out here
+            return False
+        mask = mask.expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
+        return bool(mask[0, 0, 0, 2] != mask[0, 0, 2, 0])
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and its mask "
@@ -215,7 +223,7 @@ def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:
 
 def _probes(layers: nn.Module) -> nn.ModuleList:
     """As many layers as there are, since some stacks count them."""
-    probe = _Probe()
+    probe = _Probe(forward_args(next(layers.children())))
     for name, value in vars(next(layers.children())).items():
         if not name.startswith("_") and not hasattr(
             probe, name
