@@ -196,16 +196,17 @@ def _makes_causal_mask(stack: nn.Module, layers_name: str) -> bool:
         mask = caught.args[0]
         if mask is None:  # a causal one is not left out here
             return False
-        mask = mask.expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
-        return bool(mask[0, 0, 0, 2] != mask[0, 0, 2, 0])
+        if mask.dim() == 4:
+            mask = mask.expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
+            return bool(mask[0, 0, 0, 2] != mask[0, 0, 2, 0])
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and its mask "
             f"could not be read ({type(error).__name__}: {error})."
         ) from error
     raise ValueError(
-        f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and it does not run the "
-        f"first of {layers_name!r}."
+        f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the first of "
+        f"{layers_name!r} gets no mask of the form (batch, heads, queries, keys)."
     )
 
 

@@ -84,9 +84,7 @@ def test_causality_that_cannot_be_told() -> None:
         def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, cache=None, **kwargs):
             return inputs_embeds
 
-    with pytest.raises(
-        ValueError, match="Whether Silent is causal cannot be told: .* it does not run the first of 'h'"
-    ):
+    with pytest.raises(ValueError, match="Whether Silent is causal cannot be told: .* the first of 'h' gets no mask"):
         calls.is_causal(Silent(causal_lm("bloom").config), "h")
     with torch.device("meta"):
         nowhere = tf.BloomModel(causal_lm("bloom").config)
@@ -113,7 +111,7 @@ def test_a_stack_that_is_called_in_another_way_is_refused_by_name() -> None:
 
 def test_mamba_is_refused() -> None:
     config = tf.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="Whether MambaModel is causal cannot be told|The forward of MambaModel"):
         get_peft_model(tf.MambaForCausalLM(config), IAPTConfig(task_type="CAUSAL_LM"))
 
 
