@@ -43,8 +43,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what methods.py declares not to hold."""
+    """Leave out what methods.py declares not to hold, and transformers' own `add_adapter` where it refuses this PEFT."""
     for item in items:
+        if item.get_closest_marker("native") and NATIVE_REFUSES:
+            item.add_marker(pytest.mark.skip(reason=NATIVE_REFUSES))
         params = getattr(getattr(item, "callspec", None), "params", {})
         for name in ("method", "kind"):
             if reason := SKIPS.get((params.get(name), getattr(item, "originalname", ""))):
