@@ -234,13 +234,6 @@ def check_save_and_load(method: str) -> None:
     must(torch.equal(logits(low), logits(model)), "low_cpu_mem_usage=True loads something else")
 
 
-def native_refuses() -> str | None:
-    """Why transformers' own `add_adapter` refuses every adapter, LoRA too; None if it does not."""
-    if Version(peft.__version__) >= Version(MIN_PEFT_VERSION):
-        return None
-    return f"transformers {transformers.__version__} wants peft >= {MIN_PEFT_VERSION} for its own `add_adapter`"
-
-
 def check_native(method: str) -> None:
     base, model = causal_lm(), prompted(method)
     base.add_adapter(config(method), adapter_name="own")

@@ -31,8 +31,8 @@ from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm, encoder, perturb
 
 from peft_instance_prompt import scope
-from peft_instance_prompt.layer import InstancePromptLayer
 from peft_instance_prompt.calls import cache_of
+from peft_instance_prompt.layer import InstancePromptLayer
 from peft_instance_prompt.passes import current_pass
 from peft_instance_prompt.scope import Request, current_request
 
