@@ -101,6 +101,8 @@ class PromptGenerator(nn.Module):
         first_visible_layer (`int`): The first layer that sees the slots. Those below run as if there were none: the slots are
             hidden from attention there, and take no place in the count of positions.
         num_slots (`int`): l.
+        copies_last (`bool`): Whether `base_state` is that of the last instruction token: the slots stand behind it, and the next
+            token is predicted at the last of them.
         paper (`bool`): Whether the prompt is what is generated, without a state that it is added to: `init_weights="paper"`.
     """
 
@@ -113,6 +115,7 @@ class PromptGenerator(nn.Module):
         self.num_slots: int = config.num_virtual_tokens
         self.paper: bool = config.init_weights == "paper"
         self.causal = info.causal
+        self.copies_last: bool = info.causal and config.prompt_position == "end"
         layers = config.layers_to_transform
         layers = range(info.num_layers) if layers is None else [layers] if isinstance(layers, int) else layers
         self.depths: tuple[int, ...] = tuple(sorted(layers))

@@ -1,0 +1,135 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The adapters of a batch: which instances have which, and which adapters run together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..generator import Instances, PromptGenerator, stack_weights
+from .instances import Selection
+from .intercept import intercepted
+from .layout import Layout
+from .request import Request
+
+
+@dataclass
+class Group:
+    """Rows whose adapters have one signature and run together.
+
+    Attributes:
+        generators (`list[PromptGenerator]`): The adapters.
+        rows_of (`list[torch.LongTensor]`, *optional*): The rows of the batch that each of them has; None if there is but one
+            adapter and it has all of them.
+        selection (`Selection`, *optional*): The instances among the positions of the stack.
+        vector (`torch.Tensor`, *optional*): Shape (G, ...). What the adapters' encoders made of the instances.
+    """
+
+    generators: list[PromptGenerator]
+    rows_of: list[torch.Tensor] | None = None
+    selection: Selection | None = None
+    vector: torch.Tensor | None = None
+    unbound: dict[int, dict] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.rows = None if self.rows_of is None else torch.cat(self.rows_of)  # (G,)
+        self.model = self.generators[0]
+
+    def __iter__(self) -> Iterator[tuple[PromptGenerator, torch.Tensor | None]]:
+        """Each adapter with its rows."""
+        return iter(zip(self.generators, self.rows_of or [None]))
+
+    def run(self, states: torch.Tensor, depth: int, selection: Selection, layout: Layout) -> torch.Tensor:
+        """The prompt vectors (G, l, w) of one depth.
+
+        Args:
+            states (`torch.Tensor`): Shape (B, N, w). The layer's input for the whole batch, or the input embeddings.
+            depth (`int`): The layer, or `INPUT`.
+            selection (`Selection`): The group's instances among the columns of `states`.
+            layout (`Layout`): Where slots and tokens of the batch stand.
+        """
+        model = self.model
+        device = next(model.parameters()).device  # layers can lie elsewhere than the adapter
+        base = selection.last if model.copies_last else selection.first  # (G,)
+        instances = Instances(
+            selection.take(states).to(device),  # (G, n, w)
+            selection.mask.to(device),
+            selection.state_at(states, base).to(device),  # (G, 1, w)
+            None if self.vector is None else self.vector.to(device),
+        )
+        prompts = model(instances, depth, self.weights(depth)).to(states.device, states.dtype)  # (G, l, w)
+        fields = {"instances": instances, "selection": selection, "layout": layout, "rows": self.rows}
+        return intercepted(prompts, depth=depth, generators=self.generators, **fields)
+
+    def weights(self, depth: int) -> dict[str, torch.Tensor] | None:
+        """The adapters' parameters at a depth: of one adapter (a, b), of several one per instance (G, a, b)."""
+        if len(self.generators) == 1:
+            # FSDP, DeepSpeed and accelerate's offloading put a module's parameters in place when the module is called.
+            managed = self.model._forward_pre_hooks or "_hf_hook" in self.model.__dict__
+            return None if managed else self._of(0, depth)
+        each = [self._of(number, depth) for number in range(len(self.generators))]
+        return stack_weights(weights for weights, rows in zip(each, self.rows_of) for _ in rows)
+
+    def _of(self, number: int, depth: int) -> dict[str, torch.Tensor]:
+        generator = self.generators[number]
+        if number not in self.unbound:  # once per pass
+            self.unbound[number] = generator.unbind()
+        return generator.weights(depth, self.unbound[number])
+
+
+def pick(values: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+    """Some rows of `values`; None for all."""
+    return values if values is None or rows is None else values[rows.to(values.device)]
+
+
+def put(whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`: dead slots come first."""
+    if rows is None:
+        return values.to(whole.dtype)
+    columns = torch.arange(whole.shape[1] - values.shape[1], whole.shape[1], device=whole.device)
+    return whole.index_put((rows.to(whole.device)[:, None], columns), values.to(whole.dtype))
+
+
+def group_rows(
+    generators: Mapping[str, PromptGenerator],
+    active: Sequence[str],
+    num_rows: int,
+    request: Request,
+    device: torch.device,
+) -> list[Group]:
+    """The rows of a batch by adapter; none if no adapter is to be used.
+
+    Args:
+        generators (`Mapping[str, PromptGenerator]`): The adapters by name.
+        active (`Sequence[str]`): The names of the active adapters, for a request that names none.
+        num_rows (`int`): B.
+        request (`Request`): What the caller said.
+        device (`torch.device`): Where the rows' numbers are to lie.
+
+    Raises:
+        ValueError: The request names adapters for another number of rows.
+    """
+    if request.adapter_names is None:
+        return [Group([generators[name]]) for name in active if name in generators]
+    repeats, rest = divmod(num_rows, len(request.adapter_names))  # in generate, a row may have become several beams
+    if rest or (repeats != 1 and request.prompt_length is None):
+        raise ValueError(
+            f"`adapter_names` must name an adapter for each of the {num_rows} rows, got {len(request.adapter_names)}."
+        )
+    rows_of: dict[str, list[int]] = {}
+    for row in range(num_rows):
+        rows_of.setdefault(request.adapter_names[row // repeats], []).append(row)
+    alike: dict[tuple, list[str]] = {}
+    for name in rows_of:
+        if name in generators:
+            alike.setdefault(generators[name].signature, []).append(name)
+    if len(rows_of) == 1 and alike:
+        return [Group([generators[name]]) for name in rows_of]
+    return [
+        Group([generators[n] for n in names], [torch.tensor(rows_of[n], device=device) for n in names])
+        for names in alike.values()
+    ]

@@ -1,0 +1,120 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which tokens of a batch belong to which instance.
+
+In a padded batch an instance is a row. In a packed row, or in the flat batch of a serving engine, one row holds several: a
+generator does not notice.
+
+Shapes: B rows, N columns (tokens, or positions in the stack), G instances of up to n instruction tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..nn.pooling import first_index, last_index
+from .layout import Layout, insert
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The instruction tokens of G instances among the columns of a batch.
+
+    Attributes:
+        mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
+        first (`torch.LongTensor`): Shape (G,). The column of the first token of the instance's sequence.
+        last (`torch.LongTensor`): Shape (G,). The column of its last instruction token.
+        rows (`torch.LongTensor`, *optional*): Shape (G,). The row in which each instance lies. None: instance g is row g.
+        columns (`slice` or `torch.LongTensor`): The columns of the tokens, (G, n), or one range of columns for all.
+    """
+
+    mask: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    rows: torch.Tensor | None
+    columns: slice | torch.Tensor
+
+    @classmethod
+    def of_rows(cls, scope: torch.Tensor, tokens: torch.Tensor) -> Selection:
+        """One instance per row.
+
+        Args:
+            scope (`torch.BoolTensor`): Shape (B, S). The instruction tokens.
+            tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
+        """
+        columns = span(scope)
+        return cls(scope[:, columns], first_index(tokens), last_index(scope), None, columns)  # mask (B, n)
+
+    @classmethod
+    def of_sequences(cls, scope: torch.Tensor, sequence: torch.Tensor) -> Selection:
+        """One instance per sequence, several of which lie in a row.
+
+        Args:
+            scope (`torch.BoolTensor`): Shape (B, S). The instruction tokens.
+            sequence (`torch.LongTensor`): Shape (B, S). The number of each token's sequence within its row, from 0, not
+                decreasing; -1 for padding.
+
+        Raises:
+            ValueError: A sequence has no instruction token.
+        """
+        B, S = scope.shape
+        Q = int(sequence.max()) + 1
+        member = sequence[:, None] == torch.arange(Q, device=scope.device)[:, None]  # (B, Q, S)
+        row, number = member.any(dim=2).nonzero(as_tuple=True)  # (G,), (G,)
+        member = member[row, number]  # (G, S)
+        own = member & scope[row]  # (G, S)
+        if not bool((counts := own.sum(dim=1)).all()):  # (G,)
+            empty = [(int(row[g]), int(number[g])) for g in (counts == 0).nonzero().flatten()]
+            raise ValueError(f"Sequences without an instruction token, as (row, sequence): {empty}.")
+        columns = (~own).int().argsort(dim=1, stable=True)[:, : int(counts.max())]  # (G, n), instruction tokens first
+        mask = torch.arange(columns.shape[1], device=scope.device) < counts[:, None]  # (G, n)
+        return cls(mask, first_index(member), last_index(own), row, columns)
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """The instruction tokens' part (G, n, ...) of `values` (B, N, ...)."""
+        if isinstance(self.columns, slice):
+            values = values[:, self.columns]  # (B, n, ...), no copy
+            return values if self.rows is None else values[self.rows.to(values.device)]  # (G, n, ...)
+        columns = self.columns.to(values.device)
+        rows = torch.arange(len(self), device=values.device) if self.rows is None else self.rows.to(values.device)
+        return values[rows[:, None], columns]  # (G, n, ...)
+
+    def state_at(self, values: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """One state per instance, detached: (G, 1, w) of `values` (B, N, w), at `column` (G,)."""
+        column = column.to(values.device)
+        rows = torch.arange(len(self), device=values.device) if self.rows is None else self.rows.to(values.device)
+        return values.detach()[rows, column][:, None]  # (G, 1, w)
+
+    def pick(self, instances: torch.Tensor | None) -> Selection:
+        """Some of the instances; None for all."""
+        if instances is None:
+            return self
+        rows = instances if self.rows is None else self.rows[instances]
+        columns = self.columns if isinstance(self.columns, slice) else self.columns[instances]
+        return replace(
+            self, mask=self.mask[instances], first=self.first[instances], last=self.last[instances], rows=rows, columns=columns
+        )
+
+    def within(self, layout: Layout) -> Selection:
+        """The same instances among the positions of the stack. To be called on all instances of a batch, before `pick`."""
+        rows = torch.arange(len(self), device=self.mask.device) if self.rows is None else self.rows
+        first, last = (layout.token_index[rows, column] for column in (self.first, self.last))  # (G,) each
+        if not isinstance(self.columns, slice):
+            return replace(self, first=first, last=last, columns=layout.token_index[rows[:, None], self.columns])
+        scope = self.mask.new_zeros(len(self), layout.num_tokens)  # (B, S)
+        scope[:, self.columns] = self.mask
+        scope = insert(scope, scope.new_zeros(len(self), layout.num_slots), layout)  # (B, N)
+        columns = span(scope)
+        return replace(self, mask=scope[:, columns], first=first, last=last, columns=columns)
+
+
+def span(scope: torch.Tensor) -> slice:
+    """The range of columns outside of which no row of `scope` (B, S) has an instruction token."""
+    used = scope.any(dim=0).nonzero().flatten()  # (columns,)
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, scope.shape[1])

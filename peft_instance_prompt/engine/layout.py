@@ -1,0 +1,223 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Slots: extra positions that exist only inside the transformer stack. Pure tensor functions.
+
+Slot k of row b stands before token `before_token[b, k]`; S puts it behind the last token. Rows need not agree: a row with fewer
+prompt vectors than its neighbours has dead slots, hidden from attention. They stand at the row's left edge, like padding on the
+left; in encoders at its right edge.
+
+Shapes: B rows, S tokens, L slots, N = S + L positions in the stack, d the width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+class SlotTable:
+    """Which positions of a row are slots. This much is kept with a filled cache.
+
+    Attributes:
+        order (`torch.LongTensor`): Shape (B, N). What stands at the first N positions: slot k if it is k < L, token t if it is
+            L + t. Whatever follows them are tokens.
+        live (`torch.BoolTensor`): Shape (B, L). False for slots that are hidden from attention.
+        all_live (`bool`): Whether no slot is dead.
+        first_visible_layer (`torch.LongTensor`): Shape (B, L). The first layer that sees each slot.
+        late_layers (`tuple[int]`): The values other than 0 in `first_visible_layer`, in order.
+        num_counted (`torch.LongTensor`): Shape (B, 1). How many slots take a place in the count of positions: live ones that
+            every layer sees. If one that is hidden from some layers took a place, their tokens would not be the base model's.
+    """
+
+    def __init__(
+        self,
+        order: torch.Tensor,
+        live: torch.Tensor,
+        first_visible_layer: torch.Tensor | None = None,
+        late_layers: tuple[int, ...] = (),
+    ):
+        self.order, self.live, self.all_live = order, live, bool(live.all())
+        if first_visible_layer is None:
+            first_visible_layer = torch.zeros_like(live, dtype=torch.long)  # (B, L)
+        self.first_visible_layer, self.late_layers = first_visible_layer, late_layers
+        self.num_counted = self.counted.sum(dim=1, keepdim=True)  # (B, 1)
+
+    @property
+    def num_slots(self) -> int:
+        return self.live.shape[1]
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """The slots (B, L) that take a place in the count of positions."""
+        return self.live & (self.first_visible_layer == 0)
+
+    def widen_mask(self, attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+        """The mask over positions: (B, T) over tokens becomes (B, T + L); None if nothing is hidden."""
+        if attention_mask is None:
+            if self.all_live:
+                return None
+            attention_mask = self.live.new_ones(self.live.shape[0], num_tokens)  # (B, T)
+        # A mask of ones keeps attention off its fast kernel, at each layer of each decoding step.
+        elif self.all_live and bool(attention_mask.all()):
+            return None
+        known = self.order.shape[1] - self.num_slots
+        head = torch.cat([self.live.to(attention_mask.dtype), attention_mask[:, :known]], dim=1)  # (B, N)
+        return torch.cat([take(head, self.order), attention_mask[:, known:]], dim=1)  # (B, T + L)
+
+    def hidden_at(self, depth: int, start: int, num_keys: int) -> torch.Tensor:
+        """Which of the positions `start` to `start + num_keys - 1` are slots that layer `depth` does not see yet."""
+        late = self.first_visible_layer > depth  # (B, L)
+        late = torch.cat([late, late.new_zeros(late.shape[0], self.order.shape[1] - self.num_slots)], dim=1)  # (B, N)
+        late = torch.nn.functional.pad(take(late, self.order), (0, max(start + num_keys - late.shape[1], 0)))
+        return late[:, start : start + num_keys]  # (B, num_keys)
+
+    def token_positions(self, length: int) -> torch.Tensor:
+        """Where the tokens stand among the first `length` positions: (B, length - L)."""
+        known = self.order.argsort(dim=1)[:, self.num_slots :]  # (B, N - L)
+        later = torch.arange(self.order.shape[1], length, device=known.device)  # (length - N,)
+        return torch.cat([known, later.expand(known.shape[0], -1)], dim=1)  # (B, length - L)
+
+    def crop(self, length: int) -> None:
+        """Forget what stands behind the first `length` positions."""
+        if length < self.order.shape[1]:
+            if bool((self.order[:, length:] < self.num_slots).any()):
+                raise ValueError(f"The cache cannot be cropped to {length} positions: that would cut off prompt slots.")
+            self.order = self.order[:, :length]  # (B, length)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep, reorder or repeat rows."""
+        rows = rows.to(self.order.device)
+        for name in ("order", "live", "first_visible_layer", "num_counted"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the slots and the tokens of each row stand inside the stack.
+
+    Attributes:
+        table (`SlotTable`): Which positions are slots.
+        before_token (`torch.LongTensor`): Shape (B, L). The token before which each slot stands.
+        slot_index (`torch.LongTensor`): Shape (B, L). The position of each slot.
+        token_index (`torch.LongTensor`): Shape (B, S). The position of each token.
+        output_index (`torch.LongTensor`): Shape (B, S). The position at which each token's output is read. It is the token's
+            own, except where slots stand between a causal model's last instruction token and the response: the next token is
+            then predicted at the last of them.
+    """
+
+    table: SlotTable
+    before_token: torch.Tensor
+    slot_index: torch.Tensor
+    token_index: torch.Tensor
+    output_index: torch.Tensor
+
+    @property
+    def order(self) -> torch.Tensor:
+        return self.table.order
+
+    @property
+    def live(self) -> torch.Tensor:
+        return self.table.live
+
+    @property
+    def all_live(self) -> bool:
+        return self.table.all_live
+
+    @property
+    def num_slots(self) -> int:
+        return self.slot_index.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_index.shape[1]
+
+
+def arrange(
+    before_token: torch.Tensor,
+    num_tokens: int,
+    live: torch.Tensor | None = None,
+    predicts: torch.Tensor | None = None,
+    first_visible_layer: torch.Tensor | None = None,
+    late_layers: tuple[int, ...] = (),
+    dead_at_end: bool = False,
+) -> Layout:
+    """Lay out slots and tokens row by row.
+
+    Args:
+        before_token (`torch.LongTensor`): Shape (B, L), values 0..S. Slots before the same token keep their order.
+        num_tokens (`int`): S.
+        live (`torch.BoolTensor`, *optional*): Shape (B, L). Default: all.
+        predicts (`torch.BoolTensor`, *optional*): Shape (B, L). Slots behind a causal model's last instruction token: that
+            token's output is read at the last of them. Default: none.
+        first_visible_layer, late_layers: As in [`SlotTable`]. Default: every layer sees every slot.
+        dead_at_end (`bool`): Whether dead slots stand behind the last token, as in stacks without position ids, which count from
+            the left edge; of no use where text is to follow.
+    """
+    B, L = before_token.shape
+    live = torch.ones_like(before_token, dtype=torch.bool) if live is None else live
+    # Slots before token t sort just before it: keys 2t and 2t + 1. Dead slots sort before everything, or behind it.
+    slot_key = torch.where(live, 2 * before_token, 2 * num_tokens + 1 if dead_at_end else -1)  # (B, L)
+    token_key = 2 * torch.arange(num_tokens, device=before_token.device).expand(B, -1) + 1  # (B, S)
+    order = torch.cat([slot_key, token_key], dim=1).argsort(dim=1, stable=True)  # (B, N)
+    place = order.argsort(dim=1)  # (B, N), the inverse permutation
+    slot_index, token_index = place[:, :L], place[:, L:]  # (B, L), (B, S)
+    output_index = token_index  # (B, S)
+    if predicts is not None:
+        behind = (predicts & live).long()  # (B, L)
+        output_index = token_index.scatter_add(1, (before_token - 1).clamp(min=0), behind)  # (B, S)
+    table = SlotTable(order, live, first_visible_layer, late_layers)
+    return Layout(table, before_token, slot_index, token_index, output_index)
+
+
+def take(values: torch.Tensor, index: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """Pick `index` (B, K) along `dim` of `values` (B, ..., N, ...), row by row, in memory order."""
+    shape = [index.shape[0]] + [1] * (values.dim() - 1)
+    shape[dim] = index.shape[1]
+    size = list(values.shape)
+    size[dim] = index.shape[1]
+    return values.gather(dim, index.view(shape).expand(size))  # (B, ..., K, ...)
+
+
+def insert(tokens: torch.Tensor, slots: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Merge `slots` (B, L, ...) into `tokens` (B, S, ...) to (B, N, ...)."""
+    return take(torch.cat([slots.to(tokens.dtype), tokens], dim=1), layout.order)  # (B, N, ...)
+
+
+def insert_positions(
+    position_ids: torch.Tensor, first: torch.Tensor, layout: Layout, sequence: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Position ids inside the stack: a token's own plus the number of counted slots before it in its sequence.
+
+    Args:
+        position_ids (`torch.LongTensor`): Shape (B, S), or (R, B, S) for models with R rows of position ids.
+        first (`torch.LongTensor`): Shape (B, 1) or (B, L). The first token of the sequence that each slot belongs to.
+        layout (`Layout`): The layout.
+        sequence (`torch.LongTensor`, *optional*): Shape (B, S). Numbers from 0, not decreasing, of the sequences that a packed
+            row holds. Default: one sequence per row.
+
+    Returns:
+        `torch.LongTensor`: Shape (B, N) or (R, B, N).
+    """
+    if position_ids.dim() == 3:
+        return torch.stack([insert_positions(row, first, layout, sequence) for row in position_ids])  # (R, B, N)
+    first = first.expand(-1, layout.num_slots)  # (B, L)
+    # A slot goes on from the token that it follows; before the first token it takes the place of that token.
+    follows = (layout.before_token - 1).clamp(min=0)  # (B, L)
+    leads = layout.before_token <= first  # (B, L)
+    own = torch.where(leads, position_ids.gather(1, first), position_ids.gather(1, follows) + 1)  # (B, L)
+    counted = insert(torch.zeros_like(position_ids), layout.table.counted.long(), layout)  # (B, N)
+    before = counted.cumsum(dim=1) - counted  # (B, N)
+    if sequence is not None:
+        number = insert(sequence, sequence.gather(1, first), layout)  # (B, N)
+        within = counted.new_zeros(len(counted), int(number.max()) + 1).scatter_add(1, number, counted)  # (B, sequences)
+        before = before - (within.cumsum(dim=1) - within).gather(1, number)  # (B, N)
+    return insert(position_ids, own, layout) + before  # (B, N)
+
+
+def fill(states: torch.Tensor, prompts: torch.Tensor, layout: Layout, add: bool = False) -> torch.Tensor:
+    """Write `prompts` (B, L, d) into the slots of `states` (B, N, d), or add them there."""
+    index = layout.slot_index[:, :, None].expand(-1, -1, states.shape[-1])  # (B, L, d)
+    prompts = prompts.to(states.dtype)
+    return states.scatter_add(1, index, prompts) if add else states.scatter(1, index, prompts)  # (B, N, d)

@@ -1,0 +1,82 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What one forward pass of a stack needs between its hooks, kept in a context variable: threads do not see each other's."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .batch import Group
+from .cache import SlotCache
+from .layout import Layout, SlotTable
+
+
+if TYPE_CHECKING:
+    from .layer import InstancePromptLayer
+
+
+@dataclass
+class Pass:
+    """One forward pass of a stack.
+
+    Attributes:
+        stack (`nn.Module`): The stack.
+        owner (`InstancePromptLayer`, *optional*): The layer whose slots these are. None: the stack runs without prompts.
+        attention (`str`): The name of the stack's attention implementation.
+        cache (`SlotCache`, *optional*): The cache with the slots of an earlier pass, if this one goes on from it.
+        layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
+        table (`SlotTable`, *optional*): Which positions are slots, be they opened in this pass or before it.
+        groups (`list[Group]`): The rows that have an adapter.
+        as_tuple (`bool`): Whether the caller wants a tuple.
+        runs (`dict`): How often each layer has run, for layers that are run several times.
+        masks (`dict`): The masks that were made for layers which do not see all slots.
+    """
+
+    stack: nn.Module
+    owner: InstancePromptLayer | None = None
+    attention: str = "eager"
+    cache: SlotCache | None = None
+    layout: Layout | None = None
+    table: SlotTable | None = None
+    groups: list[Group] = field(default_factory=list)
+    as_tuple: bool = False
+    runs: dict[int, int] = field(default_factory=dict)
+    masks: dict[tuple, tuple[Any, Any]] = field(default_factory=dict)
+
+
+current_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", default=None)
+
+
+class InContext:
+    """A checkpoint function whose recomputation sees the context variables of the forward pass.
+
+    Transformers before 5.23 runs a layer's hooks again when backward recomputes the layer, long after the pass is over
+    and perhaps in another thread.
+    """
+
+    def __init__(self, checkpoint: Any):
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(partial(copy_context().run, function), *args, **kwargs)
+
+
+def keep_context(stack: nn.Module) -> None:
+    """Wrap the checkpoint functions of a stack's layers."""
+    for module in stack.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, InContext):
+            module._gradient_checkpointing_func = InContext(checkpoint)
+
+
+def release_context(layers: nn.Module) -> None:
+    """Give the layers their own checkpoint functions back."""
+    for module in layers.modules():
+        if isinstance(checkpoint := getattr(module, "_gradient_checkpointing_func", None), InContext):
+            module._gradient_checkpointing_func = checkpoint.checkpoint
