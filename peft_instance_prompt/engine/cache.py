@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .slots import take
+from .layout import SlotTable
 
 
 # Under this name the slot table lies on the cache that a caller handed in, so that a second turn which is given that
@@ -18,79 +18,10 @@ from .slots import take
 _TABLE = "_instance_prompt_slots"
 
 
-class SlotTable:
-    """Which positions of a filled cache are slots.
-
-    Attributes:
-        order (`torch.LongTensor`): Shape (B, N). What stands at the first N positions: slot k if it is k < L, token t if
-            it is L + t. Whatever follows them are tokens.
-        live (`torch.BoolTensor`): Shape (B, L). False for slots that are hidden from attention.
-        since (`torch.LongTensor`, *optional*): Shape (B, L). The first layer in which each slot is seen. Default: 0.
-        levels (`tuple[int]`): What values other than 0 are found in `since`, in order.
-        num_counted (`torch.LongTensor`): Shape (B, 1). How many slots take a place in the count of positions.
-    """
-
-    def __init__(
-        self,
-        order: torch.Tensor,
-        live: torch.Tensor,
-        since: torch.Tensor | None = None,
-        levels: tuple[int, ...] = (),
-    ):
-        self.order, self.live, self.all_live = order, live, bool(live.all())
-        self.since, self.levels = torch.zeros_like(live, dtype=torch.long) if since is None else since, levels
-        self.num_counted = (live & (self.since == 0)).sum(dim=1, keepdim=True)  # (B, 1)
-
-    @property
-    def num_slots(self) -> int:
-        return self.live.shape[1]
-
-    def widen_mask(self, attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
-        """The mask over the cache's positions: (B, T) over tokens becomes (B, T + L); None if nothing is hidden."""
-        if attention_mask is None:
-            if self.all_live:
-                return None
-            attention_mask = self.live.new_ones(self.live.shape[0], num_tokens)  # (B, T)
-        # A mask of ones keeps attention off its fast kernel, at each layer of each decoding step.
-        elif self.all_live and bool(attention_mask.all()):
-            return None
-        known = self.order.shape[1] - self.num_slots
-        head = torch.cat([self.live.to(attention_mask.dtype), attention_mask[:, :known]], dim=1)  # (B, N)
-        return torch.cat([take(head, self.order), attention_mask[:, known:]], dim=1)  # (B, T + L)
-
-    def hidden_at(self, depth: int, start: int, num_keys: int) -> torch.Tensor:
-        """Which of the positions `start` to `start + num_keys - 1` are slots that layer `depth` does not see yet."""
-        late = self.since > depth  # (B, L)
-        late = torch.cat([late, late.new_zeros(late.shape[0], self.order.shape[1] - self.num_slots)], dim=1)  # (B, N)
-        late = torch.nn.functional.pad(take(late, self.order), (0, max(start + num_keys - late.shape[1], 0)))
-        return late[:, start : start + num_keys]  # (B, num_keys)
-
-    def token_positions(self, length: int) -> torch.Tensor:
-        """Where the tokens stand among the first `length` positions: (B, length - L)."""
-        known = self.order.argsort(dim=1)[:, self.num_slots :]  # (B, N - L)
-        later = torch.arange(self.order.shape[1], length, device=known.device)  # (length - N,)
-        return torch.cat([known, later.expand(known.shape[0], -1)], dim=1)  # (B, length - L)
-
-    def crop(self, length: int) -> None:
-        """Forget what stands behind the first `length` positions."""
-        if length < self.order.shape[1]:
-            if bool((self.order[:, length:] < self.num_slots).any()):
-                raise ValueError(
-                    f"The cache cannot be cropped to {length} positions: that would cut off prompt slots."
-                )
-            self.order = self.order[:, :length]  # (B, length)
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep, reorder or repeat rows."""
-        rows = rows.to(self.order.device)
-        for name in ("order", "live", "since", "num_counted"):
-            setattr(self, name, getattr(self, name)[rows])
-
-
 class SlotCache(Cache):
     """A cache of transformers' that holds slots as well as tokens and counts tokens only.
 
-    Returned by the model as `past_key_values`. It can be passed back in for the next step or the next turn, deep-copied,
+    Returned by the model as its cache. It can be passed back in for the next step or the next turn, deep-copied,
     pickled, reordered, cropped and reset like the cache inside it.
 
     Args:

@@ -11,9 +11,8 @@ import torch
 
 from .cache import SlotCache
 from .calls import cache_of, declared
-from .passes import no_trace
-from .scope import known_of, note
-from .wrap import StandIn
+from .request import known_of, note
+from .stand_in import StandIn
 
 
 class Generate(StandIn):
@@ -65,7 +64,7 @@ class Generate(StandIn):
             )
         fields = {name: value for name, value in fields.items() if value is not None}
         ids = inputs if length is not None and not inputs.is_floating_point() else None
-        with note(model, prompt_length=length, prompt_ids=ids, **fields), no_trace():
+        with note(model, prompt_length=length, prompt_ids=ids, **fields):
             return self.__wrapped__(*args, **kwargs)
 
 

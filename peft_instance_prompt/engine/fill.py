@@ -1,0 +1,84 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Before a layer runs: write this depth's vectors into the slots, and hide those that the layer does not see yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batch import put
+from .cache import length
+from .calls import forward_args, layer_cache
+from .layout import fill, take
+from .masks import hide
+from .passes import Pass
+from .stack import StackInfo
+
+
+def fill_slots(
+    running: Pass, info: StackInfo, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments of a layer with the slots filled; None if they stay as they are.
+
+    Args:
+        running (`Pass`): The pass.
+        info (`StackInfo`): Facts about the stack.
+        depths (`range`): The depths of the layer: more than one where it is run several times.
+        layer (`nn.Module`): The layer.
+        args, kwargs: What it is called with.
+    """
+    layout, table = running.layout, running.table
+    if table is None or (layout is None and not table.late_layers):
+        return None
+    run = running.runs[id(layer)] = running.runs.get(id(layer), -1) + 1
+    depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # to compile, a count is no constant
+    states = args[0] if args else kwargs["hidden_states"]  # (B, N, d)
+    late = table.late_layers
+    groups = [group for group in running.groups if depth in group.model.depths]
+    if (groups or late) and layout is not None and states.shape[:2] != layout.order.shape:
+        raise ValueError(
+            f"The layers of {info.name!r} take states of shape {tuple(states.shape)} and not (rows, positions, width): "
+            "prompts cannot be written between them. Use a method that writes to the input only."
+        )
+    if late and (depth < late[-1] or running.attention.startswith("flash_attention")):
+        args, kwargs = hide_late_slots(running, info, layer, depth, states, args, kwargs)
+    for group in groups:
+        prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
+        if group.rows is not None:
+            standing = take(states, layout.slot_index)  # (B, L, d)
+            standing = torch.zeros_like(standing) if group.model.adds else standing
+            prompts = put(standing, group.rows, prompts)  # (B, L, d)
+        states = fill(states, prompts, layout, add=group.model.adds)  # (B, N, d)
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
+def hide_late_slots(
+    running: Pass, info: StackInfo, layer: nn.Module, depth: int, states: torch.Tensor, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a layer with a mask that hides the slots which it does not see yet."""
+    names = forward_args(layer)
+    if "attention_mask" not in names:
+        raise ValueError(f"Slots cannot be hidden from {type(layer).__name__}, which takes no `attention_mask`.")
+    place = names.index("attention_mask")
+    mask = args[place] if place < len(args) else kwargs.get("attention_mask")
+    cache = layer_cache(args, kwargs)
+    num_queries, seen, start = states.shape[1], 0, 0
+    num_keys = num_queries
+    if cache is not None:
+        seen = length(cache, depth)
+        num_keys, start = cache.get_mask_sizes(num_queries, depth)
+    # Layers of one kind share their mask. The mask is kept beside the one made of it, so that its id is not used again.
+    stage = sum(depth < late for late in running.table.late_layers)
+    key = (id(mask), stage, num_keys, start)
+    if key not in running.masks:
+        hidden = running.table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
+        made = hide(mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype)
+        running.masks[key] = mask, made
+    made = running.masks[key][1]
+    if place < len(args):
+        return (*args[:place], made, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "attention_mask": made}

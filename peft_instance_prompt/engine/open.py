@@ -1,0 +1,266 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Before a stack runs: open the slots, or go on from a cache that holds some.
+
+Shapes: B rows, S tokens, L slots, N = S + L positions in the stack, e the width of the embeddings, d that of the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache as once
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..generator import INPUT, Source
+from ..nn.pooling import first_index, last_index
+from .batch import Group, pick, put
+from .cache import length, make_room
+from .calls import FOREIGN_ARGUMENTS, PER_TOKEN_ARGUMENTS, cache_of
+from .frozen import run_frozen
+from .instances import Selection
+from .intercept import intercepted
+from .layout import Layout, arrange, insert, insert_positions, take
+from .masks import beyond_causal, check_not_packed, pad_to_static_cache, padding_mask, see_beyond_causal
+from .request import Request
+from .scope import find_scope
+from .stack import StackInfo, embed, embed_per_layer
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens that a stack is called with.
+
+    Attributes:
+        ids (`torch.LongTensor`, *optional*): Shape (B, S). None if they are not known.
+        embeds (`torch.Tensor`): Shape (B, S, e).
+        mask (`torch.Tensor`, *optional*): Shape (B, S). As the caller gave it, or None.
+        tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
+    """
+
+    ids: torch.Tensor | None
+    embeds: torch.Tensor
+    mask: torch.Tensor | None
+    tokens: torch.Tensor
+
+
+def read_text(stack: nn.Module, call: Mapping[str, Any], request: Request) -> Text:
+    """Find the tokens in a call of a stack.
+
+    Raises:
+        ValueError: The batch is empty, its rows hold several sequences, its mask has an unknown form, or its cache was filled
+            without an adapter.
+    """
+    given = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
+    B, S = given.shape[:2]
+    if B == 0 or S == 0:
+        raise ValueError(f"The batch is empty: {B} row(s) of {S} token(s).")
+    name, cache = cache_of(call)
+    if cache is not None and length(cache) > 0:
+        raise ValueError(
+            f"`{name}` holds {length(cache)} tokens but no prompt slots: it was filled without an adapter. "
+            "Start from an empty cache, or fill it with the adapter active."
+        )
+    check_not_packed(call)
+    ids = request.input_ids if call.get("input_ids") is None else call["input_ids"]
+    ids = ids if ids is not None and ids.shape == (B, S) else None
+    embeds = embed(stack, ids) if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, e)
+    static = cache is not None and cache.is_compileable
+    mask = padding_mask(call.get("attention_mask"), B, S, static)  # (B, S)
+    mask = None if mask is None else mask.to(embeds.device)
+    tokens = torch.ones(B, S, dtype=torch.bool, device=embeds.device) if mask is None else mask.bool()  # (B, S)
+    return Text(ids, embeds, mask, tokens)
+
+
+def open_slots(
+    stack: nn.Module, info: StackInfo, groups: list[Group], request: Request, call: dict[str, Any]
+) -> tuple[dict[str, Any], list[Group], Layout]:
+    """Change what a stack is called with from S tokens to N = S + L positions.
+
+    Args:
+        stack (`nn.Module`): The stack.
+        info (`StackInfo`): Facts about it.
+        groups (`list[Group]`): The rows that have an adapter.
+        request (`Request`): What the caller said.
+        call (`dict`): What the stack is called with.
+
+    Returns:
+        The new call, the groups with their instances among the stack's positions, and the layout.
+    """
+    text = read_text(stack, call, request)
+    name, cache = cache_of(call)
+    if "position_ids" in info.forward_args and call.get("position_ids") is None:
+        # Counted over tokens and not over columns, so that padding on the left moves nothing.
+        counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
+        call = {**call, "position_ids": counted + info.position_offset}
+    plain = {**call, "attention_mask": text.mask, "use_cache": False}
+    plain.pop(name, None)
+    frozen_states = once(partial(run_frozen, stack, plain))
+
+    scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
+    selection = Selection.of_rows(scope, text.tokens)
+    groups = [encode(group, text, selection, request, frozen_states) for group in groups]
+    layout = place_slots(groups, text, selection, info)
+
+    embeds = embed_slots(groups, text, selection, layout)  # (B, N, e)
+    call = {**call, "input_ids": None, "inputs_embeds": embeds}
+    call = widen(stack, info, call, text, selection, layout)
+    selection = selection.within(layout)
+    return call, [replace(group, selection=selection.pick(group.rows)) for group in groups], layout
+
+
+def find_scopes(groups: list[Group], text: Text, request: Request, info: StackInfo, training: bool) -> torch.Tensor:
+    """Each row's instruction tokens (B, S), by the rules of its adapter."""
+    scope = text.tokens  # (B, S)
+    for group in groups:
+        for generator, rows in group:
+            own = find_scope(
+                pick(text.tokens, rows),
+                request.of_rows(len(text.tokens), rows),
+                generator.config.response_template,
+                pick(text.ids, rows),
+                causal_lm=info.causal_lm,
+                pair_decoder=info.decoder_of_pair,
+                training=training,
+            )  # (G, S)
+            scope = put(scope, rows, own)  # (B, S)
+    return scope
+
+
+def encode(
+    group: Group, text: Text, selection: Selection, request: Request, frozen_states: Callable[[], torch.Tensor]
+) -> Group:
+    """The group with what its adapters' encoders make of its instances, adapter by adapter."""
+    vectors = []
+    for generator, rows in group:
+        own = selection.pick(rows)
+        source = Source(
+            token_ids=None if text.ids is None else own.take(text.ids),  # (G, n)
+            embeds=own.take(text.embeds),  # (G, n, e)
+            mask=own.mask,
+            instance_embeds=request.of_rows(len(text.tokens), rows).instance_embeds,
+            frozen_states=lambda own=own: own.take(frozen_states()),  # (G, n, d)
+        )
+        vectors.append(intercepted(generator.encode(source), depth=None, generators=[generator], rows=rows))
+    return replace(group, vector=None if vectors[0] is None else torch.cat(vectors))  # (G, ...)
+
+
+def place_slots(groups: list[Group], text: Text, selection: Selection, info: StackInfo) -> Layout:
+    """Ask the adapters where their slots stand, and lay out the rows.
+
+    Raises:
+        ValueError: Rows have different numbers of slots in a stack that counts its positions itself.
+    """
+    B, S = text.tokens.shape
+    L = max(group.model.num_slots for group in groups)
+    everywhere = all(group.rows is None for group in groups)
+    front = selection.first[:, None].expand(B, L)  # (B, L)
+    before_token, since = front, torch.zeros_like(front)  # (B, L) each
+    live = torch.full_like(text.tokens[:, :1], everywhere).expand(B, L)  # (B, L)
+    predicts = torch.zeros_like(live)  # (B, L)
+    end = selection.last + 1 if info.causal else last_index(text.tokens)  # (B,); an encoder's end token stays the last
+    for group in groups:
+        model, own = group.model, selection.pick(group.rows)
+        behind, used = model.place(own.mask, group.vector)  # (G, l) each
+        behind = behind.to(front.device)
+        start = own.first + (model.config.prompt_position == "after_first")  # (G,)
+        stop = torch.maximum(start, pick(end, group.rows))  # (G,)
+        before_token = put(before_token, group.rows, torch.where(behind, stop[:, None], start[:, None]))
+        live = put(live, group.rows, torch.ones_like(behind) if used is None else used.to(front.device))
+        predicts = put(predicts, group.rows, behind)
+        since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
+    counts_columns = info.max_positions is not None and "position_ids" not in info.forward_args
+    full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
+    if info.causal and counts_columns and not everywhere and full < B:
+        raise ValueError(
+            f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, which counts its positions "
+            "itself: give all of them adapters with the same `num_virtual_tokens`."
+        )
+    late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
+    return arrange(
+        before_token, S, live, predicts if info.causal else None, since, late, dead_at_end=not info.causal
+    )
+
+
+def embed_slots(groups: list[Group], text: Text, selection: Selection, layout: Layout) -> torch.Tensor:
+    """The input embeddings (B, N, e) with the slots in their places."""
+    B, L = layout.before_token.shape
+    # What no generator writes to begins as a copy of the first token, the least that a slot can disturb.
+    vectors = selection.state_at(text.embeds, selection.first).expand(B, L, -1)  # (B, L, e)
+    for group in groups:
+        if INPUT in group.model.depths:
+            own = group.run(text.embeds, INPUT, selection.pick(group.rows), layout)  # (G, l, e)
+            vectors = put(vectors, group.rows, own)  # (B, L, e)
+    embeds = insert(text.embeds, vectors, layout)  # (B, N, e)
+    for group in groups:
+        if group.rows is None:
+            embeds = group.model.attach_choice_gradient(embeds, vectors, text.embeds, group.vector, layout)
+    return embeds
+
+
+def widen(
+    stack: nn.Module, info: StackInfo, call: dict[str, Any], text: Text, selection: Selection, layout: Layout
+) -> dict[str, Any]:
+    """The call with a place for the slots in all that it has per token."""
+    (B, S), L = text.tokens.shape, layout.num_slots
+    for name, value in call.items():
+        unknown = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (B, S)
+        if unknown and name not in PER_TOKEN_ARGUMENTS + FOREIGN_ARGUMENTS:
+            raise ValueError(f"Instance prompts do not know how to give slots a place in `{name}` {(B, S)}.")
+    wide = dict(call)
+    first = selection.first[:, None]  # (B, 1)
+    per_layer = wide.pop("per_layer_inputs", None)
+    per_layer = embed_per_layer(stack, text.ids, text.embeds) if per_layer is None else per_layer
+    if per_layer is not None:  # (B, S, layers, width); the slots begin as copies of the first token, here too
+        own = take(per_layer, first).expand(-1, L, -1, -1)  # (B, L, layers, width)
+        wide["per_layer_inputs"] = insert(per_layer, own, layout)  # (B, N, layers, width)
+    if call.get("token_type_ids") is not None:
+        types = call["token_type_ids"].expand(B, S)  # (B, S)
+        own = types.gather(1, layout.before_token.clamp(max=S - 1))  # (B, L)
+        wide["token_type_ids"] = insert(types, own, layout)  # (B, N)
+    if "position_ids" in info.forward_args:
+        positions = call["position_ids"]
+        positions = positions.expand(*positions.shape[:-2], B, S)  # (B, S) or (R, B, S)
+        wide["position_ids"] = insert_positions(positions, first, layout)  # (B, N) or (R, B, N)
+    check_fits(info, wide.get("position_ids"), S + L, L)
+    wide["attention_mask"] = widen_mask(stack, info, call, text, layout, wide["inputs_embeds"])
+    return wide
+
+
+def widen_mask(
+    stack: nn.Module, info: StackInfo, call: dict[str, Any], text: Text, layout: Layout, embeds: torch.Tensor
+) -> Any:
+    """The attention mask over N positions, in the form that the stack takes; room for them in a static cache."""
+    (B, S), L = text.tokens.shape, layout.num_slots
+    cache = cache_of(call)[1]
+    mask = None
+    # Without a mask, position ids that do not count on would be taken for those of several sequences in a row.
+    if text.mask is not None or not layout.all_live or layout.table.late_layers:
+        mask = insert(text.tokens if text.mask is None else text.mask, layout.live, layout)  # (B, N)
+    if cache is not None and cache.is_compileable:
+        make_room(cache, L, info.sliding_window)
+    mask = pad_to_static_cache(mask, cache, B, S + L)
+    later = beyond_causal(call.get("attention_mask"))  # (B, S, S)
+    if later is None:
+        return mask
+    for _ in range(2):  # rows, then columns
+        later = insert(later, later.new_zeros(B, L, later.shape[2]), layout).transpose(1, 2)
+    return see_beyond_causal(stack.config, embeds, mask, cache, later)
+
+
+def check_fits(info: StackInfo, position_ids: torch.Tensor | None, num_positions: int, num_slots: int) -> None:
+    """Raise a ValueError if the stack has learned embeddings for fewer positions."""
+    if info.max_positions is None or num_positions <= info.max_positions:
+        return
+    if position_ids is not None:
+        num_positions = int(position_ids.max()) + 1 - info.position_offset
+    if num_positions > info.max_positions:
+        raise ValueError(
+            f"The sequence does not fit: the model has {info.max_positions} positions, and {num_positions - num_slots} tokens "
+            f"with {num_slots} prompt slots need {num_positions}. Truncate the text or use fewer `num_virtual_tokens`."
+        )

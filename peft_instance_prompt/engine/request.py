@@ -1,0 +1,215 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the caller of `forward` or `generate` said, beyond what reaches the transformer stack. One context variable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calls import forward_args
+from .stand_in import StandIn
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is known of a call of `forward` or `generate` beyond what reaches the transformer stack.
+
+    Attributes:
+        model (`nn.Module`, *optional*): The base model that is called; None stands for any.
+        instruction_mask (`torch.Tensor`, *optional*): Shape (B, S).
+        instance_embeds (`torch.Tensor`, *optional*): Shape (B, k).
+        input_ids (`torch.LongTensor`, *optional*): Shape (B, S).
+        labels (`torch.LongTensor`, *optional*): Shape (B, S).
+        shifted (`bool`): Whether the labels are TRL's `shift_labels`, which stand one place earlier.
+        prompt_length (`int`, *optional*): In `generate`, the number of columns that it was called with.
+        prompt_ids (`torch.LongTensor`, *optional*): In `generate`, the tokens (B, S) that it was called with.
+        adapter_names (`tuple[str]`, *optional*): One name per row.
+        encoder_slots (`tuple`, *optional*): The `order` (B, N) and `live` (B, L) of the slots in the encoder's output that
+            a decoder attends to.
+        entered (`bool`): Whether the base model's own forward runs, after its hooks.
+        outer (`Request`, *optional*): What stands again when the forward pass is over.
+    """
+
+    model: nn.Module | None = None
+    instruction_mask: torch.Tensor | None = None
+    instance_embeds: torch.Tensor | None = None
+    input_ids: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    shifted: bool = False
+    prompt_length: int | None = None
+    prompt_ids: torch.Tensor | None = None
+    adapter_names: tuple[str, ...] | None = None
+    encoder_slots: tuple[torch.Tensor, torch.Tensor] | None = None
+    entered: bool = False
+    outer: Request | None = None
+
+    def of_tokens(self, input_ids: torch.Tensor | None) -> Request:
+        """The request without what `generate` was told of its prompt, if these are the tokens (B, S) of another text: within
+        `generate`, classifier-free guidance and stopping criteria that judge by a model call it with such."""
+        if self.prompt_ids is None or input_ids is None:
+            return self
+        P = self.prompt_ids.shape[1]
+        repeats, rest = divmod(input_ids.shape[0], self.prompt_ids.shape[0])
+        if rest == 0 and input_ids.shape[1] >= P:
+            own = self.prompt_ids.to(input_ids.device).repeat_interleave(repeats, dim=0)  # (B, P)
+            if torch.equal(input_ids[:, :P], own):
+                return self
+        return replace(self, prompt_length=None, prompt_ids=None, instruction_mask=None)
+
+    def of_rows(self, num_rows: int, rows: torch.Tensor | None) -> Request:
+        """The request for some rows of a batch of `num_rows`; in `generate`, one row may have become several beams."""
+        picked = {}
+        for name in ("instruction_mask", "instance_embeds", "labels"):
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] > 0:
+                if self.prompt_length is not None and num_rows % value.shape[0] == 0:
+                    value = value.repeat_interleave(num_rows // value.shape[0], dim=0)  # (num_rows, ...)
+                # One of another size is left as it is, for its own check to complain about.
+                if rows is not None and value.shape[0] == num_rows:
+                    value = value[rows.to(value.device)]  # (len(rows), ...)
+                picked[name] = value
+        return replace(self, **picked)
+
+
+# A context variable and not an attribute of some module: threads that share a model must not share a request.
+latest_request: ContextVar[Request] = ContextVar("instance_prompt_request", default=Request())
+
+
+def current_request() -> Request:
+    """What is known of the call that is going on."""
+    return latest_request.get()
+
+
+def known_of(model: nn.Module | None) -> Request:
+    """What was said of calls of `model` by those who are about to call it."""
+    # While a model generates, another may be called, as the assistant of assisted decoding is.
+    request = latest_request.get()
+    # What was said of a call that is going on, or that an interrupt broke off, is not said of the next one.
+    while request.outer is not None:
+        request = request.outer
+    return Request() if model is not None and request.model not in (None, model) else request
+
+
+@contextmanager
+def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
+    """Add `fields` to what is known of calls of `model` for the time of the context."""
+    known = known_of(model)
+    token = latest_request.set(replace(known, model=known.model if model is None else model, **fields))
+    try:
+        yield
+    finally:
+        latest_request.reset(token)
+
+
+class CallNote:
+    """The hooks of a base model that note what it is called with, and forget it when the call is over.
+
+    They are hooks and no stand-in for `forward`, since TRL puts one of its own over the base model's that calls the stack itself.
+    """
+
+    def register(self, model: nn.Module) -> None:
+        before = model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
+        self.handles = [before, model.register_forward_hook(end_call, always_call=True)]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return note_call(model, args, kwargs)
+
+
+class NotedForward(StandIn):
+    """The forward of a base model, which notes a call as the hooks do, unless they have done so."""
+
+    method = "forward"
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.__wrapped__(*args, **kwargs)
+        request = before = latest_request.get()
+        by_hooks = request.model is self.module and request.outer is not None and not request.entered
+        if not by_hooks:
+            args, kwargs = note_call(self.module, args, kwargs)
+            request = latest_request.get()
+        latest_request.set(replace(request, entered=True))
+        try:
+            output = self.__wrapped__(*args, **kwargs)
+        except Exception:
+            latest_request.set(before)
+            raise
+        except BaseException:  # after an interrupt torch runs no hooks, which would forget the call
+            latest_request.set(request.outer if by_hooks else before)
+            raise
+        latest_request.set(before)
+        return output
+
+
+def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Take out of a call of a base model what only this package understands, and note what tells the scope."""
+    known = known_of(model)
+    kwargs = dict(kwargs)
+    fields = {name: kwargs.pop(name) for name in ("instruction_mask", "instance_embeds") if name in kwargs}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    named = {**dict(zip(forward_args(model), args)), **kwargs} if args else kwargs
+    shifted = named.get("labels") is None and named.get("shift_labels") is not None
+    latest_request.set(
+        replace(
+            known,
+            model=model,
+            input_ids=named.get("input_ids"),
+            labels=named.get("shift_labels" if shifted else "labels"),
+            shifted=shifted,
+            encoder_slots=slots_of(named.get("encoder_outputs")),
+            entered=False,
+            outer=latest_request.get(),
+            **fields,
+        )
+    )
+    return args, kwargs
+
+
+def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The slots that an encoder's output says it holds. `generate` repeats them for beams like the rest of it."""
+    order = encoder_outputs.get("slot_order") if isinstance(encoder_outputs, dict) else None
+    return None if order is None else (order, encoder_outputs["slot_live"])
+
+
+def note_encoder_slots(order: torch.Tensor, live: torch.Tensor) -> None:
+    """Tell the decoder that is run after the encoder."""
+    request = latest_request.get()
+    if request.outer is not None:  # else nobody but the caller runs the decoder, with what the encoder returns
+        latest_request.set(replace(request, encoder_slots=(order, live)))
+
+
+@torch.compiler.disable
+def end_call(model: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of the base model."""
+    latest_request.set(latest_request.get().outer or Request())
+
+
+@contextmanager
+def instruction_scope(mask: torch.Tensor) -> Iterator[None]:
+    """Say which tokens are the instruction, around trainers and tools that cannot pass `instruction_mask` on.
+
+    Args:
+        mask (`torch.Tensor`): Shape (B, S), bool or 0/1. It stands for every forward pass inside the context.
+
+    Example:
+
+    ```py
+    >>> with instruction_scope(batch["instruction_mask"]):
+    ...     loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    ```
+    """
+    with note(instruction_mask=mask):
+        yield

@@ -1,0 +1,66 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Before a stack runs on a cache that holds slots: nothing is opened, only what counts the cache's positions changes.
+
+Shapes: B rows, S new tokens, L slots in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .cache import SlotCache
+from .masks import pad_to_static_cache, padding_mask
+from .open import check_fits
+from .stack import StackInfo
+
+
+def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots: bool) -> dict[str, Any]:
+    """The call of a stack that goes on from a cache.
+
+    Args:
+        info (`StackInfo`): Facts about the stack.
+        call (`dict`): What the stack is called with.
+        cache (`SlotCache`): Its cache.
+        counts_slots (`bool`): Whether the caller handed in the cache inside, which counts slots as well.
+
+    Raises:
+        ValueError: The text does not go on from the tokens in the cache.
+    """
+    tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
+    (B, S), table, seen = tokens.shape[:2], cache.table, cache.get_seq_length()
+    if counts_slots and not _goes_on(info, call.get("position_ids"), call.get("attention_mask"), seen, S):
+        raise ValueError(
+            f"The cache holds {seen} tokens and {table.num_slots} prompt slots, but the text does not go on from these "
+            f"{seen} tokens. Pass the cache that the model returned, which counts tokens only, and not the cache that went in "
+            "first."
+        )
+    mask = padding_mask(call.get("attention_mask"), B, seen + S, from_static_cache=False)  # (B, seen + S)
+    num_positions = seen + table.num_slots + S
+    wide = table.widen_mask(mask, seen + S)  # (B, seen + L + S)
+    call = {**call, "attention_mask": pad_to_static_cache(wide, cache.inner, B, num_positions)}
+    if "position_ids" in info.forward_args:
+        positions = call.get("position_ids")
+        if positions is None and mask is not None:
+            positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, seen:] + info.position_offset  # (B, S)
+        elif positions is None:
+            positions = torch.arange(seen, seen + S, device=tokens.device) + info.position_offset  # (S,)
+        call["position_ids"] = positions + table.num_counted.to(positions.device)  # (B, S) or (R, B, S)
+    check_fits(info, call.get("position_ids"), num_positions, table.num_slots)
+    return call
+
+
+def _goes_on(info: StackInfo, positions: Any, mask: Any, seen: int, num_new: int) -> bool:
+    """Whether positions (B, S) and mask (B, seen + S) go on from the tokens in a cache that counts slots as well.
+
+    Whoever reads from it how far the text has come takes the slots for tokens. False if that can be told.
+    """
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or (mask is not None and mask.dim() != 2):
+        return True
+    if mask is not None and mask.shape[1] != seen + num_new:
+        return False
+    before = seen if mask is None else mask[:, :seen].sum(dim=1).to(positions.device)  # (B,)
+    return bool((positions[:, 0] == before + info.position_offset).all())
