@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
-from .card import write_card
+from .model_card import write_card
 
 
 @dataclass
@@ -70,6 +70,8 @@ class InstancePromptConfig(PeftConfig):
         TypeError: A field is unknown, or a number or a list of names has the wrong type.
     """
 
+    method: ClassVar[Optional[str]] = None  # set by `register_method`
+
     num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: int = field(default=16, metadata={"help": "The width of the generator's bottleneck."})
     prompt_position: Literal["before", "after_first", "end"] = field(
@@ -104,6 +106,12 @@ class InstancePromptConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.method is None:
+            raise TypeError(
+                f"{type(self).__name__} is the config of no method: register it with `register_method(name, "
+                f"{type(self).__name__}, Generator)`."
+            )
+        self.peft_type = PeftType[self.method.upper()]
         check_int(self, "num_virtual_tokens", minimum=1)
         check_int(self, "bottleneck_dim", minimum=1)
         check_choice(self, "prompt_position", ("before", "after_first", "end"))

@@ -8,21 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Optional, Union
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, TaskType
 from torch import nn
 
-from .calls import check_release, check_understood
 from .config import InstancePromptConfig
+from .engine.calls import check_release, check_understood
+from .engine.layer import InstancePromptLayer
+from .engine.request import current_request, note
+from .engine.stack import StackInfo, describe, find_stacks
 from .generator import PromptGenerator
-from .layer import InstancePromptLayer
-from .passes import no_trace
-from .scope import note
-from .stack import StackInfo, describe, find_stacks
 
 
 # What a config may keep of the stack that the adapter was made for.
@@ -108,7 +105,7 @@ class InstancePromptModel(BaseTuner):
         if layer is None:
             layer = InstancePromptLayer(describe(self.model, current_key, stack_name), self.prefix)
             stack.add_module(name, layer)
-            layer.attach(self.model, stack, target)
+            layer.register_hooks(self.model, stack, target)
         # In the mode of the stack: what is added to a model in evaluation must not drop anything out.
         generator = self.generator_cls(peft_config, layer.info).train(stack.training)
         weight = stack.get_input_embeddings().weight
@@ -130,10 +127,7 @@ class InstancePromptModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT deals with `adapter_names` before it comes here, but not for MPT.
         with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)):
-            if torch.compiler.is_compiling():  # it cannot part a graph within a context
-                return super().forward(*args, **kwargs)
-            with no_trace():
-                return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, which takes `instruction_mask` and `instance_embeds`, see [`Generate`]."""
@@ -155,15 +149,11 @@ class InstancePromptModel(BaseTuner):
         unexpected = {name for name in names if name != "__base__"} - set(self.peft_config)
         if unexpected:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
-        # Heads that are trained beside the prompts (`modules_to_save`) take the names as an argument.
-        heads = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        handles = [head.register_forward_pre_hook(partial(name_rows, names), with_kwargs=True) for head in heads]
-        try:
-            with note(self.model, adapter_names=tuple(names)):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        for module in self.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(name_rows, with_kwargs=True)
+        with note(self.model, adapter_names=tuple(names)):
+            yield
 
     # --------------------------------------------------------------------------------------------------- switching
 
@@ -183,7 +173,7 @@ class InstancePromptModel(BaseTuner):
         """The base model without any trace of the adapters."""
         for name, layer in list(self._layers()):
             stack = self.model.get_submodule(name.rpartition(".")[0])
-            layer.detach(self.model, stack, self.model.get_submodule(layer.info.layers_name))
+            layer.remove_hooks(self.model, stack, self.model.get_submodule(layer.info.layers_name))
             delattr(stack, name.rpartition(".")[2])
         return super().unload()
 
@@ -195,8 +185,14 @@ class InstancePromptModel(BaseTuner):
         return re.sub(rf"(\.{cls.prefix}generator)\.{re.escape(adapter_name)}\.", r"\1.", key, count=1)
 
 
-def name_rows(names: Sequence[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """Forward pre-hook of a head of which each adapter has its own: which row is whose. One row may be several beams."""
+def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of a head of which each adapter has its own (`modules_to_save`): tell it which row is whose.
+
+    The names come from the request, so that calls in several threads do not see each other's. One row may be several beams.
+    """
+    names = current_request().adapter_names
+    if names is None:
+        return None
     repeats = args[0].shape[0] // len(names)
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
 

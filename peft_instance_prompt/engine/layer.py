@@ -140,6 +140,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 request = request.of_tokens(call.get("input_ids"))
             call, running.groups, running.layout = open_slots(stack, self.info, running.groups, request, call)
             running.table = running.layout.table
+            if request.opened is not None:
+                request.opened(call)
             if torch.is_grad_enabled() and stack.training:
                 keep_context(stack)
         return {**call, "return_dict": True} if running.as_tuple else call

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -34,6 +34,7 @@ class Request:
         adapter_names (`tuple[str]`, *optional*): One name per row.
         encoder_slots (`tuple`, *optional*): The `order` (B, N) and `live` (B, L) of the slots in the encoder's output that
             a decoder attends to.
+        opened (`Callable`, *optional*): Called with what the stack is called with, when its slots are open.
         entered (`bool`): Whether the base model's own forward runs, after its hooks.
         outer (`Request`, *optional*): What stands again when the forward pass is over.
     """
@@ -48,6 +49,7 @@ class Request:
     prompt_ids: torch.Tensor | None = None
     adapter_names: tuple[str, ...] | None = None
     encoder_slots: tuple[torch.Tensor, torch.Tensor] | None = None
+    opened: Callable[[dict[str, Any]], None] | None = None
     entered: bool = False
     outer: Request | None = None
 

@@ -16,7 +16,8 @@ from tiny import DECODERS, ENCODERS, adapted, batch, causal_lm, encoder
 from torch import nn
 from transformers import DynamicCache
 
-from peft_instance_prompt import IAPTConfig, calls
+from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt.engine import calls
 
 
 def test_the_cache_is_found_by_what_it_is() -> None:
