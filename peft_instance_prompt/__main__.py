@@ -6,7 +6,7 @@
 Exits with 0 if all is well; with 1 if the adapter can be loaded but should not be trusted (weights that are not finite,
 activation coefficients out of range); with 2 and one sentence if it cannot be loaded.
 
-`python -m peft_instance_prompt doctor` is another command, see doctor.py.
+`python -m peft_instance_prompt doctor` is another command, see tools/doctor.py.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors.torch import load_file
 
-from . import doctor
 from .config import InstancePromptConfig
 from .generator import PromptGenerator
 from .nn.rational import GELU_FITS, Rational
-from .stack import StackInfo
+from .engine.stack import StackInfo
+from .tools import doctor
 
 
 # A rational activation starts at a fit of GELU, whose coefficients lie within 0.5 of zero. The term of degree j weighs

@@ -14,11 +14,13 @@ import torch
 from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 
-from peft_instance_prompt import IAPTConfig, IAPTModel, InstancePromptConfig, doctor, layer, registry, scope, slots
+from peft_instance_prompt import IAPTConfig, IAPTModel, InstancePromptConfig, registry
 from peft_instance_prompt.__main__ import main
-from peft_instance_prompt.cache import SlotTable
-from peft_instance_prompt.doctor import MODELS, registered_methods, run_doctor
+from peft_instance_prompt.engine import calls, layer, open, scope
+from peft_instance_prompt.engine.layout import SlotTable
 from peft_instance_prompt.model import InstancePromptModel
+from peft_instance_prompt.tools import doctor
+from peft_instance_prompt.tools.doctor import MODELS, registered_methods, run_doctor
 
 
 CAUSAL = {"llama", "bloom", "gpt2"}
@@ -65,24 +67,24 @@ def slots_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def slots_are_not_stripped(patch: pytest.MonkeyPatch) -> None:
-    real = slots.arrange
+    real = open.arrange
 
     def arrange(*args, **kwargs):
         layout = real(*args, **kwargs)
-        return replace(layout, read_index=torch.arange(layout.order.shape[1]).expand(layout.order.shape))
+        return replace(layout, output_index=torch.arange(layout.order.shape[1]).expand(layout.order.shape))
 
-    patch.setattr(slots, "arrange", arrange)
+    patch.setattr(open, "arrange", arrange)
 
 
 def another_output_is_read(patch: pytest.MonkeyPatch) -> None:
     """As many positions as there are tokens are left, but the wrong ones."""
-    real = slots.arrange
+    real = open.arrange
 
     def arrange(*args, **kwargs):
         layout = real(*args, **kwargs)
-        return replace(layout, read_index=torch.arange(layout.num_tokens).expand(layout.token_index.shape))
+        return replace(layout, output_index=torch.arange(layout.num_tokens).expand(layout.token_index.shape))
 
-    patch.setattr(slots, "arrange", arrange)
+    patch.setattr(open, "arrange", arrange)
 
 
 def columns_are_counted(patch: pytest.MonkeyPatch) -> None:
@@ -91,7 +93,7 @@ def columns_are_counted(patch: pytest.MonkeyPatch) -> None:
     def insert_positions(position_ids, first, layout):
         return torch.arange(layout.order.shape[1]).expand(layout.order.shape)
 
-    patch.setattr(slots, "insert_positions", insert_positions)
+    patch.setattr(open, "insert_positions", insert_positions)
 
 
 def padding_is_attended_to(patch: pytest.MonkeyPatch) -> None:
@@ -109,8 +111,14 @@ def weights_are_not_found(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InstancePromptModel, "_remove_adapter_name_from_key", own)
 
 
+def cache_has_another_name(patch: pytest.MonkeyPatch) -> None:
+    """A release of transformers calls the cache in a way that the file on its calls does not know."""
+    patch.setattr(calls, "CACHE_ARGUMENTS", ("memory",))
+
+
 # What each breaks, of IAPT: checks and models.
 BREAKAGES: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, set[str]]]] = [
+    (cache_has_another_name, {"inject": CAUSAL}),
     (labels_are_read, {"leak": CAUSAL}),
     (slots_are_not_counted, {"cache": COUNTING}),
     (slots_are_not_stripped, {"effect": CAUSAL, "batch": CAUSAL, "leak": CAUSAL}),

@@ -36,8 +36,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from . import __version__
-from .config import InstancePromptConfig
+from .. import __version__
+from ..config import InstancePromptConfig
 
 
 PACKAGE = "peft-instance-prompt"
