@@ -17,8 +17,8 @@ from torch import nn
 from .config import InstancePromptConfig
 from .engine.calls import check_release, check_understood
 from .engine.layer import InstancePromptLayer
-from .engine.request import current_request, note
-from .engine.stack import StackInfo, describe, find_stacks
+from .engine.request import adapters_of, current_request, note
+from .engine.stack import StackInfo, describe, find_stacks, walk
 from .generator import PromptGenerator
 
 
@@ -146,13 +146,15 @@ class InstancePromptModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if not isinstance(names, (list, tuple)):
             raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-        unexpected = {name for name in names if name != "__base__"} - set(self.peft_config)
+        adapters = adapters_of(self.model)
+        present = {name for _, generators in adapters.values() for name in generators}
+        unexpected = {name for name in names if name != "__base__"} - present
         if unexpected:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
-        for module in self.modules():
+        for _, module in walk(self.model):
             if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(name_rows, with_kwargs=True)
-        with note(self.model, adapter_names=tuple(names)):
+        with note(self.model, adapter_names=tuple(names), adapters=adapters):
             yield
 
     # --------------------------------------------------------------------------------------------------- switching

@@ -95,9 +95,7 @@ def open_slots(
     text = read_text(stack, call, request)
     name, cache = cache_of(call)
     if "position_ids" in info.forward_args and call.get("position_ids") is None:
-        # Counted over tokens and not over columns, so that padding on the left moves nothing.
-        counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
-        call = {**call, "position_ids": counted + info.position_offset}
+        call = {**call, "position_ids": count_positions(text, groups, info)}  # (B, S)
     plain = {**call, "attention_mask": text.mask, "use_cache": False}
     plain.pop(name, None)
     frozen_states = once(partial(run_frozen, stack, plain))
@@ -112,6 +110,21 @@ def open_slots(
     call = widen(stack, info, call, text, selection, layout)
     selection = selection.within(layout)
     return call, [replace(group, selection=selection.pick(group.rows)) for group in groups], layout
+
+
+def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.Tensor:
+    """Position ids (B, S) for a call that has none.
+
+    Rows with an adapter count tokens and not columns, so that padding on the left moves nothing. Rows without one are counted as
+    the bare model does: by columns, unless its ids begin behind that of padding.
+    """
+    B, S = text.tokens.shape
+    counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
+    if info.position_offset == 0 and all(group.rows is not None for group in groups):
+        bare = torch.ones(B, dtype=torch.bool, device=counted.device)  # (B,)
+        bare[torch.cat([group.rows for group in groups]).to(counted.device)] = False
+        counted = torch.where(bare[:, None], torch.arange(S, device=counted.device), counted)  # (B, S)
+    return counted + info.position_offset
 
 
 def find_scopes(groups: list[Group], text: Text, request: Request, info: StackInfo, training: bool) -> torch.Tensor:

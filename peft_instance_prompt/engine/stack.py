@@ -57,16 +57,20 @@ class StackInfo:
     recurrent_layers: tuple[int, ...] = ()
 
 
-def _walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without what lies in adapters: that is no one's stack, and a thousand of them are many modules."""
+def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without what lies in adapters: that is no one's stack, and a thousand of them are many modules.
+
+    Another thread may add an adapter meanwhile.
+    """
     seen = set() if seen is None else seen
     if id(module) in seen:
         return
     seen.add(id(module))
     yield name, module
     if not isinstance(module, BaseTunerLayer):
-        for child_name, child in module.named_children():
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+        for child_name, child in list(module._modules.items()):
+            if child is not None:
+                yield from walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def find_stacks(model: nn.Module) -> dict[str, str]:
@@ -74,7 +78,7 @@ def find_stacks(model: nn.Module) -> dict[str, str]:
 
     A stack is a module that takes `input_ids` or `inputs_embeds`, holds a list of layers, and holds no other stack.
     """
-    takers = [name for name, module in _walk(model) if _takes_tokens(module)]
+    takers = [name for name, module in walk(model) if _takes_tokens(module)]
     stacks = {}
     for name in takers:
         inside = name + "." if name else ""
@@ -95,7 +99,7 @@ def _takes_tokens(module: nn.Module) -> bool:
 
 def _find_layers(stack: nn.Module) -> str | None:
     """The list of layers is the module list that holds most of the parameters and lies in no other."""
-    lists = {name: module for name, module in _walk(stack) if isinstance(module, nn.ModuleList)}
+    lists = {name: module for name, module in walk(stack) if isinstance(module, nn.ModuleList)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
     return max(sizes, key=sizes.get) if sizes and max(sizes.values()) > 0 else None
@@ -178,7 +182,7 @@ def _shares_layers(layers: nn.ModuleList) -> bool:
 
 def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:
     """How many positions have a learned embedding (None: rotary, relative or ALiBi), and the id of the first."""
-    for name, module in _walk(stack):
+    for name, module in walk(stack):
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
             "position_embeddings",
             "wpe",
