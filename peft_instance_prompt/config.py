@@ -50,6 +50,13 @@ class InstancePromptConfig(PeftConfig):
             and generation alike. Give it wherever a causal model scores given continuations (evaluation harnesses,
             preference training): without it and without labels, the whole row counts as the instance. A text is turned
             into ids once, by the tokenizer `tokenizer_name_or_path`.
+            `"chat"` is what the chat template of the tokenizer writes before an answer, found once, when the adapter is made.
+        missing_template (`str`):
+            What a row without the `response_template` is: `"error"`, the default, refuses it; `"all"` takes the whole row for the
+            instruction, for training rows that were cut off and for plain text that a harness scores.
+        instruction_length (`int`, *optional*):
+            For plain text, which has no instruction: the prompt is generated from the first n tokens and stands behind them
+            (`prompt_position="end"`), so that every later token is predicted from it and none is read by it.
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer for a `response_template` given as text. Defaults to the base model's.
         target_modules (`str` or `list[str]`, *optional*):
@@ -89,6 +96,12 @@ class InstancePromptConfig(PeftConfig):
     response_template: Optional[Union[list[int], str]] = field(
         default=None, metadata={"help": "The token ids (or the text) between instruction and response."}
     )
+    missing_template: Literal["error", "all"] = field(
+        default="error", metadata={"help": "What a row without `response_template` is: 'error', or 'all' of it is instruction."}
+    )
+    instruction_length: Optional[int] = field(
+        default=None, metadata={"help": "For plain text: how many tokens at the start are the instruction."}
+    )
     tokenizer_name_or_path: Optional[str] = field(
         default=None, metadata={"help": "The tokenizer for a `response_template` that is given as text."}
     )
@@ -117,6 +130,19 @@ class InstancePromptConfig(PeftConfig):
         check_choice(self, "prompt_position", ("before", "after_first", "end"))
         check_choice(self, "init_weights", (True, False, "paper"))
         check_choice(self, "condition", ("instance", "constant"))
+        check_choice(self, "missing_template", ("error", "all"))
+        if self.instruction_length is not None:
+            check_int(self, "instruction_length", minimum=1)
+            if self.prompt_position != "end":
+                raise ValueError(
+                    f"`instruction_length` needs `prompt_position='end'`, got {self.prompt_position!r}: slots before the text would "
+                    "let its first tokens be predicted from a prompt that has read them."
+                )
+            if self.response_template is not None:
+                raise ValueError(
+                    "`instruction_length` is for plain text and `response_template` for rows with a response: give one of them, got "
+                    f"{self.instruction_length} and {self.response_template!r}."
+                )
         for name in ("hidden_size", "num_layers"):
             if getattr(self, name) is not None:
                 check_int(self, name, minimum=1)

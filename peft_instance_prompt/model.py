@@ -246,7 +246,11 @@ def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo]) -> None
 
 
 def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[int]:
-    """The ids of a `response_template` that was given as text."""
+    """The ids of a `response_template` that was given as text, or as `"chat"`.
+
+    Raises:
+        ValueError: No tokenizer is known; the text has no tokens; or the tokenizer's chat template writes nothing before an answer.
+    """
     from transformers import AutoTokenizer
 
     name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
@@ -255,7 +259,36 @@ def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[in
             "`response_template` is a text, and no tokenizer is known to turn it into token ids: give "
             "`tokenizer_name_or_path`, or the ids themselves."
         )
-    ids = AutoTokenizer.from_pretrained(name)(config.response_template, add_special_tokens=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if config.response_template == "chat":
+        return chat_template_ids(tokenizer, name)
+    ids = tokenizer(config.response_template, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"`response_template` {config.response_template!r} has no tokens in the tokenizer {name!r}.")
+    return list(ids)
+
+
+def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
+    """What a tokenizer's chat template writes between a user's turn and the assistant's answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"`response_template` is 'chat', but the tokenizer {name!r} has no chat template.")
+    user = [{"role": "user", "content": "1"}]
+    plain, prompted = (
+        tokenizer.apply_chat_template(user, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+        for prompt in (False, True)
+    )
+    ids = prompted[len(plain) :] if prompted[: len(plain)] == plain else []
+    if not ids:
+        raise ValueError(
+            f"The chat template of the tokenizer {name!r} writes nothing between a user's turn and the answer that could be "
+            "searched for (`add_generation_prompt` adds nothing at the end): give `response_template` as token ids."
+        )
+    both = tokenizer.apply_chat_template(
+        [*user, {"role": "assistant", "content": "2"}], tokenize=True, return_dict=False
+    )
+    if not any(both[i : i + len(ids)] == ids for i in range(len(both))):
+        raise ValueError(
+            f"The chat template of the tokenizer {name!r} writes {ids} where an answer is to be generated, and something else before "
+            f"an answer that is there: {both}. Give the ids that both have in common as `response_template`."
+        )
     return list(ids)

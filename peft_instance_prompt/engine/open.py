@@ -135,8 +135,11 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
             own = find_scope(
                 pick(text.tokens, rows),
                 request.of_rows(len(text.tokens), rows),
-                generator.config.response_template,
-                pick(text.ids, rows),
+                template=generator.config.response_template,
+                missing_template=generator.config.missing_template,
+                instruction_length=generator.config.instruction_length,
+                special_ids=info.special_ids,
+                input_ids=pick(text.ids, rows),
                 causal_lm=info.causal_lm,
                 pair_decoder=info.decoder_of_pair,
                 training=training,

@@ -36,6 +36,7 @@ class StackInfo:
         max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
         position_offset (`int`): The position id of the first token.
         sliding_window (`int`, *optional*): The width of its sliding attention window.
+        special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
     """
 
@@ -55,6 +56,7 @@ class StackInfo:
     position_offset: int
     sliding_window: int | None
     recurrent_layers: tuple[int, ...] = ()
+    special_ids: tuple[int, ...] = ()
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -162,8 +164,14 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
         max_positions=max_positions,
         position_offset=offset,
         sliding_window=getattr(config, "sliding_window", None),
+        special_ids=tuple(sorted(_special_ids(config))),
         recurrent_layers=tuple(n for n, kind in kinds if "attention" not in kind or kind.startswith("linear")),
     )
+
+
+def _special_ids(config) -> set[int]:
+    ids = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    return {one for value in ids for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)}
 
 
 def _num_layers(layers: nn.ModuleList, config, decoder: bool) -> int:
