@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .calls import forward_args, is_causal
+from .calls import Attention, forward_args, read_attention
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class StackInfo:
         num_layers (`int`): How often a layer is run, which is more than the list holds where layers are shared.
         forward_args (`frozenset[str]`): The names of the arguments that the stack's forward takes.
         causal (`bool`): Whether a token sees only what stands before it.
+        true_hides (`bool`): Whether True in an attention mask of bools hides a key.
         causal_lm (`bool`): Whether instruction and response stand in the same row.
         encoder_of_pair (`bool`): Whether the stack is the encoder of an encoder-decoder model.
         decoder_of_pair (`bool`): Whether it is the decoder of one.
@@ -49,6 +50,7 @@ class StackInfo:
     num_layers: int
     forward_args: frozenset[str]
     causal: bool
+    true_hides: bool
     causal_lm: bool
     encoder_of_pair: bool
     decoder_of_pair: bool
@@ -157,8 +159,9 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
         vocab_size=embedding.num_embeddings,
         num_layers=_num_layers(model.get_submodule(layers_name), config, decoder),
         forward_args=frozenset(forward_args(stack)),
-        causal=causal,
-        causal_lm=bool(generates and causal and not pair),
+        causal=attention.causal,
+        true_hides=attention.true_hides,
+        causal_lm=bool(generates and attention.causal and not pair),
         encoder_of_pair=encoder,
         decoder_of_pair=decoder,
         max_positions=max_positions,
