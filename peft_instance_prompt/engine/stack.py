@@ -36,6 +36,7 @@ class StackInfo:
         decoder_of_pair (`bool`): Whether it is the decoder of one.
         max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
         position_offset (`int`): The position id of the first token.
+        counts_columns (`bool`): Whether the stack reads distances off the columns of its input and not off `position_ids`.
         sliding_window (`int`, *optional*): The width of its sliding attention window.
         special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
@@ -56,6 +57,7 @@ class StackInfo:
     decoder_of_pair: bool
     max_positions: int | None
     position_offset: int
+    counts_columns: bool
     sliding_window: int | None
     recurrent_layers: tuple[int, ...] = ()
     special_ids: tuple[int, ...] = ()
@@ -145,9 +147,8 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
     decoder = pair and "decoder" in stack_name.split(".")
     encoder = pair and not decoder
     generates = hasattr(model, "generate") and (model.can_generate() if hasattr(model, "can_generate") else False)
-    causal = decoder or (
-        not encoder and is_causal(stack, layers_name.removeprefix(f"{stack_name}." if stack_name else ""))
-    )
+    inside = layers_name.removeprefix(f"{stack_name}." if stack_name else "")
+    attention = Attention(decoder) if pair else read_attention(stack, inside)
     max_positions, offset = _learned_positions(stack)
     kinds = enumerate(getattr(config, "layer_types", None) or ())
     return StackInfo(
@@ -166,6 +167,7 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
         decoder_of_pair=decoder,
         max_positions=max_positions,
         position_offset=offset,
+        counts_columns=_counts_columns(stack, config),
         sliding_window=getattr(config, "sliding_window", None),
         special_ids=tuple(sorted(_special_ids(config))),
         recurrent_layers=tuple(n for n, kind in kinds if "attention" not in kind or kind.startswith("linear")),
@@ -189,6 +191,14 @@ def _num_layers(layers: nn.ModuleList, config, decoder: bool) -> int:
 def _shares_layers(layers: nn.ModuleList) -> bool:
     # ALBERT: groups of layers, each run several times.
     return any(isinstance(child, nn.ModuleList) for layer in layers for child in layer.children())
+
+
+def _counts_columns(stack: nn.Module, config) -> bool:
+    """Whether distances are those of columns: there are no position ids (T5, Bloom, MPT), or there are but ALiBi (Falcon) or a table
+    of relative distances (DeBERTa, MPNet) does not read them."""
+    relative = any(name.endswith("relative_attention_bias") for name, _ in walk(stack))
+    declared = any(getattr(config, name, False) for name in ("alibi", "relative_attention"))
+    return "position_ids" not in forward_args(stack) or declared or relative
 
 
 def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:
