@@ -78,7 +78,7 @@ class Placement(NamedTuple):
     live: torch.Tensor | None = None
 
 
-# The tensors that `generate` reads at one depth, by name: each (a, b) of one adapter, or (G, a, b), taken instance by instance.
+# The tensors that `generate` reads at one depth, by name: each (a, b) of one adapter, or (G, a, b), one per instance.
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -86,13 +86,14 @@ class PromptGenerator(nn.Module):
     """Base class of the generators.
 
     Every parameter that `generate` reads is an attribute of the generator itself. It has a first dimension over the depths that do
-    not share it, and two further ones: a matrix (D, a, b), a vector (D, 1, a). [`rows_at`] says which row of each is read at a
-    depth. `generate` gets these rows as `weights`, and computes with `@`, `+` and `*`, which broadcast: in a batch of several
+    not share it, and two or more further ones: a matrix (D, a, b), a vector (D, 1, a). [`rows_at`] says which row of each is read
+    at a depth. `generate` gets these rows as `weights`, and computes with `@`, `+` and `*`, which broadcast: in a batch of several
     adapters each weight has a dimension over the instances in front. What only `encode` reads lies in submodules.
 
     Args:
         config (`InstancePromptConfig`): The adapter's config.
         info (`StackInfo`): The stack that it is made for.
+        depths (`Iterable[int]`, *optional*): Where prompts are generated. Defaults to the config's `layers_to_transform`.
 
     Attributes:
         depths (`tuple[int]`): Where prompts are generated: layer numbers, and `INPUT` for the input embeddings.
@@ -104,21 +105,42 @@ class PromptGenerator(nn.Module):
         copies_last (`bool`): Whether `base_state` is that of the last instruction token: the slots stand behind it, and the next
             token is predicted at the last of them.
         paper (`bool`): Whether the prompt is what is generated, without a state that it is added to: `init_weights="paper"`.
+        constant_condition (`bool`): Whether the prompts are to be the same for all instances: `condition="constant"`.
+        feeds_constant (`bool`): Whether the base class sees to that, by l learned states (D, l, w) that `generate` gets in place
+            of an instance's. A method with `encode`, or with a constant that costs less, sets it to False and sees to it itself.
     """
 
     adds = False
     first_visible_layer = 0
+    feeds_constant = True
 
-    def __init__(self, config: Any, info: StackInfo):
+    def __init__(self, config: Any, info: StackInfo, depths: Iterable[int] | None = None):
         super().__init__()
         self.config = config
         self.num_slots: int = config.num_virtual_tokens
         self.paper: bool = config.init_weights == "paper"
         self.causal = info.causal
         self.copies_last: bool = info.causal and config.prompt_position == "end"
-        layers = config.layers_to_transform
-        layers = range(info.num_layers) if layers is None else [layers] if isinstance(layers, int) else layers
-        self.depths: tuple[int, ...] = tuple(sorted(layers))
+        self.depths: tuple[int, ...] = tuple(sorted(chosen_layers(config, info) if depths is None else depths))
+        self.constant_condition: bool = config.condition == "constant"
+        if self.constant_condition and self.feeds_constant:
+            widths = {info.embedding_size if depth == INPUT else info.hidden_size for depth in self.depths}
+            if len(widths) > 1 or type(self).encode is not PromptGenerator.encode:
+                raise TypeError(
+                    f"{type(self).__name__} must set `feeds_constant = False` and learn a constant of its own for "
+                    f"`condition='constant'`, as it has `encode` or reads states of several widths: {sorted(widths)}."
+                )
+            self.constant = nn.Parameter(torch.randn(len(self.depths), self.num_slots, *widths))  # (D, l, w)
+
+    def zero_at_start(self, *last: nn.Parameter) -> None:
+        """Let what is generated begin at zero with `init_weights=True`. To be called at the end of `__init__`.
+
+        Args:
+            last (`nn.Parameter`): The parameters that make it zero if they are: the last matrix and its bias.
+        """
+        if self.config.init_weights is True:
+            for parameter in last:
+                nn.init.zeros_(parameter)
 
     # ------------------------------------------------------------------------------------------- what a method defines
 
@@ -147,7 +169,7 @@ class PromptGenerator(nn.Module):
         return Placement(mask.new_full((len(mask), self.num_slots), at_end))  # (G, l)
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
-        """What is generated for one depth, (G, l, w), or (1, l, w) if it is the same for all instances.
+        """What is generated for one depth, (G, l, w), or (l, w) or (1, l, w) if it is the same for all instances.
 
         Args:
             instances (`Instances`): The instances.
@@ -168,12 +190,19 @@ class PromptGenerator(nn.Module):
     def token_weights(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor | None:
         """How much each prompt vector takes of each token, (G, l, n), where each row sums to 1; for looking at only.
 
-        None if the vectors of this depth are no weighted means over tokens.
+        None if the vectors of this depth are no weighted means over tokens, as with `condition="constant"`.
         """
         return None
 
     def attach_choice_gradient(
-        self, widened: torch.Tensor, prompts: torch.Tensor, embeds: torch.Tensor, vector: torch.Tensor | None, layout: Layout
+        self,
+        widened: torch.Tensor,
+        prompts: torch.Tensor,
+        embeds: torch.Tensor,
+        vector: torch.Tensor | None,
+        layout: Layout,
+        front: torch.Tensor,
+        end: torch.Tensor,
     ) -> torch.Tensor:
         """Give gradients to choices that stand in no number of `widened`: where the slots stand.
 
@@ -185,6 +214,8 @@ class PromptGenerator(nn.Module):
             embeds (`torch.Tensor`): Shape (B, S, e). The input embeddings without them.
             vector (`torch.Tensor`, *optional*): Shape (B, ...). What `encode` returned.
             layout (`Layout`): Where slots and tokens stand.
+            front, end (`torch.LongTensor`): Shape (B,). The token before which the slots before the instruction stand, and the
+                one before which those behind it stand; `front <= end`.
 
         Returns:
             `torch.Tensor`: `widened`, with the same values.
@@ -194,7 +225,8 @@ class PromptGenerator(nn.Module):
     # --------------------------------------------------------------------------------------------- what the engine calls
 
     def forward(self, instances: Instances, depth: int, weights: Weights | None = None) -> torch.Tensor:
-        """The prompt vectors of one depth: `p = start + rms(start) * generated`.
+        """The prompt vectors of one depth: `p = start + rms(start) * generated`; without `start +` where they are added to what
+        stands in the slots, as that began with it.
 
         The first token is the attention sink of a causal model. A second copy of its state changes next to nothing, so an adapter
         whose `generated` begins at zero begins as a near no-op, where any other vector does great harm. The papers have no such
@@ -207,12 +239,20 @@ class PromptGenerator(nn.Module):
         Returns:
             `torch.Tensor`: Shape (G, l, w).
         """
-        generated = self.generate(instances, depth, self.weights(depth) if weights is None else weights)  # (1 or G, l, w)
-        start = self.start(instances, depth)
+        weights = self.weights(depth) if weights is None else weights
+        G = len(instances.mask)
+        start = self.start(instances, depth)  # (G, 1, w)
+        if self.constant_condition and self.feeds_constant:
+            states = weights["constant"].expand(G, -1, -1)  # (G, l, w)
+            mask = instances.mask.new_ones(states.shape[:2])  # (G, l)
+            instances = Instances(states, mask, instances.base_state)
+        generated = self.generate(instances, depth, weights)  # (G, l, w), (1, l, w) or (l, w)
         if start is not None:
             start = start.to(generated.dtype)
-            generated = start + rms(start) * generated  # (G, l, w)
-        return generated.expand(len(instances.mask), -1, -1)  # (G, l, w)
+            generated = rms(start) * generated  # (G, l, w)
+            if depth == INPUT or not self.adds:
+                generated = start + generated
+        return generated.expand(G, -1, -1)  # (G, l, w)
 
     def weights(self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None) -> dict[str, torch.Tensor]:
         """The parameters of one depth, by name; from `unbound` parameters if a pass has made these."""
@@ -230,6 +270,12 @@ class PromptGenerator(nn.Module):
         skip = {"response_template", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
         fields = sorted((name, repr(value)) for name, value in self.config.to_dict().items() if name not in skip)
         return type(self), tuple(fields), tuple(parameter.dtype for parameter in self.parameters())
+
+
+def chosen_layers(config: Any, info: StackInfo) -> list[int]:
+    """The layers of a config's `layers_to_transform`: all of the stack's if it is None."""
+    layers = config.layers_to_transform
+    return list(range(info.num_layers)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
 
 
 def stack_weights(of_adapters: Iterable[Weights]) -> dict[str, torch.Tensor]:

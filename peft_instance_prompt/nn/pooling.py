@@ -1,16 +1,5 @@
-# Copyright 2026-present the peft_instance_prompt authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
 
 """
 From the instance's token states to one or a few vectors per row.
@@ -229,7 +218,7 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`states[b, index[b]]`, written so that vmap can batch it."""
+    """`states[b, index[b]]`, (B, d)."""
     index = index[..., None, None].expand(*index.shape, 1, states.shape[-1])  # (B, 1, d)
     return states.gather(-2, index).squeeze(-2)  # (B, d)
 

@@ -1,16 +1,5 @@
-# Copyright 2026-present the peft_instance_prompt authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Straight-through choices of Dynamic Prompting (https://arxiv.org/abs/2303.02909): where a row's prompt stands, and how
@@ -25,7 +14,28 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+
+
+class SamplingSwitch(nn.Dropout):
+    """
+    Whether choices are drawn at random: `on` while the module is in training mode, or always, and `p` is above 0.
+
+    It is a `torch.nn.Dropout`, since what holds for dropout holds for sampling: a trainer that sets `p = 0`, so that a text has
+    the same probability in each pass, must not get another choice in each.
+
+    Args:
+        in_evaluation (`bool`): Whether it is on in evaluation mode, too.
+    """
+
+    def __init__(self, in_evaluation: bool = False) -> None:
+        super().__init__(p=1.0)
+        self.in_evaluation = in_evaluation
+
+    @property
+    def on(self) -> bool:
+        return self.p > 0 and (self.training or self.in_evaluation)
 
 
 def straight_through_choice(
@@ -37,9 +47,7 @@ def straight_through_choice(
     Args:
         logits (`torch.Tensor` of shape `(B, K)`): Finite scores of the candidates.
         temperature (`float`): Divides the logits, above 0. Without noise it changes the gradient only.
-        noise (`bool`):
-            Add Gumbel noise, that is sample from `softmax(logits)`, for training; otherwise take the largest. Under
-            `torch.func.vmap` noise needs `randomness="different"` (or `"same"`).
+        noise (`bool`): Add Gumbel noise, that is sample from `softmax(logits)`, for training; otherwise take the largest.
 
     Returns:
         `tuple` of the chosen index, int64 of shape `(B,)`, and the weights of shape `(B, K)`: exactly one-hot in value,
@@ -84,17 +92,22 @@ def attach_position_gradient(
     start: torch.Tensor,
     end: torch.Tensor,
     order: Literal["paper", "dpt"] = "paper",
+    used: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Give the weights of a choice of position their gradient. Candidate j puts j of a row's prompts P behind the instance
+    Give the weights of a choice of position their gradient. Candidate j puts j of a row's l prompts P behind the instance
     text, which are the tokens `start` to `end - 1`, and the rest before it:
 
     - `order="paper"`: `P[:l - j]` directly before token `start`, `P[l - j:]` directly before token `end`,
     - `order="dpt"` (the released code): `P[j:]` directly before token `start`, `P[:j]` directly before token `end`,
 
-    and all tokens keep their order. With `C_j` that arrangement, backward gives `weights[b, j]` the gradient
-    `<grad_out[b], C_j[b]>`, including the terms of the tokens outside the text, which are the same for each j. `out`
-    gets its gradient as it is. Nothing else gets a gradient here: prompts and tokens have theirs through `out`.
+    and all tokens keep their order. Where the text is empty, all prompts stand before the same token, in their own order. Of a
+    row that uses only its first u prompts, the others are left out of this arrangement, and l - u positions that attention does
+    not see stand behind it.
+
+    With `C_j` the arrangement, backward gives `weights[b, j]` the gradient `<grad_out[b], C_j[b]>`, including the terms of
+    the tokens outside the text, which are the same for each j. `out` gets its gradient as it is. Nothing else gets a gradient
+    here: prompts and tokens have theirs through `out`.
 
     Args:
         out (`torch.Tensor` of shape `(B, S + l, d)`): The arrangement of the chosen candidates.
@@ -104,79 +117,96 @@ def attach_position_gradient(
         start (`torch.Tensor` of shape `(B,)`): int64, the text's first token; `0 <= start <= end`.
         end (`torch.Tensor` of shape `(B,)`): int64, one behind the text's last token; `end <= S`.
         order (`str`, *optional*, defaults to `"paper"`): `"paper"` or `"dpt"`.
+        used (`torch.Tensor` of shape `(B,)`, *optional*): int64, the number u of prompts that a row uses. Default: l.
 
     Returns:
         `torch.Tensor` of shape `(B, S + l, d)`: `out`, a view with the same values and dtype. The gradient of `weights`
         is computed in float32 at least and in memory of the order of the sequence, not of l + 1 sequences.
 
     Raises:
-        ValueError: If `order` is unknown or the shape of `out` or `weights` does not fit `prompts` and `tokens`.
+        ValueError: If `order` is unknown or a shape does not fit `prompts` and `tokens`.
     """
     if order not in ("paper", "dpt"):
         raise ValueError(f'`order` must be "paper" or "dpt", got {order!r}.')
     (B, S, d), l = tokens.shape, prompts.shape[-2]
+    used = torch.full_like(start, l) if used is None else used  # (B,)
     for name, tensor, shape in (
         ("prompts", prompts, (B, l, d)),
         ("out", out, (B, S + l, d)),
         ("weights", weights, (B, l + 1)),
         ("start", start, (B,)),
         ("end", end, (B,)),
+        ("used", used, (B,)),
     ):
         if tensor.shape != shape:
             raise ValueError(
                 f"`{name}` must have shape {shape} for `tokens` of shape {(B, S, d)} and l={l} prompts, "
                 f"got {tuple(tensor.shape)}."
             )
-    return _AttachPositionGradient.apply(out, weights, prompts, tokens, start, end, order)
+    return _AttachPositionGradient.apply(out, weights, prompts, tokens, start, end, used, order)
 
 
 class _AttachPositionGradient(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(out, weights, prompts, tokens, start, end, order) -> torch.Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        _, weights, *tensors, ctx.order = inputs
+    def forward(ctx: Any, out: torch.Tensor, weights: torch.Tensor, *others: Any) -> torch.Tensor:
+        *tensors, ctx.order = others
         ctx.dtype = weights.dtype
         ctx.save_for_backward(*tensors)
+        return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         scores = None
         if ctx.needs_input_grad[1]:
             scores = _candidate_scores(grad, *ctx.saved_tensors, ctx.order).to(ctx.dtype)
-        return grad, scores, None, None, None, None, None
+        return grad, scores, None, None, None, None, None, None
 
 
 def _candidate_scores(
-    grad: torch.Tensor, prompts: torch.Tensor, tokens: torch.Tensor, start: torch.Tensor, end: torch.Tensor, order: str
+    grad: torch.Tensor,
+    prompts: torch.Tensor,
+    tokens: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    used: torch.Tensor,
+    order: str,
 ) -> torch.Tensor:
     """(B, l + 1), `<grad[b], C_j[b]>`."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     grad, prompts, tokens = grad.to(dtype), prompts.to(dtype), tokens.to(dtype)
     (S, d), l = tokens.shape[-2:], prompts.shape[-2]
+    start, end, used = start.unsqueeze(-1), end.unsqueeze(-1), used.unsqueeze(-1)  # (B, 1) each
 
-    place = torch.arange(S, device=tokens.device)
-    before, behind = place < start.unsqueeze(-1), place >= end.unsqueeze(-1)  # (B, S)
-    outside = (before | behind).unsqueeze(-1)  # (B, S, 1)
-    # Before the text a token stays where it is, behind it it moves by l: the same for each j.
-    moved = torch.where(before.unsqueeze(-1), grad[:, :S], grad[:, l:])  # (B, S, d)
+    # How many of the prompts that are used stand behind the text.
+    j = torch.arange(l + 1, device=grad.device)  # (l + 1,)
+    behind = (j - (l - used)).clamp(min=0) if order == "paper" else torch.minimum(j, used)  # (B, l + 1)
+    behind = behind.masked_fill(start == end, 0)
+
+    place = torch.arange(S, device=grad.device)  # (S,)
+    before = place < start  # (B, S)
+    outside = (before | (place >= end)).unsqueeze(-1)  # (B, S, 1)
+    # Before the text a token stays where it is, behind it it moves by u: the same for each j.
+    moved = _take(grad, torch.where(before, place, place + used))  # (B, S, d)
     same = (moved * tokens).masked_fill(~outside, 0.0).sum(dim=(-2, -1)).unsqueeze(-1)  # (B, 1)
-    # A token of the text moves by the number of prompts before it, which is l - j.
-    text = _shifted_products(grad, tokens.masked_fill(outside, 0.0), l).flip(-1)  # (B, l + 1)
+    # A token of the text moves by the number of prompts before it.
+    text = _shifted_products(grad, tokens.masked_fill(outside, 0.0), l).gather(-1, used - behind)  # (B, l + 1)
 
     # A prompt stands at one of the l places from `start` on, or at one of the l places from `end` on.
-    k = torch.arange(l, device=grad.device)
-    places = torch.cat((start.unsqueeze(-1) + k, end.unsqueeze(-1) + k), dim=-1)  # (B, 2 l)
-    around = grad.gather(-2, places.unsqueeze(-1).expand(-1, -1, d))  # (B, 2 l, d)
+    k = torch.arange(l, device=grad.device)  # (l,)
+    around = _take(grad, torch.cat((start + k, end + k), dim=-1))  # (B, 2 l, d)
     products = around @ prompts.mT  # (B, 2 l, l)
-    j = torch.arange(l + 1, device=grad.device).unsqueeze(-1)  # (l + 1, 1)
-    # "dpt": the prompts k >= j are at start + k - j, and the others at end + (l - j) + k.
-    choice = torch.where(k < l - j, k, k + l) if order == "paper" else (k - j) % (2 * l)  # (l + 1, l)
-    return same + text + products.gather(-2, choice.expand(grad.shape[0], -1, -1)).sum(dim=-1)  # (B, l + 1)
+    behind, u = behind.unsqueeze(-1), used.unsqueeze(-1)  # (B, l + 1, 1), (B, 1, 1)
+    if order == "paper":
+        choice = torch.where(k < u - behind, k, l + k)  # (B, l + 1, l), at start + k or at end + k
+    else:
+        choice = torch.where(k >= behind, k - behind, l + u - behind + k)  # (B, l + 1, l)
+    at_prompts = products.gather(-2, choice.clamp(max=2 * l - 1)).masked_fill(k >= u, 0.0).sum(dim=-1)  # (B, l + 1)
+    return same + text + at_prompts  # (B, l + 1)
+
+
+def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`states[b, index[b, i]]`, (B, i, d)."""
+    return states.gather(-2, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))  # (B, i, d)
 
 
 def _shifted_products(grad: torch.Tensor, tokens: torch.Tensor, l: int) -> torch.Tensor:
