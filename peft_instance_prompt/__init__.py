@@ -18,7 +18,9 @@ from .bilevel import learn_activations
 from .card import teach_peft
 from .config import InstancePromptConfig
 from .embeds import InstanceEmbedsCollator, add_instance_embeds
+from .loading import guard_loading
 from .report import instance_report
+from .saving import guard_saving
 from .scope import instruction_scope
 from .serving import to_prompt_embeds
 from .tuners import (
@@ -40,6 +42,8 @@ from .tuners import (
 __version__ = "0.1.0"
 
 teach_peft(InstancePromptConfig)
+guard_loading(InstancePromptConfig)
+guard_saving(InstancePromptConfig)
 
 __all__ = [
     "Choices",

@@ -1,0 +1,137 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Before an adapter is attached: what a config and a name must be for the base model. And the way back, if it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT cannot wrap them
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise a ValueError if `name` can be no adapter's name: PEFT uses it as the name of a module and of a folder."""
+    reserved = name == "__base__" or hasattr(nn.ModuleDict(), name) if isinstance(name, str) else True
+    if reserved or not name or any(mark in name for mark in "./\\"):
+        raise ValueError(
+            f"An adapter cannot be named {name!r}: the name must be a text, not empty, without '.', '/' and '\\', and "
+            "none of '__base__' and the attributes of a module dict, such as 'keys' or 'training'."
+        )
+
+
+def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> None:
+    """Raise a ValueError if PEFT would not know whose a new adapter's tensors are.
+
+    Args:
+        adapter_names (`Iterable[str]`): The names of all adapters. PEFT tells whose a tensor is by looking for `.NAME.` in its
+            name, and where that is a part of another's tensor's name, it leaves that out of the other's file in silence.
+        keys (`Iterable[str]`): The new adapter's tensors, by their names in its file.
+    """
+    parts = {part for key in keys for part in key.split(".")}
+    if clash := sorted({"base_model", "model", *parts}.intersection(adapter_names)):
+        raise ValueError(f"An adapter cannot be named {clash[0]!r}: a part of its tensors' names is called so.")
+    if "original_module" in parts:
+        raise ValueError(
+            "`modules_to_save` must name modules of the base model; it names a part of the adapter itself."
+        )
+
+
+def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Raise a ValueError if `modules_to_save` names what PEFT cannot copy.
+
+    Args:
+        config (`PeftConfig`): The config. PEFT takes each module whose name *ends* with one of its `modules_to_save`.
+        model (`nn.Module`): The base model.
+        layers (`Iterable[nn.Module]`): The layers that prompts are written between: a copy of one would take its hooks
+            along, and a copy of the stack the adapters in it.
+    """
+    layers = set(layers)
+    for wanted in config.modules_to_save or ():
+        for name, module in model.named_modules(remove_duplicate=False):
+            if not name.endswith(wanted):
+                continue
+            if isinstance(module, (*CONTAINERS, BaseTunerLayer)) or not layers.isdisjoint(module.modules()):
+                raise ValueError(
+                    "`modules_to_save` must name modules that can be copied, such as a head: no lists, no adapters, and "
+                    f"nothing that holds the layers which prompts are written between; {wanted!r} names {name!r}, a "
+                    f"{type(module).__name__}."
+                )
+
+
+def check_memory(build: Callable[[], nn.Module], config: PeftConfig) -> None:
+    """Raise a ValueError if what `build` makes is larger than this machine's memory.
+
+    Args:
+        build (`Callable[[], nn.Module]`): Makes the generator. It is called under the device `"meta"`.
+        config (`PeftConfig`): The config that it is made from; for the message.
+    """
+    fields = f"`num_virtual_tokens` {config.num_virtual_tokens}, `bottleneck_dim` {config.bottleneck_dim}"
+    try:
+        with torch.device("meta"):
+            generator = build()
+    except (RuntimeError, OverflowError) as error:  # sizes whose product is no 64-bit number
+        raise ValueError(f"An adapter of this size cannot be made ({fields}): {error}".splitlines()[0]) from error
+    size = sum(tensor.nbytes for tensor in chain(generator.parameters(), generator.buffers()))
+    if size > (memory := psutil.virtual_memory().total):
+        raise ValueError(
+            f"An adapter of this size cannot be made ({fields}): it takes {size / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f}."
+        )
+
+
+@contextmanager
+def undone_on_error(root: nn.Module) -> Iterator[None]:
+    """If the block raises, all modules of `root` have the submodules, parameters, hooks, attributes and `requires_grad`
+    again that they had before. The numbers in tensors are left as they are, and so is what lies beside modules, such as a
+    model's config. What other threads change on these modules meanwhile is undone, too."""
+    before = {module: _attributes(module) for module in root.modules()}
+    trainable = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in before.items():
+            _restore(module, attributes)
+        for parameter, value in trainable:
+            parameter.requires_grad = value
+        raise
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Each attribute, and a copy of it if it is a container: hooks, submodules and parameters are kept in such."""
+    kinds = (dict, list, set)
+    return {
+        name: (value, next((kind(value) for kind in kinds if isinstance(value, kind)), None))
+        for name, value in vars(module).items()
+    }
+
+
+def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    now = vars(module)
+    for name in now.keys() - attributes.keys():
+        del now[name]
+    for name, (value, content) in attributes.items():
+        now[name] = value
+        if isinstance(value, dict):  # key by key: other threads may be running the module
+            for key in value.keys() - content.keys():
+                del value[key]
+            for key, item in content.items():
+                if value.get(key, attributes) is not item:
+                    value[key] = item
+        elif isinstance(value, list) and [*map(id, value)] != [*map(id, content)]:
+            value[:] = content
+        elif isinstance(value, set) and value != content:
+            value.clear()
+            value.update(content)
