@@ -41,12 +41,12 @@ def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> Non
         keys (`Iterable[str]`): The new adapter's tensors, by their names in its file.
     """
     parts = {part for key in keys for part in key.split(".")}
-    if clash := sorted({"base_model", "model", *parts}.intersection(adapter_names)):
-        raise ValueError(f"An adapter cannot be named {clash[0]!r}: a part of its tensors' names is called so.")
     if "original_module" in parts:
         raise ValueError(
             "`modules_to_save` must name modules of the base model; it names a part of the adapter itself."
         )
+    if clash := sorted({"base_model", "model", *parts}.intersection(adapter_names)):
+        raise ValueError(f"An adapter cannot be named {clash[0]!r}: a part of its tensors' names is called so.")
 
 
 def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -71,24 +71,26 @@ def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: Iterable
                 )
 
 
-def check_memory(build: Callable[[], nn.Module], config: PeftConfig) -> None:
-    """Raise a ValueError if what `build` makes is larger than this machine's memory.
+def check_memory(build: Callable[[], nn.Module], config: PeftConfig, width: int) -> None:
+    """Raise a ValueError if an adapter, with one prompt of it, is larger than this machine's memory.
 
     Args:
         build (`Callable[[], nn.Module]`): Makes the generator. It is called under the device `"meta"`.
-        config (`PeftConfig`): The config that it is made from; for the message.
+        config (`PeftConfig`): The config that it is made from.
+        width (`int`): The width of a prompt vector.
     """
     fields = f"`num_virtual_tokens` {config.num_virtual_tokens}, `bottleneck_dim` {config.bottleneck_dim}"
     try:
         with torch.device("meta"):
             generator = build()
-    except (RuntimeError, OverflowError) as error:  # sizes whose product is no 64-bit number
+    except RuntimeError as error:  # the product of the sizes is no 64-bit number
         raise ValueError(f"An adapter of this size cannot be made ({fields}): {error}".splitlines()[0]) from error
-    size = sum(tensor.nbytes for tensor in chain(generator.parameters(), generator.buffers()))
+    prompt = 4 * width * config.num_virtual_tokens
+    size = prompt + sum(tensor.nbytes for tensor in chain(generator.parameters(), generator.buffers()))
     if size > (memory := psutil.virtual_memory().total):
         raise ValueError(
-            f"An adapter of this size cannot be made ({fields}): it takes {size / 2**30:,.0f} GiB, and this machine has "
-            f"{memory / 2**30:,.0f}."
+            f"An adapter of this size cannot be made ({fields}): with one prompt it takes {size / 2**30:,.0f} GiB, and this "
+            f"machine has {memory / 2**30:,.0f}."
         )
 
 

@@ -29,8 +29,7 @@ from .loading import read_kind
 from .saving import staged
 
 
-NO_TOKEN = 2**31  # no vocabulary is as large
-MAX = sys.float_info.max
+LARGEST = 2**31 - 1  # of sizes, layers and token ids
 
 
 @dataclass
@@ -172,7 +171,7 @@ class InstancePromptConfig(PeftConfig):
             )
         template = self.response_template
         ids = isinstance(template, (list, tuple)) and all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n < NO_TOKEN for n in template
+            isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST for n in template
         )
         if template is not None and (not template or not (ids or isinstance(template, str))):
             raise ValueError(f"`response_template` must be token ids or a text, not empty, or None, got {template!r}.")
@@ -196,12 +195,14 @@ class InstancePromptConfig(PeftConfig):
 
 
 def check_int(config: PeftConfig, name: str, minimum: int) -> None:
-    """Raise a TypeError or ValueError if a field is not a whole number of at least `minimum`."""
+    """Raise a TypeError or ValueError if a field is not a whole number of at least `minimum` and below 2^31."""
     value = getattr(config, name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    if value > LARGEST:
+        raise ValueError(f"`{name}` must be at most {LARGEST}, got {value}.")
 
 
 def check_pattern(config: PeftConfig, name: str) -> None:
@@ -218,7 +219,7 @@ def check_number(config: PeftConfig, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not -MAX <= value <= MAX:  # False for NaN, too
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # False for NaN, too
         raise ValueError(f"`{name}` must be finite, got {value!r}.")
 
 

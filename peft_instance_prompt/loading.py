@@ -276,7 +276,7 @@ def guard_loading(config_cls: type) -> None:
 
     @functools.wraps(load_native)
     def load_adapter_native(
-        self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, **kwargs
+        self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, *args, **kwargs
     ):
         given = kwargs.get("load_config")
         source = peft_model_id or getattr(given, "pretrained_model_name_or_path", None)
@@ -284,13 +284,17 @@ def guard_loading(config_cls: type) -> None:
         hub.update(kwargs.get("adapter_kwargs") or {}, local_files_only=kwargs.get("local_files_only", False))
         found = find_config(config_cls, source, **hub) if peft_config is None and source is not None else peft_config
         if not isinstance(found, config_cls):
-            return load_native(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
+            return load_native(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
         weights = adapter_state_dict
         if weights is None:
             check_files(Path(source, hub.get("subfolder") or ""))
             weights = load_peft_weights(source, device="cpu", **PeftConfig._split_kwargs(hub)[0])
-        with undone_on_error(self), announced(Arrival.of(source or "the state dict", found, weights)):
-            return load_native(self, peft_model_id, adapter_name, found, weights, **kwargs)
+        arrival = Arrival.of(source or "the state dict", found, weights)
+        with undone_on_error(self), announced(arrival):
+            info = load_native(self, peft_model_id, adapter_name, found, weights, *args, **kwargs)
+            if arrival.embeddings:
+                self.tie_weights()  # transformers puts a new parameter in the place of the one that the head shares
+        return info
 
     PeftModel.from_pretrained = classmethod(from_pretrained)
     PeftModel.load_adapter = load_adapter

@@ -79,7 +79,7 @@ class InstancePromptModel(BaseTuner):
             check_sizes(peft_config, info)
             self.generator_cls.check(peft_config, info)
             check_modules_to_save(peft_config, self.model, self.model.get_submodule(info.layers_name))
-            check_memory(partial(self.generator_cls, peft_config, info), peft_config)
+            check_memory(partial(self.generator_cls, peft_config, info), peft_config, info.hidden_size)
         if isinstance(peft_config.response_template, str):
             peft_config.response_template = tokenize_template(peft_config, self.model)
         for name in SIZES:

@@ -27,6 +27,8 @@ from tiny import adapted, causal_lm
 BAD = [
     ("num_virtual_tokens", 0, ValueError, "at least 1, got 0"),
     ("num_virtual_tokens", -3, ValueError, "at least 1, got -3"),
+    ("num_virtual_tokens", 10**12, ValueError, "at most 2147483647, got 1000000000000"),
+    ("bottleneck_dim", 10**30, ValueError, "at most 2147483647, got 1000"),
     ("num_virtual_tokens", 2.0, TypeError, "integer, got 2.0"),
     ("num_virtual_tokens", True, TypeError, "integer, got True"),
     ("num_virtual_tokens", None, TypeError, "integer, got None"),
