@@ -38,10 +38,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from .config import InstancePromptConfig
+from .folder import PREFIX, check_files, check_tensors, read_kind
 from .generator import PromptGenerator
-from .loading import check_files, check_tensors, read_kind
 from .nn.rational import GELU_FITS, Rational
-from .saving import PREFIX
 from .stack import StackInfo
 
 
@@ -158,7 +157,7 @@ def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor]
             }
         expected = {stack + mark + name: shape for stack in stacks for name, shape in wanted.items()}
         try:
-            check_tensors(source, expected, weights, beside, config.weights_sha256)
+            check_tensors(source, expected, weights, beside, config.weights_digest)
         except ValueError as error:
             complaints.append(error)
         else:

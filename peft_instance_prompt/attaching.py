@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 
@@ -94,46 +97,71 @@ def check_memory(build: Callable[[], nn.Module], config: PeftConfig, width: int)
         )
 
 
+# Whether an outer block undoes what an inner one would.
+_undoing: ContextVar[bool] = ContextVar("undoing", default=False)
+
+
 @contextmanager
 def undone_on_error(root: nn.Module) -> Iterator[None]:
     """If the block raises, all modules of `root` have the submodules, parameters, hooks, attributes and `requires_grad`
-    again that they had before. The numbers in tensors are left as they are, and so is what lies beside modules, such as a
-    model's config. What other threads change on these modules meanwhile is undone, too."""
-    before = {module: _attributes(module) for module in root.modules()}
-    trainable = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    again that they had before. Of modules within an adapter that was there, these are `training` and `requires_grad` only.
+    The numbers in tensors are left as they are, and so is what lies beside modules, such as a model's config. What other
+    threads change on these modules meanwhile is undone, too. Blocks within a block do nothing of their own."""
+    if _undoing.get():
+        yield
+        return
+    before = [(module, *_attributes(module)) for module in _outside_adapters(root)]
+    modes = [(module, module.training) for module in root.modules()]
+    trainable = [(p, p.requires_grad) for module, _ in modes for p in module._parameters.values() if p is not None]
+    token = _undoing.set(True)
     try:
         yield
     except BaseException:
-        for module, attributes in before.items():
-            _restore(module, attributes)
+        for module, attributes, contents in before:
+            _restore(module, attributes, contents)
+        for module, value in modes:
+            module.training = value
         for parameter, value in trainable:
             parameter.requires_grad = value
         raise
+    finally:
+        _undoing.reset(token)
 
 
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each attribute, and a copy of it if it is a container: hooks, submodules and parameters are kept in such."""
-    kinds = (dict, list, set)
-    return {
-        name: (value, next((kind(value) for kind in kinds if isinstance(value, kind)), None))
-        for name, value in vars(module).items()
-    }
+def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules but what lies in the adapters of PEFT's layers: a thousand of them are many modules."""
+    yield module
+    peft = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    for child in module._modules.values():
+        if peft and isinstance(child, nn.ModuleDict):
+            yield child
+        elif child is not None:
+            yield from _outside_adapters(child)
 
 
-def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's attributes, and copies of those that are containers and not empty: hooks, submodules, parameters."""
+    attributes = dict(vars(module))
+    kinds = {dict: dict, OrderedDict: dict, list: list, set: set}
+    return attributes, {name: kinds[type(v)](v) for name, v in attributes.items() if type(v) in kinds and v}
+
+
+def _restore(module: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> None:
     now = vars(module)
     for name in now.keys() - attributes.keys():
         del now[name]
-    for name, (value, content) in attributes.items():
+    for name, value in attributes.items():
         now[name] = value
-        if isinstance(value, dict):  # key by key: other threads may be running the module
+        content = contents.get(name, ())
+        if type(value) in (dict, OrderedDict):  # key by key: other threads may be running the module
+            content = dict(content)
             for key in value.keys() - content.keys():
                 del value[key]
             for key, item in content.items():
                 if value.get(key, attributes) is not item:
                     value[key] = item
-        elif isinstance(value, list) and [*map(id, value)] != [*map(id, content)]:
+        elif type(value) is list and [*map(id, value)] != [*map(id, content)]:
             value[:] = content
-        elif isinstance(value, set) and value != content:
-            value.clear()
+        elif type(value) is set:
+            value.intersection_update(content)
             value.update(content)

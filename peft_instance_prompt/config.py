@@ -25,7 +25,7 @@ from typing import Any, Literal, Optional, Union
 from peft.config import PeftConfig
 
 from .card import write_card
-from .loading import read_kind
+from .folder import read_kind
 from .saving import staged
 
 
@@ -84,7 +84,7 @@ class InstancePromptConfig(PeftConfig):
             Filled in in the file when an adapter is saved: the embeddings and the head of the base model, by name, if PEFT
             saved them along (its `save_embedding_layers`, which a resized vocabulary switches on). No other tensor of the
             base model is taken from an adapter's file.
-        weights_sha256 (`str`, *optional*):
+        weights_digest (`str`, *optional*):
             Filled in in the file when an adapter is saved: the digest of the weights, by which weights and config of two
             saves are told from those of one. Without it they are not compared.
 
@@ -127,7 +127,7 @@ class InstancePromptConfig(PeftConfig):
     saved_embedding_layers: Optional[list[str]] = field(
         default=None, metadata={"help": "Embeddings and head of the base model in the adapter's file; filled in."}
     )
-    weights_sha256: Optional[str] = field(
+    weights_digest: Optional[str] = field(
         default=None, metadata={"help": "The digest of the weights in the adapter's file; filled in."}
     )
 
@@ -154,8 +154,8 @@ class InstancePromptConfig(PeftConfig):
                 check_pattern(self, name)
         if "" in (self.modules_to_save or ()):
             raise ValueError(f"`modules_to_save` must be names that are not empty, got {self.modules_to_save!r}.")
-        if not isinstance(self.weights_sha256, (str, type(None))):
-            raise TypeError(f"`weights_sha256` must be a text or None, got {self.weights_sha256!r}.")
+        if not isinstance(self.weights_digest, (str, type(None))):
+            raise TypeError(f"`weights_digest` must be a text or None, got {self.weights_digest!r}.")
         layers = self.layers_to_transform
         if isinstance(layers, (tuple, range)):
             layers = self.layers_to_transform = list(layers)
@@ -188,7 +188,7 @@ class InstancePromptConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config as [`~peft.PeftConfig.save_pretrained`] does, and say in the model card how to load the adapter."""
-        self.weights_sha256 = self.saved_embedding_layers = None  # whoever saves the weights fills them in
+        self.weights_digest = self.saved_embedding_layers = None  # whoever saves the weights fills them in
         with staged(save_directory, "README.md") as folder:
             super().save_pretrained(str(folder), **kwargs)
             write_card(folder, self)

@@ -13,8 +13,7 @@ and nothing has been loaded; and whatever fails is undone. Adapters of other pac
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -23,17 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper, load_peft_weights
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper, load_peft_weights
 
 from .attaching import undone_on_error
-from .saving import PREFIX, digest, embedding_names
+from .folder import PREFIX, check_files, check_tensors, embedding_names, read_kind
 
 
 if TYPE_CHECKING:
     from .config import InstancePromptConfig
-
-SHOWN = 3  # how many names an error tells of each kind
 
 
 class Arrival(NamedTuple):
@@ -41,19 +37,19 @@ class Arrival(NamedTuple):
 
     Attributes:
         source (`str`): Where they come from.
-        sha256 (`str`, *optional*): Their digest, by the config that they were saved with.
+        digest (`str`, *optional*): Their digest, by the config that they were saved with.
         embeddings (`Sequence[str]`): Which embeddings of the base model are among them, by that config.
         weights (`Mapping[str, torch.Tensor]`, *optional*): The weights, where they have been read already.
     """
 
     source: str
-    sha256: str | None
+    digest: str | None
     embeddings: Sequence[str]
     weights: Mapping[str, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, source: Any, config: InstancePromptConfig, weights: Mapping | None = None) -> Arrival:
-        return cls(str(source), config.weights_sha256, config.saved_embedding_layers or (), weights)
+        return cls(str(source), config.weights_digest, config.saved_embedding_layers or (), weights)
 
 
 _arrival: ContextVar[Arrival | None] = ContextVar("arrival", default=None)
@@ -66,49 +62,6 @@ def announced(arrival: Arrival) -> Iterator[None]:
         yield
     finally:
         _arrival.reset(token)
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def read_kind(folder: Path) -> str | None:
-    """The `peft_type` that a folder's config names; None if it has no config.
-
-    Raises:
-        ValueError: The config is no JSON object with a `peft_type`.
-    """
-    file = folder / CONFIG_NAME
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no adapter's config: {error!r}.") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    if not isinstance(kind, str):
-        raise ValueError(f"{file} is no adapter's config: its `peft_type` must be a text, got {kind!r}.")
-    return kind
-
-
-def check_files(folder: Path) -> None:
-    """Raise a ValueError if an adapter's folder has no weights, or none that can be read. What is no folder is let pass.
-
-    What is no regular file is refused unread: a pipe or a device may never come to an end.
-    """
-    if not folder.is_dir():  # a repository on the hub
-        return
-    files = [folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME]
-    file = next((file for file in files if file.exists()), None)  # the one that PEFT takes
-    if file is None:
-        raise ValueError(f"The adapter folder {folder} has no weights: {files[0].name} is missing.")
-    if not file.is_file():
-        raise ValueError(f"The adapter's weights {file} are no regular file.")
-    if file is files[0]:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            raise ValueError(f"The adapter's weights {file} are not a readable safetensors file: {error}.") from error
 
 
 def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstancePromptConfig | None:
@@ -130,69 +83,37 @@ def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstancePromp
     return cls.from_pretrained(model_id, **kwargs) if own else None
 
 
-# -------------------------------------------------------------------------------------------------------------- tensors
-
-
-def check_tensors(
-    source: str,
-    expected: Mapping[str, Sequence[int | None]],
-    found: Mapping[str, torch.Tensor],
-    beside: Collection[str] = (),
-    sha256: str | None = None,
-) -> None:
-    """Raise a ValueError if an adapter's tensors are not those that are expected.
+def names_of(
+    tuner_cls: type, model: torch.nn.Module, adapter_name: str, keys: Iterable[str] | None = None
+) -> dict[str, str]:
+    """The tensors of an adapter: `{its name in the model: its name in the adapter's file}`.
 
     Args:
-        source (`str`): Where they come from; for the message.
-        expected (`Mapping[str, Sequence[int | None]]`): Their names and shapes; None for a size that is not known.
-        found (`Mapping[str, torch.Tensor]`): The tensors.
-        beside (`Collection[str]`): Names of tensors that may be there as well, in any shape.
-        sha256 (`str`, *optional*): The [`digest`] that they must have.
+        tuner_cls (`type`): The tuner.
+        model (`nn.Module`): The model, on its own or in a `PeftModel`.
+        adapter_name (`str`): The adapter's name.
+        keys (`Iterable[str]`, *optional*): The names of the model's tensors, if they are known already.
     """
-    surplus = found.keys() - expected.keys() - set(beside)
-    shapes = [
-        f"{name!r} {as_text(found[name].shape)} where {as_text(shape)} is asked for"
-        for name, shape in expected.items()
-        if name in found and not fits(found[name].shape, shape)
-    ]
-    broken = [name for name, tensor in found.items() if not tensor.float().isfinite().all()]
-    kinds = {
-        "lack {} tensor(s) that the config asks for, such as {}": map(repr, sorted(expected.keys() - found.keys())),
-        "hold {} tensor(s) that the config does not know, such as {}": map(repr, sorted(surplus)),
-        "hold {} tensor(s) of another shape, such as {}": shapes,
-        "hold {} tensor(s) with NaN or infinity, such as {}": map(repr, sorted(broken)),
-    }
-    complaints = []
-    for text, names in kinds.items():
-        if names := list(names):
-            complaints.append(text.format(len(names), ", ".join(names[:SHOWN])))
-    misfit = f"The weights in {source} {'; they '.join(complaints)}." if complaints else ""
-    if sha256 is not None and digest(found) != sha256:
-        raise ValueError(
-            f"{source} is being rewritten: these are not the weights that its {CONFIG_NAME} was saved with. Load it again "
-            f"later; if you have changed them yourself, remove `weights_sha256` from the config. {misfit}".strip()
-        )
-    if misfit:
-        raise ValueError(misfit)
-
-
-def as_text(shape: Sequence[int | None]) -> str:
-    return "({})".format(", ".join("any" if size is None else str(size) for size in shape))
-
-
-def fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    return len(shape) == len(wanted) and all(size in (None, found) for size, found in zip(wanted, shape))
-
-
-def names_of(tuner_cls: type, model: torch.nn.Module, adapter_name: str) -> dict[str, str]:
-    """The tensors of an adapter: `{its name in the model: its name in the adapter's file}`."""
-    names = {key: tuner_cls._remove_adapter_name_from_key(key, adapter_name) for key in model.state_dict()}
+    keys = [key for key in (model.state_dict() if keys is None else keys) if f".{adapter_name}." in key]
+    names = {key: tuner_cls._remove_adapter_name_from_key(key, adapter_name) for key in keys}
     names = {key: name for key, name in names.items() if key != name}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             for saved, key in module.adapter_state_dict_load_map(adapter_name).items():
                 names[f"{name}.{key}"] = f"{name}.{saved}"
     return names
+
+
+def take_config(config: InstancePromptConfig) -> None:
+    """Take out of a config what it says of a file, as an adapter is made from it.
+
+    Raises:
+        ValueError: It is not the config that belongs to the weights on their way: it was read later, and rewritten.
+    """
+    arrival = _arrival.get()
+    if arrival is not None and arrival.digest != config.weights_digest:
+        raise ValueError(f"{arrival.source} is being rewritten: its {CONFIG_NAME} was replaced. Load it again later.")
+    config.weights_digest = config.saved_embedding_layers = None
 
 
 def check_arrival(
@@ -204,14 +125,15 @@ def check_arrival(
         tuner_cls (`type`): The tuner.
         model (`nn.Module`): The model with the adapter in its place, on its own or in a `PeftModel`.
         adapter_name (`str`): The adapter's name.
-        weights (`Mapping[str, torch.Tensor]`, *optional*): The weights. Defaults to those that were announced. Nothing is
+        weights (`Mapping[str, torch.Tensor]`, *optional*): The weights. Defaults to those that were announced; nothing is
             checked if none were, or if no folder is being loaded.
     """
     arrival = _arrival.get()
     weights = arrival.weights if weights is None and arrival is not None else weights
     if arrival is None or weights is None:
         return
-    names, tensors = names_of(tuner_cls, model, adapter_name), model.state_dict()
+    tensors = model.state_dict()
+    names = names_of(tuner_cls, model, adapter_name, tensors)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     embeddings = tuple(f"{name}." for name in embedding_names(base) if name in arrival.embeddings)
     names.update({key: key for key in tensors if embeddings and key.removeprefix(PREFIX).startswith(embeddings)})
@@ -222,10 +144,7 @@ def check_arrival(
     if len(found) < len(weights):
         raise ValueError(f"The weights in {arrival.source} hold a tensor under two names.")
     expected = {name.removeprefix(optional): tensors[key].shape for key, name in names.items()}
-    check_tensors(arrival.source, expected, found, sha256=arrival.sha256)
-
-
-# --------------------------------------------------------------------------------------------------------------- routes
+    check_tensors(arrival.source, expected, found, expected_digest=arrival.digest)
 
 
 def guard_loading(config_cls: type) -> None:

@@ -32,7 +32,7 @@ from .cache import SlotCache
 from .config import InstancePromptConfig
 from .generator import PromptGenerator
 from .layer import InstancePromptLayer
-from .loading import check_arrival, names_of
+from .loading import check_arrival, names_of, take_config
 from .passes import no_trace
 from .scope import known_of, note
 from .stack import StackInfo, describe, find_stacks
@@ -57,10 +57,9 @@ class InstancePromptModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter as PEFT does, or raise and leave the model as it was."""
-        config = self.peft_config[adapter_name]
-        config.weights_sha256 = config.saved_embedding_layers = None  # they are of the file that it was read from
         try:
             check_adapter_name(adapter_name)
+            take_config(self.peft_config[adapter_name])
             with undone_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 check_tensor_names(self.peft_config, names_of(type(self), model, adapter_name).values())

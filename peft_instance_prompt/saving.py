@@ -12,50 +12,25 @@ match, which `loading` finds. Adapters of other packages are let pass.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 
+from .folder import PREFIX, digest, embedding_names
 
-PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
+
 STAGE = ".saving-"
 LEFT_OVER = 3600  # seconds after which what a killed writer has left is removed
-
-
-def digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the types, shapes and bytes of tensors, whatever they are called and wherever they lie.
-
-    Loading renames tensors and moves them to another device before this package sees them.
-    """
-    parts = []
-    for tensor in weights.values():
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # (bytes,)
-        part = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        part.update(data)
-        parts.append(part.hexdigest())
-    return hashlib.sha256(" ".join(sorted(parts)).encode()).hexdigest()
-
-
-def embedding_names(model: torch.nn.Module) -> list[str]:
-    """The names of a base model's input embeddings and of its head, as far as they are no adapter's own copies."""
-    layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(module is layer for layer in layers) and not isinstance(module, AuxiliaryTrainingWrapper)
-    ]
 
 
 @contextmanager
@@ -108,7 +83,7 @@ def seal(folder: Path, embeddings: list[str]) -> None:
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     names = [key.removeprefix(PREFIX) for key in weights]
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    config["weights_sha256"] = digest(weights)
+    config["weights_digest"] = digest(weights)
     config["saved_embedding_layers"] = [
         e for e in embeddings if any(name.startswith(e + ".") for name in names)
     ] or None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_instance_prompt.saving import digest
+from peft_instance_prompt.folder import digest
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -30,7 +30,7 @@ def change_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any])
     weights = load_file(folder / WEIGHTS)
     edit(weights)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
-    change_config(folder, weights_sha256=digest(weights))
+    change_config(folder, weights_digest=digest(weights))
 
 
 def picture(model: torch.nn.Module) -> dict[str, Any]:

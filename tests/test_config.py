@@ -70,7 +70,7 @@ BAD = [
     ("exclude_modules", "a{99999999999}", ValueError, r"regular expression.*'a\{99999999999}'"),
     ("modules_to_save", ["score", ""], ValueError, r"not empty, got \['score', ''\]"),
     ("saved_embedding_layers", "lm_head", TypeError, "list of names.*'lm_head'"),
-    ("weights_sha256", 7, TypeError, "a text or None, got 7"),
+    ("weights_digest", 7, TypeError, "a text or None, got 7"),
 ]
 
 

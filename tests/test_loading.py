@@ -145,7 +145,7 @@ def test_every_method(kind: str, route: Route, tmp_path: Path) -> None:
     model = loaded if isinstance(loaded, PeftModel) else model
     model.set_adapter(route.name)
     assert torch.equal(logits(model), logits(adapted(causal_lm(), config(kind))))
-    assert all(c.weights_sha256 is None and c.saved_embedding_layers is None for c in model.peft_config.values())
+    assert all(c.weights_digest is None and c.saved_embedding_layers is None for c in model.peft_config.values())
 
 
 def test_a_good_folder_after_a_bad_one(bad: Path, route: Route, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_weights_of_another_method(bad: Path, route: Route, tmp_path: Path) -> N
     adapted(causal_lm(), config("lpt")).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, bad)
     route.refuses(bad, f"{bad} is being rewritten.* lack .* hold .*lpt_generator")
-    change_config(bad, weights_sha256=None)
+    change_config(bad, weights_digest=None)
     route.refuses(bad, "lack .* hold .*lpt_generator")
 
 
@@ -238,7 +238,7 @@ def test_a_pickle_is_checked_as_well(bad: Path, route: Route) -> None:
     torch.save(weights, bad / "adapter_model.bin")
     route.load(route.model("iapt"), bad)
     torch.save({**weights, f"{PREFIX}lm_head.weight": torch.ones(VOCAB, 32)}, bad / "adapter_model.bin")
-    change_config(bad, weights_sha256=None)
+    change_config(bad, weights_digest=None)
     route.refuses(bad, "hold 1 tensor")
 
 

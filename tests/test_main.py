@@ -163,7 +163,7 @@ BROKEN = {
     ),
     "of another shape": weights(lambda found, key: found.update({key: found[key][:-1].clone()})),
     "with NaN or infinity": weights(lambda found, key: found[key].view(-1)[0].fill_(torch.nan)),
-    "is being rewritten": config_field(weights_sha256="0"),
+    "is being rewritten": config_field(weights_digest="0"),
     "no regular file": pipe_as_weights,
     "is no adapter's config: RecursionError": config_text("[" * 100_000 + "]" * 100_000),
     "`peft_type` must be a text, got ['IAPT']": config_field(peft_type=["IAPT"]),
