@@ -303,17 +303,6 @@ def test_state_dict_names_no_adapter(method: str) -> None:
     assert not [name for name in state if "somename" in name]
 
 
-def test_adapter_named_like_a_part_of_the_generator(kind: str, tmp_path: Path) -> None:
-    model = prompted(kind)
-    (part, *_) = {n.split(".default.")[1].split(".")[0] for n, _ in model.named_parameters() if ".default." in n}
-    model.add_adapter(part, config(kind))
-    perturb(model, seed=1, adapter=part)
-    model.set_adapter(part)
-    model.save_pretrained(tmp_path, selected_adapters=[part])
-    again = PeftModel.from_pretrained(causal_lm(), tmp_path / part, adapter_name=part)
-    assert torch.equal(logits(again.eval()), logits(model))
-
-
 def test_modules_to_save(kind: str, tmp_path: Path) -> None:
     model = prompted(kind, modules_to_save=["lm_head"])
     assert any("lm_head" in name for name, p in model.named_parameters() if p.requires_grad)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Optional
 
 from peft.utils import PeftType
 
-from ...config import InstancePromptConfig, check_choice, check_int
+from ...config import InstancePromptConfig, check_choice, check_int, check_number
 
 
 # The variants of the paper.
@@ -107,11 +107,9 @@ class DynamicPromptConfig(InstancePromptConfig):
         for name in ("num_pool", "anneal_steps"):
             check_int(self, name, minimum=1)
         for name in ("temperature", "min_temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number, got {value!r}.")
-            if not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be above 0 and finite, got {value}.")
+            check_number(self, name)
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         if self.instance_embeds_dim is not None:
             check_int(self, "instance_embeds_dim", minimum=1)
         if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):
