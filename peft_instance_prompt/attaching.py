@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -97,23 +96,15 @@ def check_memory(build: Callable[[], nn.Module], config: PeftConfig, width: int)
         )
 
 
-# Whether an outer block undoes what an inner one would.
-_undoing: ContextVar[bool] = ContextVar("undoing", default=False)
-
-
 @contextmanager
 def undone_on_error(root: nn.Module) -> Iterator[None]:
     """If the block raises, all modules of `root` have the submodules, parameters, hooks, attributes and `requires_grad`
     again that they had before. Of modules within an adapter that was there, these are `training` and `requires_grad` only.
     The numbers in tensors are left as they are, and so is what lies beside modules, such as a model's config. What other
-    threads change on these modules meanwhile is undone, too. Blocks within a block do nothing of their own."""
-    if _undoing.get():
-        yield
-        return
+    threads change on these modules meanwhile is undone, too."""
     before = [(module, *_attributes(module)) for module in _outside_adapters(root)]
     modes = [(module, module.training) for module in root.modules()]
     trainable = [(p, p.requires_grad) for module, _ in modes for p in module._parameters.values() if p is not None]
-    token = _undoing.set(True)
     try:
         yield
     except BaseException:
@@ -124,8 +115,6 @@ def undone_on_error(root: nn.Module) -> Iterator[None]:
         for parameter, value in trainable:
             parameter.requires_grad = value
         raise
-    finally:
-        _undoing.reset(token)
 
 
 def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
