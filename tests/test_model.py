@@ -107,9 +107,9 @@ def test_fresh_adapter_copies_the_first_token(method: str) -> None:
     generator = layer.generators["default"]
     forward, calls = generator.forward, []
 
-    def watched(states: torch.Tensor, instance, depth: int) -> torch.Tensor:
-        prompts = forward(states, instance, depth)
-        copy_of = states[torch.arange(len(states)), instance.first][:, None]  # (B, 1, d)
+    def watched(instances, depth: int, weights=None) -> torch.Tensor:
+        prompts = forward(instances, depth, weights)
+        copy_of = instances.base_state  # (G, 1, d)
         calls.append(depth)
         assert_same(
             prompts, torch.zeros_like(prompts) if generator.adds and depth >= 0 else copy_of.expand_as(prompts)

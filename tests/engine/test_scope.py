@@ -393,7 +393,7 @@ def test_plain_text_does_not_leak(training: bool) -> None:
     model.train(training)
     with torch.no_grad():
         expected, plain = model(IDS, labels=IDS).logits, bare(IDS).logits
-        for column in range(11):
+        for column in range(1, 11):
             found = model(changed(column), labels=changed(column)).logits
             assert_same(found[:, :column], expected[:, :column], 1e-6)
         assert_same(expected[:, :2], plain[:, :2])
