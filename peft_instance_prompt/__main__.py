@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from .config import InstancePromptConfig
 from .folder import PREFIX, check_files, check_tensors, read_kind
 from .generator import PromptGenerator
-from .nn.rational import GELU_FITS, Rational
+from .nn.rational import GELU_FITS
 from .engine.stack import StackInfo
 from .tools import doctor
 
@@ -64,9 +64,9 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
     weights = load_file(weights_file)
     stacks = check_weights(config, weights, str(folder))
     generator = make_generator(config)
-    activations = [name for name, module in generator.named_modules() if isinstance(module, Rational)]
+    activations = [n for n, p in generator.named_parameters() if p is generator.activation_coefficients]
     low, high = COEFFICIENT_RANGE
-    coefficients = {key: w for key, w in weights.items() if any(f"generator.{name}." in key for name in activations)}
+    coefficients = {key: w for key, w in weights.items() if any(key.endswith(f"generator.{name}") for name in activations)}
     return {
         "type": config.peft_type.value,
         "base_model": config.base_model_name_or_path,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -63,24 +64,27 @@ def test_iapt_in_full(tmp_path, capsys):
     assert "36 coefficients, 0 of them outside [-1, 1]" in text and f"{found['parameters']:,} parameters" in text
 
 
-def first_number(end: str, value: float):
+def first_number(end: str, value: float, place: int = 0):
     """Sets the first number of the tensor whose name ends so."""
 
     def edit(weights):
         (key,) = (key for key in weights if key.endswith(end))
-        weights[key].view(-1)[0] = value
+        weights[key].view(-1)[place] = value
 
     return edit
 
 
+last_number = functools.partial(first_number, place=-1)
+
+
 def test_what_should_not_be_trusted(tmp_path, capsys):
     save(tmp_path)
-    change_weights(tmp_path, first_number("activation.1.numerator", 1.5))
-    change_weights(tmp_path, first_number("activation.2.denominator", -1.01))
+    change_weights(tmp_path, first_number("generator.activation", 1.5))
+    change_weights(tmp_path, last_number("generator.activation", -1.01))
     assert main([str(tmp_path)]) == 1
     out = [line for line in capsys.readouterr().out.splitlines() if "OUT OF RANGE" in line]
-    assert len(out) == 2 and "activation.1.numerator" in out[0] and "activation.2.denominator" in out[1]
-    assert len(inspect(tmp_path, capsys)["coefficients_out_of_range"]) == 2
+    assert len(out) == 1 and "2 value(s) of" in out[0] and "generator.activation" in out[0]
+    assert sum(inspect(tmp_path, capsys)["coefficients_out_of_range"].values()) == 2
 
 
 def test_a_classifier_with_its_head(tmp_path, capsys):
@@ -142,7 +146,7 @@ BROKEN = {
     "a pickle, which can run any code": pickled_weights,
     "lack 1 tensor": weights(lambda found, key: found.pop(key)),
     "hold 1 tensor(s) that the config does not know, such as": weights(
-        lambda found, key: found.update({key.replace("activation.0", "activation.7"): found[key].clone()})
+        lambda found, key: found.update({f"{key}_more": found[key].clone()})
     ),
     "hold 1 tensor(s) that the config does not know": weights(
         lambda found, key: found.update({"base_model.model.q_proj.lora_A": found[key].clone()})
