@@ -161,8 +161,8 @@ BROKEN = {
     "is no adapter's config: RecursionError": config_text("[" * 100_000 + "]" * 100_000),
     "`peft_type` must be a text, got ['IAPT']": config_field(peft_type=["IAPT"]),
     "`peft_type` must be a text, got None": config_text("[]"),
-    "where (32, 6) is asked for": config_field(bottleneck_dim=6),
-    "lack 5 tensor(s) that the config asks for": config_field(num_layers=4),
+    "where (3, 32, 6) is asked for": config_field(bottleneck_dim=6),
+    "where (4, 32, 8) is asked for": config_field(num_layers=4),
     "for 1 stack(s)": config_field(target_modules=["model.layers", "other.layers"]),
 }
 

@@ -429,12 +429,6 @@ def test_a_mask_with_a_response_between_instructions() -> None:
     model.generate(IDS, instruction_mask=GAP, max_new_tokens=2, do_sample=False)
 
 
-def test_labels_of_instruction_tokens() -> None:
-    model = prompted("iapt")
-    with pytest.raises(ValueError, match="labels that are not -100 at or before their last instruction token"):
-        model(IDS, instruction_mask=MASK, labels=IDS)
-
-
 def test_several_turns_are_said_once(unsaid: None) -> None:
     labels = torch.full_like(IDS, -100)
     labels[:, 3:5] = IDS[:, 3:5]
