@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from finetune_iapt import Collator, load_base, load_examples
 from peft_instance_prompt import instance_report
-from peft_instance_prompt.plots import plot_activations, plot_prompt_map, plot_reading
+from peft_instance_prompt.tools.plots import plot_activations, plot_prompt_map, plot_reading
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

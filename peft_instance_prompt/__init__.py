@@ -6,10 +6,11 @@
 from importlib import import_module
 from typing import Any
 
-from .calls import warn_of_untested_release
-from .card import teach_peft
 from .config import InstancePromptConfig
-from .scope import instruction_scope
+from .engine.calls import warn_of_untested_release
+from .engine.request import instruction_scope
+from .model_card import teach_peft
+from .registry import register_method
 from .tuners import (
     Choices,
     DynamicPromptConfig,
@@ -30,11 +31,11 @@ __version__ = "0.1.0"
 
 # Tools are imported when they are asked for: they need the Trainer's module, which takes long and itself imports PEFT.
 _TOOLS = {
-    "InstanceEmbedsCollator": ".embeds",
-    "add_instance_embeds": ".embeds",
-    "instance_report": ".report",
-    "learn_activations": ".bilevel",
-    "to_prompt_embeds": ".serving",
+    "InstanceEmbedsCollator": ".tools.embeds",
+    "add_instance_embeds": ".tools.embeds",
+    "instance_report": ".tools.report",
+    "learn_activations": ".tools.bilevel",
+    "to_prompt_embeds": ".tools.prompt_embeds",
 }
 
 
@@ -70,5 +71,6 @@ __all__ = [
     "instruction_scope",
     "learn_activations",
     "record_choices",
+    "register_method",
     "to_prompt_embeds",
 ]

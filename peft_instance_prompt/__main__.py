@@ -5,6 +5,8 @@
 
 Exits with 0 if all is well; with 1 if the adapter can be loaded but should not be trusted (weights that are not finite,
 activation coefficients out of range); with 2 and one sentence if it cannot be loaded.
+
+`python -m peft_instance_prompt doctor` is another command, see tools/doctor.py.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from safetensors.torch import load_file
 from .config import InstancePromptConfig
 from .generator import PromptGenerator
 from .nn.rational import GELU_FITS, Rational
-from .stack import StackInfo
+from .engine.stack import StackInfo
+from .tools import doctor
 
 
 # A rational activation starts at a fit of GELU, whose coefficients lie within 0.5 of zero. The term of degree j weighs
@@ -194,7 +197,14 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m peft_instance_prompt", description=__doc__.splitlines()[0])
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["doctor"]:
+        return doctor.main(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m peft_instance_prompt",
+        description=__doc__.splitlines()[0],
+        epilog="`python -m peft_instance_prompt doctor` checks this package with the libraries that are installed.",
+    )
     parser.add_argument("folder", metavar="ADAPTER_FOLDER", help="as `save_pretrained` writes it")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
-from .card import write_card
+from .model_card import write_card
 
 
 @dataclass
@@ -50,6 +50,13 @@ class InstancePromptConfig(PeftConfig):
             and generation alike. Give it wherever a causal model scores given continuations (evaluation harnesses,
             preference training): without it and without labels, the whole row counts as the instance. A text is turned
             into ids once, by the tokenizer `tokenizer_name_or_path`.
+            `"chat"` is what the chat template of the tokenizer writes before an answer, found once, when the adapter is made.
+        missing_template (`str`):
+            What a row without the `response_template` is: `"error"`, the default, refuses it; `"all"` takes the whole row for the
+            instruction, for training rows that were cut off and for plain text that a harness scores.
+        instruction_length (`int`, *optional*):
+            For plain text, which has no instruction: the prompt is generated from the first n tokens and stands behind them
+            (`prompt_position="end"`), so that every later token is predicted from it and none is read by it.
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer for a `response_template` given as text. Defaults to the base model's.
         target_modules (`str` or `list[str]`, *optional*):
@@ -70,6 +77,8 @@ class InstancePromptConfig(PeftConfig):
         TypeError: A field is unknown, or a number or a list of names has the wrong type.
     """
 
+    method: ClassVar[Optional[str]] = None  # set by `register_method`
+
     num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: int = field(default=16, metadata={"help": "The width of the generator's bottleneck."})
     prompt_position: Literal["before", "after_first", "end"] = field(
@@ -86,6 +95,12 @@ class InstancePromptConfig(PeftConfig):
     )
     response_template: Optional[Union[list[int], str]] = field(
         default=None, metadata={"help": "The token ids (or the text) between instruction and response."}
+    )
+    missing_template: Literal["error", "all"] = field(
+        default="error", metadata={"help": "What a row without `response_template` is: 'error', or 'all' of it is instruction."}
+    )
+    instruction_length: Optional[int] = field(
+        default=None, metadata={"help": "For plain text: how many tokens at the start are the instruction."}
     )
     tokenizer_name_or_path: Optional[str] = field(
         default=None, metadata={"help": "The tokenizer for a `response_template` that is given as text."}
@@ -104,11 +119,30 @@ class InstancePromptConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.method is None:
+            raise TypeError(
+                f"{type(self).__name__} is the config of no method: register it with `register_method(name, "
+                f"{type(self).__name__}, Generator)`."
+            )
+        self.peft_type = PeftType[self.method.upper()]
         check_int(self, "num_virtual_tokens", minimum=1)
         check_int(self, "bottleneck_dim", minimum=1)
         check_choice(self, "prompt_position", ("before", "after_first", "end"))
         check_choice(self, "init_weights", (True, False, "paper"))
         check_choice(self, "condition", ("instance", "constant"))
+        check_choice(self, "missing_template", ("error", "all"))
+        if self.instruction_length is not None:
+            check_int(self, "instruction_length", minimum=1)
+            if self.prompt_position != "end":
+                raise ValueError(
+                    f"`instruction_length` needs `prompt_position='end'`, got {self.prompt_position!r}: slots before the text would "
+                    "let its first tokens be predicted from a prompt that has read them."
+                )
+            if self.response_template is not None:
+                raise ValueError(
+                    "`instruction_length` is for plain text and `response_template` for rows with a response: give one of them, got "
+                    f"{self.instruction_length} and {self.response_template!r}."
+                )
         for name in ("hidden_size", "num_layers"):
             if getattr(self, name) is not None:
                 check_int(self, name, minimum=1)

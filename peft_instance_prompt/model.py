@@ -8,21 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Optional, Union
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, TaskType
 from torch import nn
 
-from .calls import check_release, check_understood
 from .config import InstancePromptConfig
+from .engine.calls import check_release, check_understood
+from .engine.layer import InstancePromptLayer
+from .engine.request import adapters_of, current_request, note
+from .engine.stack import StackInfo, describe, find_stacks, walk
 from .generator import PromptGenerator
-from .layer import InstancePromptLayer
-from .passes import no_trace
-from .scope import note
-from .stack import StackInfo, describe, find_stacks
 
 
 # What a config may keep of the stack that the adapter was made for.
@@ -108,7 +105,7 @@ class InstancePromptModel(BaseTuner):
         if layer is None:
             layer = InstancePromptLayer(describe(self.model, current_key, stack_name), self.prefix)
             stack.add_module(name, layer)
-            layer.attach(self.model, stack, target)
+            layer.register_hooks(self.model, stack, target)
         # In the mode of the stack: what is added to a model in evaluation must not drop anything out.
         generator = self.generator_cls(peft_config, layer.info).train(stack.training)
         weight = stack.get_input_embeddings().weight
@@ -130,10 +127,7 @@ class InstancePromptModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT deals with `adapter_names` before it comes here, but not for MPT.
         with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)):
-            if torch.compiler.is_compiling():  # it cannot part a graph within a context
-                return super().forward(*args, **kwargs)
-            with no_trace():
-                return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, which takes `instruction_mask` and `instance_embeds`, see [`Generate`]."""
@@ -152,18 +146,16 @@ class InstancePromptModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if not isinstance(names, (list, tuple)):
             raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-        unexpected = {name for name in names if name != "__base__"} - set(self.peft_config)
+        adapters = adapters_of(self.model)
+        present = {name for _, generators in adapters.values() for name in generators}
+        unexpected = {name for name in names if name != "__base__"} - present
         if unexpected:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
-        # Heads that are trained beside the prompts (`modules_to_save`) take the names as an argument.
-        heads = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        handles = [head.register_forward_pre_hook(partial(name_rows, names), with_kwargs=True) for head in heads]
-        try:
-            with note(self.model, adapter_names=tuple(names)):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        for _, module in walk(self.model):
+            if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(name_rows, with_kwargs=True)
+        with note(self.model, adapter_names=tuple(names), adapters=adapters):
+            yield
 
     # --------------------------------------------------------------------------------------------------- switching
 
@@ -183,7 +175,7 @@ class InstancePromptModel(BaseTuner):
         """The base model without any trace of the adapters."""
         for name, layer in list(self._layers()):
             stack = self.model.get_submodule(name.rpartition(".")[0])
-            layer.detach(self.model, stack, self.model.get_submodule(layer.info.layers_name))
+            layer.remove_hooks(self.model, stack, self.model.get_submodule(layer.info.layers_name))
             delattr(stack, name.rpartition(".")[2])
         return super().unload()
 
@@ -195,8 +187,14 @@ class InstancePromptModel(BaseTuner):
         return re.sub(rf"(\.{cls.prefix}generator)\.{re.escape(adapter_name)}\.", r"\1.", key, count=1)
 
 
-def name_rows(names: Sequence[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """Forward pre-hook of a head of which each adapter has its own: which row is whose. One row may be several beams."""
+def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of a head of which each adapter has its own (`modules_to_save`): tell it which row is whose.
+
+    The names come from the request, so that calls in several threads do not see each other's. One row may be several beams.
+    """
+    names = current_request().adapter_names
+    if names is None:
+        return None
     repeats = args[0].shape[0] // len(names)
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
 
@@ -248,7 +246,11 @@ def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo]) -> None
 
 
 def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[int]:
-    """The ids of a `response_template` that was given as text."""
+    """The ids of a `response_template` that was given as text, or as `"chat"`.
+
+    Raises:
+        ValueError: No tokenizer is known; the text has no tokens; or the tokenizer's chat template writes nothing before an answer.
+    """
     from transformers import AutoTokenizer
 
     name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
@@ -257,7 +259,36 @@ def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[in
             "`response_template` is a text, and no tokenizer is known to turn it into token ids: give "
             "`tokenizer_name_or_path`, or the ids themselves."
         )
-    ids = AutoTokenizer.from_pretrained(name)(config.response_template, add_special_tokens=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if config.response_template == "chat":
+        return chat_template_ids(tokenizer, name)
+    ids = tokenizer(config.response_template, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"`response_template` {config.response_template!r} has no tokens in the tokenizer {name!r}.")
+    return list(ids)
+
+
+def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
+    """What a tokenizer's chat template writes between a user's turn and the assistant's answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"`response_template` is 'chat', but the tokenizer {name!r} has no chat template.")
+    user = [{"role": "user", "content": "1"}]
+    plain, prompted = (
+        tokenizer.apply_chat_template(user, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+        for prompt in (False, True)
+    )
+    ids = prompted[len(plain) :] if prompted[: len(plain)] == plain else []
+    if not ids:
+        raise ValueError(
+            f"The chat template of the tokenizer {name!r} writes nothing between a user's turn and the answer that could be "
+            "searched for (`add_generation_prompt` adds nothing at the end): give `response_template` as token ids."
+        )
+    both = tokenizer.apply_chat_template(
+        [*user, {"role": "assistant", "content": "2"}], tokenize=True, return_dict=False
+    )
+    if not any(both[i : i + len(ids)] == ids for i in range(len(both))):
+        raise ValueError(
+            f"The chat template of the tokenizer {name!r} writes {ids} where an answer is to be generated, and something else before "
+            f"an answer that is there: {both}. Give the ids that both have in common as `response_template`."
+        )
     return list(ids)

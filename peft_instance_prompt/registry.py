@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import is_dataclass
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+
+from .config import InstancePromptConfig
+from .generator import PromptGenerator
+from .model import InstancePromptModel
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -25,19 +30,81 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-def register_method(name: str, config_cls: type, model_cls: type) -> None:
+def register_method(
+    name: str, config_cls: type[InstancePromptConfig], generator_cls: type[PromptGenerator], doc: str | None = None
+) -> type[InstancePromptModel]:
     """Register a method with PEFT, once; stand aside with a warning if PEFT has one of that name itself.
 
     Args:
-        name (`str`): The method's name in lower case, e.g. `"iapt"`.
-        config_cls (`type`): Its config.
-        model_cls (`type`): Its tuner.
+        name (`str`): The method's name in lower case, e.g. `"iapt"`. Configs carry it as `peft_type`, in upper case.
+        config_cls (`type`): Its config, a dataclass derived from [`InstancePromptConfig`].
+        generator_cls (`type`): Its generator, derived from [`PromptGenerator`].
+        doc (`str`, *optional*): The docstring of the tuner class. Default: the generator's.
+
+    Returns:
+        `type`: The tuner class, which `get_peft_model` makes for such a config.
+
+    Raises:
+        TypeError: The config or the generator is not derived from its base.
+        ValueError: The name is no lower-case identifier, or another method of this package has it.
+
+    Example:
+
+    ```py
+    >>> @dataclass
+    ... class MeanPromptConfig(InstancePromptConfig):
+    ...     pass
+    >>> MeanPromptModel = register_method("mean_prompt", MeanPromptConfig, MeanPromptGenerator)
+    ```
     """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(add_peft_type(name.upper()))
+    for what, cls, base in (("config", config_cls, InstancePromptConfig), ("generator", generator_cls, PromptGenerator)):
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise TypeError(
+                f"The {what} of the method {name!r} must be a class derived from `{base.__name__}`, got {cls!r}: write "
+                f"`class {name.title().replace('_', '')}{what.title()}({base.__name__})`."
+            )
+    if not is_dataclass(config_cls) or "__dataclass_fields__" not in vars(config_cls):
+        raise TypeError(f"{config_cls.__name__}, the config of the method {name!r}, must be a dataclass: put `@dataclass` above it.")
+    if generator_cls.generate is PromptGenerator.generate and generator_cls.forward is PromptGenerator.forward:
+        raise TypeError(
+            f"{generator_cls.__name__}, the generator of the method {name!r}, defines no `generate(instances, depth, weights)`."
+        )
+    if not (name.isidentifier() and name.islower()):
+        raise ValueError(f"A method's name must be an identifier in lower case, as in 'mean_prompt', got {name!r}.")
+    member = add_peft_type(name.upper())
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    if known is not None and same_class(known, config_cls):  # imported once more, under the same name
+        return PEFT_TYPE_TO_TUNER_MAPPING[member]
+    if known is not None and issubclass(known, InstancePromptConfig):
+        raise ValueError(
+            f"The method {name!r} is registered already, with the config {known.__module__}.{known.__qualname__}: choose another "
+            "name."
+        )
+    model_cls = make_tuner(name, generator_cls, doc)
+    config_cls.method = name
     if known is None:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
-    elif (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
+    else:
         warnings.warn(
             f"PEFT has a method named '{name}' of its own ({known.__module__}.{known.__qualname__}). "
             "peft_instance_prompt leaves it in place; adapters of that name are PEFT's."
         )
+    return model_cls
+
+
+def same_class(one: type, other: type) -> bool:
+    """Whether two classes are the same, or one that was defined twice."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+
+
+def make_tuner(name: str, generator_cls: type[PromptGenerator], doc: str | None) -> type[InstancePromptModel]:
+    """The tuner class of a method, named after its generator and at home in the same module, so that it can be pickled."""
+    module = generator_cls.__module__.removesuffix(".generator")
+    class_name = f"{generator_cls.__name__.removesuffix('Generator')}Model"
+    fields = {
+        "prefix": f"{name}_",
+        "generator_cls": generator_cls,
+        "__module__": module,
+        "__doc__": doc or generator_cls.__doc__,
+    }
+    return type(class_name, (InstancePromptModel,), fields)

@@ -77,15 +77,15 @@ def test_cell_of_lora(row: str) -> None:
 def test_a_failure_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a cell says follows from what its check finds."""
 
-    def broken(model, prompts, *args, **kwargs):
+    def broken(*args, **kwargs):
         raise RuntimeError("broken.  It is.")
 
-    monkeypatch.setattr("peft_instance_prompt.groups.run_together", broken)
+    monkeypatch.setattr("peft_instance_prompt.engine.batch.Group.run", broken)
     row = next(iter(FEATURES))
     assert conformance.run(row, "iapt") == ("fails", "RuntimeError: broken.")
     monkeypatch.undo()
     # An adapter without any effect does not pass for one that works.
-    monkeypatch.setattr("peft_instance_prompt.layer.group_rows", lambda *args: [])
+    monkeypatch.setattr("peft_instance_prompt.engine.layer.group_rows", lambda *args: [])
     for row in (row, "decoders: llama", "encoders: bert", "encoder-decoder models: t5"):
         found = conformance.run(row, "iapt")
         assert found.what == "fails" and "the adapter does nothing" in found.why

@@ -18,7 +18,7 @@ from peft import PeftModel
 from tiny import ENCODERS, adapted, assert_same, batch, configure, encoder
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.layer import InstancePromptLayer
+from peft_instance_prompt.engine.layer import InstancePromptLayer
 
 
 HEADS = {

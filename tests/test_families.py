@@ -15,7 +15,7 @@ from peft import get_peft_model
 from tiny import DECODERS, VOCAB, adapted, assert_same, batch, causal_lm
 
 from peft_instance_prompt import to_prompt_embeds
-from peft_instance_prompt.layer import InstancePromptLayer
+from peft_instance_prompt.engine.layer import InstancePromptLayer
 
 
 # The first method meets all families, the others one family of each kind of positions and masks.

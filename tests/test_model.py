@@ -28,7 +28,7 @@ from peft import (
 from peft.utils import get_peft_model_state_dict
 from tiny import adapted, assert_same, batch, causal_lm, configure, perturb
 
-from peft_instance_prompt.layer import InstancePromptLayer
+from peft_instance_prompt.engine.layer import InstancePromptLayer
 
 
 INPUTS = batch(9, 6)

@@ -14,7 +14,7 @@ from methods import KINDS, METHODS
 from peft import PeftModel, PeftModelForSeq2SeqLM
 from tiny import PAIRS, VOCAB, adapted, assert_same, batch, pair
 
-from peft_instance_prompt.layer import InstancePromptLayer
+from peft_instance_prompt.engine.layer import InstancePromptLayer
 
 
 LENGTHS = (9, 6, 4)

@@ -15,7 +15,7 @@ from packaging import version
 from peft import PeftModel
 from tiny import VLMS, adapted, assert_same, vlm
 
-from peft_instance_prompt.layer import InstancePromptLayer
+from peft_instance_prompt.engine.layer import InstancePromptLayer
 
 
 NEW = 5

@@ -15,7 +15,7 @@ import copy
 import inspect
 import os
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -141,11 +141,23 @@ def check_understood(stack: nn.Module, name: str, causal: bool) -> None:
         )
 
 
-def is_causal(stack: nn.Module, layers_name: str) -> bool:
-    """Whether a token of a decoder-only or encoder-only stack sees only what stands before it.
+class Attention(NamedTuple):
+    """What is to be known of a stack's attention.
 
-    Attention modules declare it. Where none does (Bloom, MPT, DeBERTa), the stack is asked for the mask that it makes for its
-    first layer.
+    Attributes:
+        causal (`bool`): Whether a token sees only what stands before it.
+        true_hides (`bool`): Whether True in a mask of bools hides a key, as MPT has it, and does not show it.
+    """
+
+    causal: bool
+    true_hides: bool = False
+
+
+def read_attention(stack: nn.Module, layers_name: str) -> Attention:
+    """Find out how a decoder-only or encoder-only stack attends.
+
+    Attention modules declare whether they are causal. Where none does (Bloom, MPT, DeBERTa), the stack is asked for the mask that
+    it makes for its first layer.
 
     Args:
         stack (`nn.Module`): The stack.
@@ -156,7 +168,7 @@ def is_causal(stack: nn.Module, layers_name: str) -> bool:
     """
     layers = stack.get_submodule(layers_name)
     flags = [module.is_causal for module in layers.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    return any(flags) if flags else _makes_causal_mask(stack, layers_name)
+    return Attention(any(flags)) if flags else _read_mask(stack, layers_name)
 
 
 class _Mask(Exception):
@@ -178,7 +190,7 @@ class _Probe(nn.Module):
         raise _Mask({**dict(zip(self.names, args)), **kwargs}.get("attention_mask"))
 
 
-def _makes_causal_mask(stack: nn.Module, layers_name: str) -> bool:
+def _read_mask(stack: nn.Module, layers_name: str) -> Attention:
     """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3)."""
     probe = _without_layers(stack, layers_name.split("."))
     probe.config = copy.deepcopy(stack.config)
@@ -195,10 +207,11 @@ def _makes_causal_mask(stack: nn.Module, layers_name: str) -> bool:
     except _Mask as caught:
         mask = caught.args[0]
         if mask is None:  # a causal one is not left out here
-            return False
+            return Attention(False)
         if mask.dim() == 4:
             mask = mask.expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
-            return bool(mask[0, 0, 0, 2] != mask[0, 0, 2, 0])
+            later, earlier = mask[0, 0, 0, 2], mask[0, 0, 2, 0]
+            return Attention(bool(later != earlier), true_hides=mask.dtype == torch.bool and bool(later & ~earlier))
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and its mask "

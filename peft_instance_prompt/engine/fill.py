@@ -76,7 +76,7 @@ def hide_late_slots(
     key = (id(mask), stage, num_keys, start)
     if key not in running.masks:
         hidden = running.table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
-        made = hide(mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype)
+        made = hide(mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype, info.true_hides)
         running.masks[key] = mask, made
     made = running.masks[key][1]
     if place < len(args):

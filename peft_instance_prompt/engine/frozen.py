@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .passes import Pass, current_pass
+from .stack import walk
 
 
 def run_frozen(stack: nn.Module, call: dict[str, Any]) -> torch.Tensor:
@@ -18,7 +19,7 @@ def run_frozen(stack: nn.Module, call: dict[str, Any]) -> torch.Tensor:
     token = current_pass.set(Pass(stack))
     # Not the linear layers, which drop nothing: bitsandbytes repacks its own when it sees them in evaluation on a CPU, and no
     # gradient passes through them any more.
-    training = [module for module in stack.modules() if module.training and not isinstance(module, nn.Linear)]
+    training = [module for _, module in walk(stack) if module.training and not isinstance(module, nn.Linear)]
     for module in training:
         module.training = False
     try:

@@ -11,7 +11,7 @@ import torch
 
 from .cache import SlotCache
 from .calls import cache_of, declared
-from .request import known_of, note
+from .request import adapters_of, known_of, note
 from .stand_in import StandIn
 
 
@@ -64,7 +64,7 @@ class Generate(StandIn):
             )
         fields = {name: value for name, value in fields.items() if value is not None}
         ids = inputs if length is not None and not inputs.is_floating_point() else None
-        with note(model, prompt_length=length, prompt_ids=ids, **fields):
+        with note(model, prompt_length=length, prompt_ids=ids, adapters=adapters_of(model), **fields):
             return self.__wrapped__(*args, **kwargs)
 
 

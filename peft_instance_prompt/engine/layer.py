@@ -84,6 +84,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             for stand_in in (NotedForward, Generate, GenerateBatch):
                 if hasattr(model, stand_in.method):
                     stand_in(model).install()
+        stand_ins(model, NotedForward)[0].layers.append(self)
         if self.info.encoder_of_pair:
             for name in find_stacks(model).values():
                 if "decoder" in name.split("."):
@@ -101,7 +102,9 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         for stand_in in stand_ins(stack, StackForward):
             if stand_in.layer is self:
                 stand_in.remove()
-        if not any(isinstance(module, InstancePromptLayer) and module is not self for module in model.modules()):
+        (noted,) = stand_ins(model, NotedForward)
+        noted.layers.remove(self)
+        if not noted.layers:
             for hook in list(model._forward_pre_hooks.values()):
                 if isinstance(hook, CallNote):
                     hook.remove()
@@ -131,15 +134,17 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             request, tokens = current_request(), call.get("input_ids")
             tokens = call["inputs_embeds"] if tokens is None else tokens  # (B, S, ...)
             if not self.disable_adapters:
-                running.groups = group_rows(
-                    self.generators, self.active_adapters, tokens.shape[0], request, tokens.device
-                )
+                now = (self.active_adapters, dict(self.generators._modules))
+                active, generators = (request.adapters or {}).get(self, now)
+                running.groups = group_rows(generators, active, tokens.shape[0], request, tokens.device)
             if not running.groups:
                 return call
             if not self.info.decoder_of_pair:
                 request = request.of_tokens(call.get("input_ids"))
             call, running.groups, running.layout = open_slots(stack, self.info, running.groups, request, call)
             running.table = running.layout.table
+            if request.opened is not None:
+                request.opened(call)
             if torch.is_grad_enabled() and stack.training:
                 keep_context(stack)
         return {**call, "return_dict": True} if running.as_tuple else call

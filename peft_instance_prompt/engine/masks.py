@@ -132,6 +132,7 @@ def hide(
     causal: bool,
     attention: str,
     dtype: torch.dtype = torch.float32,
+    true_hides: bool = False,
 ) -> Any:
     """A layer's attention mask with some keys hidden as well, in the form that the layer takes.
 
@@ -145,6 +146,7 @@ def hide(
         causal (`bool`): Whether the layer is causal.
         attention (`str`): The name of the attention implementation.
         dtype (`torch.dtype`): The dtype of biases, where there was no mask.
+        true_hides (`bool`): Whether True in a 4-D mask of bools hides a key, as MPT has it.
 
     Raises:
         ValueError: The mask has another form.
@@ -167,6 +169,7 @@ def hide(
     if isinstance(mask, torch.Tensor) and mask.dim() in (2, 4) and mask.shape[-1] == hidden.shape[1]:
         hidden = hidden if mask.dim() == 2 else hidden[:, None, None, :]  # (B, 1, 1, T)
         lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() and mask.dim() == 4 else 0
+        lowest = 1 if true_hides and mask.dtype == torch.bool and mask.dim() == 4 else lowest
         return torch.where(hidden, torch.full((), lowest, dtype=mask.dtype, device=mask.device), mask)
     if hasattr(mask, "mask_mod"):
         from torch.nn.attention.flex_attention import and_masks, create_block_mask

@@ -95,9 +95,7 @@ def open_slots(
     text = read_text(stack, call, request)
     name, cache = cache_of(call)
     if "position_ids" in info.forward_args and call.get("position_ids") is None:
-        # Counted over tokens and not over columns, so that padding on the left moves nothing.
-        counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
-        call = {**call, "position_ids": counted + info.position_offset}
+        call = {**call, "position_ids": count_positions(text, groups, info)}  # (B, S)
     plain = {**call, "attention_mask": text.mask, "use_cache": False}
     plain.pop(name, None)
     frozen_states = once(partial(run_frozen, stack, plain))
@@ -107,11 +105,26 @@ def open_slots(
     groups = [encode(group, text, selection, request, frozen_states) for group in groups]
     layout = place_slots(groups, text, selection, info)
 
-    embeds = embed_slots(groups, text, selection, layout)  # (B, N, e)
+    embeds = embed_slots(groups, text, selection, layout, info)  # (B, N, e)
     call = {**call, "input_ids": None, "inputs_embeds": embeds}
     call = widen(stack, info, call, text, selection, layout)
     selection = selection.within(layout)
     return call, [replace(group, selection=selection.pick(group.rows)) for group in groups], layout
+
+
+def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.Tensor:
+    """Position ids (B, S) for a call that has none.
+
+    Rows with an adapter count tokens and not columns, so that padding on the left moves nothing. Rows without one are counted as
+    the bare model does: by columns, unless its ids begin behind that of padding.
+    """
+    B, S = text.tokens.shape
+    counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
+    if info.position_offset == 0 and all(group.rows is not None for group in groups):
+        bare = torch.ones(B, dtype=torch.bool, device=counted.device)  # (B,)
+        bare[torch.cat([group.rows for group in groups]).to(counted.device)] = False
+        counted = torch.where(bare[:, None], torch.arange(S, device=counted.device), counted)  # (B, S)
+    return counted + info.position_offset
 
 
 def find_scopes(groups: list[Group], text: Text, request: Request, info: StackInfo, training: bool) -> torch.Tensor:
@@ -122,8 +135,11 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
             own = find_scope(
                 pick(text.tokens, rows),
                 request.of_rows(len(text.tokens), rows),
-                generator.config.response_template,
-                pick(text.ids, rows),
+                template=generator.config.response_template,
+                missing_template=generator.config.missing_template,
+                instruction_length=generator.config.instruction_length,
+                special_ids=info.special_ids,
+                input_ids=pick(text.ids, rows),
                 causal_lm=info.causal_lm,
                 pair_decoder=info.decoder_of_pair,
                 training=training,
@@ -163,20 +179,18 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
     before_token, since = front, torch.zeros_like(front)  # (B, L) each
     live = torch.full_like(text.tokens[:, :1], everywhere).expand(B, L)  # (B, L)
     predicts = torch.zeros_like(live)  # (B, L)
-    end = selection.last + 1 if info.causal else last_index(text.tokens)  # (B,); an encoder's end token stays the last
     for group in groups:
         model, own = group.model, selection.pick(group.rows)
         behind, used = model.place(own.mask, group.vector)  # (G, l) each
         behind = behind.to(front.device)
-        start = own.first + (model.config.prompt_position == "after_first")  # (G,)
-        stop = torch.maximum(start, pick(end, group.rows))  # (G,)
+        start, stop = edges(group, text, selection, info)  # (G,) each
         before_token = put(before_token, group.rows, torch.where(behind, stop[:, None], start[:, None]))
         live = put(live, group.rows, torch.ones_like(behind) if used is None else used.to(front.device))
         predicts = put(predicts, group.rows, behind)
         since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
-    counts_columns = info.max_positions is not None and "position_ids" not in info.forward_args
+    numbers_columns = info.max_positions is not None and "position_ids" not in info.forward_args
     full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
-    if info.causal and counts_columns and not everywhere and full < B:
+    if info.causal and numbers_columns and not everywhere and full < B:
         raise ValueError(
             f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, which counts its positions "
             "itself: give all of them adapters with the same `num_virtual_tokens`."
@@ -187,7 +201,16 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
     )
 
 
-def embed_slots(groups: list[Group], text: Text, selection: Selection, layout: Layout) -> torch.Tensor:
+def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens before which the slots of each instance (G,) stand: those before the instruction, and those behind it."""
+    start = selection.first + (group.model.config.prompt_position == "after_first")  # (B,)
+    end = selection.last + 1 if info.causal else last_index(text.tokens)  # (B,); an encoder's end token stays the last
+    return pick(start, group.rows), pick(torch.maximum(start, end), group.rows)
+
+
+def embed_slots(
+    groups: list[Group], text: Text, selection: Selection, layout: Layout, info: StackInfo
+) -> torch.Tensor:
     """The input embeddings (B, N, e) with the slots in their places."""
     B, L = layout.before_token.shape
     # What no generator writes to begins as a copy of the first token, the least that a slot can disturb.
@@ -199,7 +222,9 @@ def embed_slots(groups: list[Group], text: Text, selection: Selection, layout: L
     embeds = insert(text.embeds, vectors, layout)  # (B, N, e)
     for group in groups:
         if group.rows is None:
-            embeds = group.model.attach_choice_gradient(embeds, vectors, text.embeds, group.vector, layout)
+            embeds = group.model.attach_choice_gradient(
+                embeds, vectors, text.embeds, group.vector, layout, *edges(group, text, selection, info)
+            )
     return embeds
 
 

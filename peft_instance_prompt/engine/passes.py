@@ -15,6 +15,7 @@ from torch import nn
 from .batch import Group
 from .cache import SlotCache
 from .layout import Layout, SlotTable
+from .stack import walk
 
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class InContext:
 
 def keep_context(stack: nn.Module) -> None:
     """Wrap the checkpoint functions of a stack's layers."""
-    for module in stack.modules():
+    for _, module in walk(stack):
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if checkpoint is not None and not isinstance(checkpoint, InContext):
             module._gradient_checkpointing_func = InContext(checkpoint)

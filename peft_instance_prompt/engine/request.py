@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -15,7 +15,11 @@ import torch
 from torch import nn
 
 from .calls import forward_args
-from .stand_in import StandIn
+from .stand_in import StandIn, stand_ins
+
+
+# {layer: (names of the active adapters, {name: generator})}
+Adapters = dict[nn.Module, tuple[list[str], dict[str, nn.Module]]]
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,12 @@ class Request:
         prompt_length (`int`, *optional*): In `generate`, the number of columns that it was called with.
         prompt_ids (`torch.LongTensor`, *optional*): In `generate`, the tokens (B, S) that it was called with.
         adapter_names (`tuple[str]`, *optional*): One name per row.
+        adapters (`dict`, *optional*): The adapters that there were when the call began, and the active ones among them, by the
+            layer that holds them: others may be added and deleted meanwhile.
         encoder_slots (`tuple`, *optional*): The `order` (B, N) and `live` (B, L) of the slots in the encoder's output that
             a decoder attends to.
+        opened (`Callable`, *optional*): Called with what the stack is called with, when its slots are open.
+        note (`Note`, *optional*): The context in which this was said.
         entered (`bool`): Whether the base model's own forward runs, after its hooks.
         outer (`Request`, *optional*): What stands again when the forward pass is over.
     """
@@ -47,7 +55,10 @@ class Request:
     prompt_length: int | None = None
     prompt_ids: torch.Tensor | None = None
     adapter_names: tuple[str, ...] | None = None
+    adapters: Adapters | None = None
     encoder_slots: tuple[torch.Tensor, torch.Tensor] | None = None
+    opened: Callable[[dict[str, Any]], None] | None = None
+    note: Note | None = None
     entered: bool = False
     outer: Request | None = None
 
@@ -100,13 +111,45 @@ def known_of(model: nn.Module | None) -> Request:
 
 @contextmanager
 def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
-    """Add `fields` to what is known of calls of `model` for the time of the context."""
-    known = known_of(model)
-    token = latest_request.set(replace(known, model=known.model if model is None else model, **fields))
+    """Add `fields` to what is known of calls of `model` for the time of the context.
+
+    Contexts may end in another order than they began, as those of two generators that take turns do: each takes back what it said,
+    and nothing else.
+    """
+    known, entry = known_of(model), Note(latest_request.get())
+    latest_request.set(replace(known, model=known.model if model is None else model, note=entry, **fields))
     try:
         yield
     finally:
-        latest_request.reset(token)
+        entry.ended = True
+        current = latest_request.get()
+        if current.note is entry and current.outer is None:
+            before = entry.before
+            while before.note is not None and before.note.ended:
+                before = before.note.before
+            latest_request.set(before)
+        else:  # what a later context said stays, but for what it took over from this one
+            own = {name: getattr(known, name) for name, value in fields.items() if getattr(current, name) is value}
+            latest_request.set(replace(current, **own))
+
+
+@dataclass
+class Note:
+    """A context in which something is said of calls.
+
+    Attributes:
+        before (`Request`): What stood before it.
+        ended (`bool`): Whether the context is over.
+    """
+
+    before: Request
+    ended: bool = False
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The adapters of a base model as they are now."""
+    layers = [layer for noted in stand_ins(model, NotedForward) for layer in list(noted.layers)]
+    return {layer: (list(layer.active_adapters), dict(layer.generators._modules)) for layer in layers}
 
 
 class CallNote:
@@ -129,9 +172,17 @@ class CallNote:
 
 
 class NotedForward(StandIn):
-    """The forward of a base model, which notes a call as the hooks do, unless they have done so."""
+    """The forward of a base model, which notes a call as the hooks do, unless they have done so.
+
+    Attributes:
+        layers (`list[nn.Module]`): The layers that hold the base model's adapters.
+    """
 
     method = "forward"
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self.layers: list[nn.Module] = []
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -7,17 +7,25 @@ In a causal model the response stands in the same row as the instruction. A prom
 predicted, so the scope is found, in this order, from
 
 1. `instruction_mask`, given to `forward`, `generate` or [`instruction_scope`];
-2. the adapter's `response_template`: everything up to and including its first occurrence;
+2. the adapter's `response_template`: everything up to and including its first occurrence; or its `instruction_length`: the first n
+   tokens;
 3. in `generate`, the tokens that `generate` was called with, for the whole call;
 4. `labels` (or TRL's `shift_labels`) of a causal model: the tokens before the first label that is not -100;
 5. a causal model in training with none of these has no scope: ValueError;
-6. otherwise all tokens that are not padding.
+6. otherwise all tokens that are not padding, and a causal model that is given several rows warns once: if their ends are scored,
+   the prompt has seen them.
+
+A response never lies between instruction tokens: its tokens would be predicted from a prompt that has read them. So a mask with a
+gap is refused where what lies in the gap is, or may be, predicted.
 
 The decoder of an encoder-decoder model is another matter: its instruction stands in the encoder. Its own instance is its
 start token, which is all that its rows have in common in training and generation.
 """
 
 from __future__ import annotations
+
+import warnings
+from typing import Literal
 
 import torch
 from torch import nn
@@ -64,8 +72,48 @@ def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_lengt
     return mask
 
 
-def from_template(template: list[int], input_ids: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    """Rule 2: everything up to and including the first occurrence of `template` in each row, (B, S)."""
+def check_no_gap(
+    mask: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor | None, training: bool, shifted: bool
+) -> None:
+    """Refuse an instruction mask (B, S) whose gap holds what is predicted.
+
+    Raises:
+        ValueError: A label that is not -100 stands before the row's last instruction token; or, in training without labels, any
+            token lies between instruction tokens.
+    """
+    later = mask.flip(1).cumsum(dim=1).flip(1) - mask.long() > 0  # (B, S), an instruction token follows
+    if labels is not None and labels.shape == mask.shape:
+        asked = labels.to(mask.device) != -100  # (B, S)
+        asked = asked.roll(1, dims=1) if shifted else asked
+        bad = asked & (later | mask) & tokens & (mask.cumsum(dim=1) > 0)  # (B, S)
+        what = "labels that are not -100 at or before their last instruction token"
+    elif training:
+        bad = ~mask & tokens & later & (mask.cumsum(dim=1) > 0)  # (B, S)
+        what = "tokens between their instruction tokens, which are predicted in training"
+    else:
+        return
+    if (rows := bad.any(dim=1)).any():
+        raise ValueError(
+            f"`instruction_mask` lets a response be predicted from a prompt that has read it: row(s) "
+            f"{rows.nonzero().flatten().tolist()} have {what}. Mark what stands before the first response only."
+        )
+
+
+def from_length(length: int, tokens: torch.Tensor) -> torch.Tensor:
+    """Rule 2 for text without instruction: the first `length` tokens of each row, (B, S)."""
+    return tokens & (tokens.cumsum(dim=1) <= length)  # (B, S)
+
+
+def from_template(
+    template: list[int],
+    input_ids: torch.Tensor | None,
+    tokens: torch.Tensor,
+    missing: Literal["error", "all"] = "error",
+) -> torch.Tensor:
+    """Rule 2: everything up to and including the first occurrence of `template` in each row, (B, S).
+
+    A row without it is an error, or with `missing="all"` an instruction as a whole.
+    """
     if input_ids is None:
         raise ValueError(
             "`response_template` is searched for in `input_ids`, but the model got `inputs_embeds`; "
@@ -77,19 +125,31 @@ def from_template(template: list[int], input_ids: torch.Tensor | None, tokens: t
         hit = (input_ids.unfold(1, k, 1) == wanted).all(dim=-1) & tokens[:, : S - k + 1]  # (B, S - k + 1)
     else:
         hit = tokens.new_zeros(tokens.shape[0], 1)  # (B, 1)
+    found = hit.any(dim=1, keepdim=True)  # (B, 1)
     _check_no_empty_row(
-        hit,
+        found | tokens.new_full(found.shape, missing == "all"),
         tokens,
         f"`response_template` {template} does not occur in row(s) {{}}. It must stand between instruction and response in "
         "each row, as the tokenizer writes it there: its ids can depend on the text around it, so compare them with the "
-        "row's `input_ids`.",
+        "row's `input_ids`. If rows have no response, as texts that were cut off have none, set `missing_template='all'`.",
     )
-    end = hit.long().argmax(dim=1, keepdim=True) + k  # (B, 1)
+    end = torch.where(found, hit.long().argmax(dim=1, keepdim=True) + k, S)  # (B, 1)
     return (torch.arange(S, device=tokens.device) < end) & tokens  # (B, S)
 
 
-def from_labels(labels: torch.Tensor, tokens: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """Rule 4: the tokens before the first label that is not -100, (B, S); `shifted` labels stand one place earlier."""
+def from_labels(
+    labels: torch.Tensor,
+    tokens: torch.Tensor,
+    shifted: bool,
+    input_ids: torch.Tensor | None = None,
+    special_ids: tuple[int, ...] = (),
+) -> torch.Tensor:
+    """Rule 4: the tokens before the first label that is not -100, (B, S); `shifted` labels stand one place earlier.
+
+    Raises:
+        ValueError: No token stands before it, or none but special ones (`special_ids`): a collator that masks padding masks BOS,
+            too, where both are one token.
+    """
     S = tokens.shape[1]
     asked = labels != -100  # (B, S)
     start = torch.where(asked.any(dim=1), asked.long().argmax(dim=1) + int(shifted), S)  # (B,)
@@ -100,7 +160,27 @@ def from_labels(labels: torch.Tensor, tokens: torch.Tensor, shifted: bool) -> to
         "No token is left for the prompt to be generated from in row(s) {}: their labels begin with the first token, so "
         f"the prompt would see what is to be predicted. {CURES}",
     )
+    if input_ids is not None and special_ids:
+        special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device)).to(tokens.device)  # (B, S)
+        _check_no_empty_row(
+            mask & ~special,
+            tokens,
+            "Nothing but special tokens is left for the prompt to be generated from in row(s) {}: a collator that puts -100 on "
+            f"padding does so on the first token, too, where both are the same. Plain text has no instruction: set "
+            f"`instruction_length`. {CURES}",
+        )
+    if not _SAID["turns"] and bool((asked.diff(dim=1).sum(dim=1) + asked[:, 0].long() > 2).any()):
+        _SAID["turns"] = True
+        warnings.warn(
+            "The rows have several labelled stretches, as conversations of several turns do. In training, prompts are generated "
+            "from what stands before the first; `generate` reads all that it is called with, earlier answers included. With "
+            "`response_template` (for chat data: 'chat') both read what stands before the first answer."
+        )
     return mask
+
+
+# Warnings that were given: once is enough.
+_SAID = {"turns": False, "plain": False}
 
 
 def _check_no_empty_row(mask: torch.Tensor, tokens: torch.Tensor, complaint: str) -> None:
@@ -113,6 +193,9 @@ def find_scope(
     tokens: torch.Tensor,
     request: Request,
     template: list[int] | None = None,
+    missing_template: Literal["error", "all"] = "error",
+    instruction_length: int | None = None,
+    special_ids: tuple[int, ...] = (),
     input_ids: torch.Tensor | None = None,
     causal_lm: bool = False,
     pair_decoder: bool = False,
@@ -124,6 +207,9 @@ def find_scope(
         tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
         request (`Request`): What is known of the call, for these rows.
         template (`list[int]`, *optional*): The adapter's `response_template`.
+        missing_template (`str`): The adapter's field: what a row without the template is.
+        instruction_length (`int`, *optional*): The adapter's field: how many tokens of plain text are its instruction.
+        special_ids (`tuple[int]`): The ids of the model's special tokens.
         input_ids (`torch.LongTensor`, *optional*): Shape (B, S).
         causal_lm (`bool`): Whether instruction and response stand in the same row.
         pair_decoder (`bool`): Whether the stack is the decoder of an encoder-decoder model.
@@ -138,13 +224,25 @@ def find_scope(
     if pair_decoder:
         return tokens & (tokens.cumsum(dim=1) == 1)  # (B, S)
     if request.instruction_mask is not None:
-        return from_mask(request.instruction_mask, tokens, request.prompt_length)
+        mask = from_mask(request.instruction_mask, tokens, request.prompt_length)  # (B, S)
+        if causal_lm and request.prompt_length is None:
+            check_no_gap(mask, tokens, request.labels, training, request.shifted)
+        return mask
     if template is not None:
-        return from_template(template, input_ids, tokens)
+        return from_template(template, input_ids, tokens, missing_template)
+    if instruction_length is not None:
+        return from_length(instruction_length, tokens)
     if request.prompt_length is not None:
         return tokens & (torch.arange(tokens.shape[1], device=tokens.device) < request.prompt_length)  # (B, S)
     if causal_lm and request.labels is not None and request.labels.shape == tokens.shape:
-        return from_labels(request.labels.to(tokens.device), tokens, request.shifted)
+        return from_labels(request.labels.to(tokens.device), tokens, request.shifted, input_ids, special_ids)
     if causal_lm and training:
         raise ValueError(f"A causal language model in training mode cannot tell instruction from response. {CURES}")
+    if causal_lm and not _SAID["plain"] and len(tokens) > 1:
+        _SAID["plain"] = True
+        warnings.warn(
+            "A causal language model got several rows and was not told which of their tokens are the instruction: prompts are "
+            "generated from whole rows. If their ends are scored, as evaluation harnesses score continuations, the prompt has "
+            f"seen them. {CURES}"
+        )
     return tokens

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .calls import forward_args, is_causal
+from .calls import Attention, forward_args, read_attention
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,15 @@ class StackInfo:
         num_layers (`int`): How often a layer is run, which is more than the list holds where layers are shared.
         forward_args (`frozenset[str]`): The names of the arguments that the stack's forward takes.
         causal (`bool`): Whether a token sees only what stands before it.
+        true_hides (`bool`): Whether True in an attention mask of bools hides a key.
         causal_lm (`bool`): Whether instruction and response stand in the same row.
         encoder_of_pair (`bool`): Whether the stack is the encoder of an encoder-decoder model.
         decoder_of_pair (`bool`): Whether it is the decoder of one.
         max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
         position_offset (`int`): The position id of the first token.
+        counts_columns (`bool`): Whether the stack reads distances off the columns of its input and not off `position_ids`.
         sliding_window (`int`, *optional*): The width of its sliding attention window.
+        special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
     """
 
@@ -48,25 +51,32 @@ class StackInfo:
     num_layers: int
     forward_args: frozenset[str]
     causal: bool
+    true_hides: bool
     causal_lm: bool
     encoder_of_pair: bool
     decoder_of_pair: bool
     max_positions: int | None
     position_offset: int
+    counts_columns: bool
     sliding_window: int | None
     recurrent_layers: tuple[int, ...] = ()
+    special_ids: tuple[int, ...] = ()
 
 
-def _walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without what lies in adapters: that is no one's stack, and a thousand of them are many modules."""
+def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without what lies in adapters: that is no one's stack, and a thousand of them are many modules.
+
+    Another thread may add an adapter meanwhile.
+    """
     seen = set() if seen is None else seen
     if id(module) in seen:
         return
     seen.add(id(module))
     yield name, module
     if not isinstance(module, BaseTunerLayer):
-        for child_name, child in module.named_children():
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+        for child_name, child in list(module._modules.items()):
+            if child is not None:
+                yield from walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def find_stacks(model: nn.Module) -> dict[str, str]:
@@ -74,7 +84,7 @@ def find_stacks(model: nn.Module) -> dict[str, str]:
 
     A stack is a module that takes `input_ids` or `inputs_embeds`, holds a list of layers, and holds no other stack.
     """
-    takers = [name for name, module in _walk(model) if _takes_tokens(module)]
+    takers = [name for name, module in walk(model) if _takes_tokens(module)]
     stacks = {}
     for name in takers:
         inside = name + "." if name else ""
@@ -95,7 +105,7 @@ def _takes_tokens(module: nn.Module) -> bool:
 
 def _find_layers(stack: nn.Module) -> str | None:
     """The list of layers is the module list that holds most of the parameters and lies in no other."""
-    lists = {name: module for name, module in _walk(stack) if isinstance(module, nn.ModuleList)}
+    lists = {name: module for name, module in walk(stack) if isinstance(module, nn.ModuleList)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
     return max(sizes, key=sizes.get) if sizes and max(sizes.values()) > 0 else None
@@ -137,9 +147,8 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
     decoder = pair and "decoder" in stack_name.split(".")
     encoder = pair and not decoder
     generates = hasattr(model, "generate") and (model.can_generate() if hasattr(model, "can_generate") else False)
-    causal = decoder or (
-        not encoder and is_causal(stack, layers_name.removeprefix(f"{stack_name}." if stack_name else ""))
-    )
+    inside = layers_name.removeprefix(f"{stack_name}." if stack_name else "")
+    attention = Attention(decoder) if pair else read_attention(stack, inside)
     max_positions, offset = _learned_positions(stack)
     kinds = enumerate(getattr(config, "layer_types", None) or ())
     return StackInfo(
@@ -151,15 +160,23 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
         vocab_size=embedding.num_embeddings,
         num_layers=_num_layers(model.get_submodule(layers_name), config, decoder),
         forward_args=frozenset(forward_args(stack)),
-        causal=causal,
-        causal_lm=bool(generates and causal and not pair),
+        causal=attention.causal,
+        true_hides=attention.true_hides,
+        causal_lm=bool(generates and attention.causal and not pair),
         encoder_of_pair=encoder,
         decoder_of_pair=decoder,
         max_positions=max_positions,
         position_offset=offset,
+        counts_columns=_counts_columns(stack, config),
         sliding_window=getattr(config, "sliding_window", None),
+        special_ids=tuple(sorted(_special_ids(config))),
         recurrent_layers=tuple(n for n, kind in kinds if "attention" not in kind or kind.startswith("linear")),
     )
+
+
+def _special_ids(config) -> set[int]:
+    ids = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    return {one for value in ids for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)}
 
 
 def _num_layers(layers: nn.ModuleList, config, decoder: bool) -> int:
@@ -176,9 +193,17 @@ def _shares_layers(layers: nn.ModuleList) -> bool:
     return any(isinstance(child, nn.ModuleList) for layer in layers for child in layer.children())
 
 
+def _counts_columns(stack: nn.Module, config) -> bool:
+    """Whether distances are those of columns: there are no position ids (T5, Bloom, MPT), or there are but ALiBi (Falcon) or a table
+    of relative distances (DeBERTa, MPNet) does not read them."""
+    relative = any(name.endswith("relative_attention_bias") for name, _ in walk(stack))
+    declared = any(getattr(config, name, False) for name in ("alibi", "relative_attention"))
+    return "position_ids" not in forward_args(stack) or declared or relative
+
+
 def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:
     """How many positions have a learned embedding (None: rotary, relative or ALiBi), and the id of the first."""
-    for name, module in _walk(stack):
+    for name, module in walk(stack):
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
             "position_embeddings",
             "wpe",

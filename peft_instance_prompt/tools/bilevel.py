@@ -20,7 +20,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import TrainerCallback
 
-from .nn.rational import Rational
+from ..nn.rational import Rational
 
 
 if TYPE_CHECKING:

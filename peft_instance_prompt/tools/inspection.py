@@ -13,10 +13,10 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from . import slots
-from .generator import PromptGenerator
-from .intercept import Generated, intercept
-from .layer import InstancePromptLayer
+from ..engine.intercept import Generated, intercept
+from ..engine.layer import InstancePromptLayer
+from ..engine.layout import take
+from ..generator import INPUT, PromptGenerator
 
 
 def active_generator(model: nn.Module) -> tuple[InstancePromptLayer, PromptGenerator]:
@@ -86,7 +86,7 @@ def prompt_vectors(model: nn.Module, batches: Iterable[Mapping[str, Any]], depth
     return torch.cat([record(model, batch)[depth].values.float().cpu() for batch in batches])
 
 
-def read_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None = None) -> torch.Tensor:
+def token_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None = None) -> torch.Tensor:
     """How much each prompt vector reads of each token: the pooling weights of IAPT, the pooling bins of LPT.
 
     Args:
@@ -103,12 +103,16 @@ def read_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None =
     generator = active_generator(model)[1]
     made = record(model, batch)[check_depth(generator, depth)]
     with torch.no_grad():
-        weights = generator.reads(made.states, made.instance, made.depth)  # (B, l, N)
+        weights = generator.token_weights(made.instances, made.depth, generator.weights(made.depth))  # (B, l, n)
     if weights is None:
         raise ValueError(f"The prompt vectors of {type(generator).__name__} are no weighted means over tokens here.")
-    if weights.shape[2] != made.layout.num_tokens:  # positions of the stack, slots among them
-        weights = slots.take(weights, made.layout.token_index, dim=2)  # (B, l, S)
-    return weights.float().cpu()
+    columns = made.selection.columns  # a range of the stack's positions, or of tokens at the input
+    num_columns = made.layout.num_tokens + (0 if made.depth == INPUT else made.layout.num_slots)
+    whole = weights.new_zeros(*weights.shape[:2], num_columns)  # (B, l, N)
+    whole[:, :, columns] = weights
+    if made.depth != INPUT:
+        whole = take(whole, made.layout.token_index, dim=2)  # (B, l, S)
+    return whole.float().cpu()
 
 
 def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,13 +129,11 @@ def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[
     lengths, behind = [], []
     for batch in batches:
         made = [generated for depth, generated in record(model, batch).items() if depth is not None][0]
-        layout, mask = made.layout, made.instance.mask
-        if mask.shape[1] != layout.num_tokens:
-            mask = slots.take(mask, layout.token_index)  # (B, S)
-        before = nn.functional.pad(mask.cumsum(dim=1), (1, 0)).gather(
-            1, layout.anchor
-        )  # (B, L) tokens before each slot
-        later = layout.live & (2 * before > mask.sum(dim=1, keepdim=True))  # (B, L)
+        layout, instances = made.layout, made.instances.mask.sum(dim=1, keepdim=True)  # (B, 1)
+        column = made.selection.last[:, None]  # (B, 1)
+        last = column if made.depth == INPUT else (layout.token_index == column).int().argmax(dim=1, keepdim=True)  # (B, 1)
+        after = (last + 1 - layout.before_token).clamp(min=0)  # (B, L) tokens up to the last that stand behind each slot
+        later = layout.live & (2 * after < instances)  # (B, L)
         lengths.append(layout.live.sum(dim=1).cpu())
         behind.append(later.sum(dim=1).cpu())
     return torch.cat(lengths), torch.cat(behind)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .introspect import active_generator, check_depth, placements, prompt_vectors, read_weights
-from .nn.rational import Rational
+from .inspection import active_generator, check_depth, placements, prompt_vectors, token_weights
+from ..nn.rational import Rational
 
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def plot_reading(
         ValueError: The method does not pool over tokens, or `tokens` does not fit the batch.
     """
     depth = check_depth(active_generator(model)[1], depth)
-    weights = read_weights(model, batch, depth)[row]  # (l, S)
+    weights = token_weights(model, batch, depth)[row]  # (l, S)
     if hasattr(tokens, "decode"):
         tokens = [tokens.decode([int(token)]) for token in batch["input_ids"][row]]
     if len(tokens) != weights.shape[1]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
-from .generator import INPUT
-from .introspect import active_generator
+from ..engine.request import note
+from ..generator import INPUT
+from .inspection import active_generator
 
 
 class _Opened(Exception):
@@ -45,8 +47,8 @@ def to_prompt_embeds(
     >>> llm.generate({"prompt_embeds": embeds[0]})  # vLLM with `enable_prompt_embeds=True`
     ```
     """
-    layer, generator = active_generator(model)
-    if generator.depths != (INPUT,) or generator.visible_from > 0:
+    generator = active_generator(model)[1]
+    if generator.depths != (INPUT,) or generator.first_visible_layer > 0:
         where = ", ".join("the input" if depth == INPUT else f"layer {depth}" for depth in generator.depths)
         raise ValueError(
             f"{type(generator).__name__} generates prompt vectors at {where}, from what the layers below have made of the "
@@ -57,20 +59,15 @@ def to_prompt_embeds(
         raise ValueError("The model is in training mode, in which prompts may be sampled; call `model.eval()` first.")
     opened: dict[str, Any] = {}
 
-    def stop(stack: nn.Module, args: tuple, given: dict[str, Any]) -> None:
-        if given.get("input_ids") is None:  # else it is a method's own pass over the tokens without prompts
-            opened.update(given)
-            raise _Opened
+    def stop(call: dict[str, Any]) -> None:
+        opened.update(call)
+        raise _Opened
 
-    # Registered last, so it runs behind the hook that opens the slots.
-    stack = next(m for m in model.modules() if any(child is layer for child in m.children()))
-    handle = stack.register_forward_pre_hook(stop, with_kwargs=True)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
-        with torch.no_grad():
+        with torch.no_grad(), note(base, opened=stop):
             model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     except _Opened:
         pass
-    finally:
-        handle.remove()
     embeds, mask = opened["inputs_embeds"], opened["attention_mask"]  # (B, N, e), (B, N)
     return list(embeds) if mask is None else [row[seen] for row, seen in zip(embeds, mask.bool())]

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from .intercept import Generated, intercept
-from .introspect import active_generator, evaluating, record
-from .scope import note
+from ..engine.intercept import Generated, intercept
+from .inspection import active_generator, evaluating, record
+from ..engine.request import note
 
 
 PROMPTS = ("own", "shuffled", "mean", "none")

@@ -16,9 +16,9 @@ from tiny import adapted, assert_same, batch, causal_lm, encoder, pair, perturb
 from torch import nn
 
 from peft_instance_prompt import IDPGConfig
-from peft_instance_prompt.intercept import intercept
-from peft_instance_prompt.layer import InstancePromptLayer
-from peft_instance_prompt.stack import describe, find_stacks
+from peft_instance_prompt.engine.intercept import intercept
+from peft_instance_prompt.engine.layer import InstancePromptLayer
+from peft_instance_prompt.engine.stack import describe, find_stacks
 from peft_instance_prompt.tuners.idpg import IDPGGenerator
 
 

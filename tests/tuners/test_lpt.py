@@ -16,7 +16,7 @@ from torch import nn
 
 from peft_instance_prompt import LPTConfig
 from peft_instance_prompt.generator import Instance
-from peft_instance_prompt.masks import hide
+from peft_instance_prompt.engine.masks import hide
 from peft_instance_prompt.tuners.lpt import LPTGenerator
 
 

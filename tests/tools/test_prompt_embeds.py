@@ -13,8 +13,8 @@ from peft import get_peft_model
 
 from peft_instance_prompt import to_prompt_embeds
 from peft_instance_prompt.generator import INPUT
-from peft_instance_prompt.introspect import active_generator
-from peft_instance_prompt.passes import current_pass
+from peft_instance_prompt.tools.inspection import active_generator
+from peft_instance_prompt.engine.passes import current_pass
 
 
 def adapted(method: str, family: str = "llama"):

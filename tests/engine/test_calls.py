@@ -16,7 +16,8 @@ from tiny import DECODERS, ENCODERS, adapted, batch, causal_lm, encoder
 from torch import nn
 from transformers import DynamicCache
 
-from peft_instance_prompt import IAPTConfig, calls
+from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt.engine import calls
 
 
 def test_the_cache_is_found_by_what_it_is() -> None:
@@ -59,22 +60,22 @@ def test_decoders_make_a_causal_mask(family: str) -> None:
     """Also of those that declare `is_causal`, the mask says the same."""
     stack = causal_lm(family).base_model
     stack = getattr(stack, "decoder", stack)  # OPT
-    assert calls.is_causal(stack, layers_name(stack))
-    assert calls._makes_causal_mask(stack, layers_name(stack))
+    assert calls.read_attention(stack, layers_name(stack)).causal
+    assert calls._read_mask(stack, layers_name(stack)) == (True, family == "mpt")
 
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoders_make_none(family: str) -> None:
     stack = encoder(family)
-    assert not calls.is_causal(stack, layers_name(stack))
-    assert not calls._makes_causal_mask(stack, layers_name(stack))
+    assert not calls.read_attention(stack, layers_name(stack)).causal
+    assert not calls._read_mask(stack, layers_name(stack)).causal
 
 
 def test_reading_the_mask_changes_nothing() -> None:
     model = causal_lm("bloom")
     before, modules = model(**batch(5)).logits, list(model.modules())
     attention = model.config._attn_implementation
-    calls._makes_causal_mask(model.transformer, "h")
+    calls._read_mask(model.transformer, "h")
     assert model.config._attn_implementation == attention and list(model.modules()) == modules
     assert torch.equal(model(**batch(5)).logits, before)
 
@@ -85,11 +86,11 @@ def test_causality_that_cannot_be_told() -> None:
             return inputs_embeds
 
     with pytest.raises(ValueError, match="Whether Silent is causal cannot be told: .* the first of 'h' gets no mask"):
-        calls.is_causal(Silent(causal_lm("bloom").config), "h")
+        calls.read_attention(Silent(causal_lm("bloom").config), "h")
     with torch.device("meta"):
         nowhere = tf.BloomModel(causal_lm("bloom").config)
     with pytest.raises(ValueError, match="Whether BloomModel is causal cannot be told: .* its mask could not be read"):
-        calls.is_causal(nowhere, "h")
+        calls.read_attention(nowhere, "h")
 
 
 def test_a_stack_that_is_called_in_another_way_is_refused_by_name() -> None:

@@ -15,8 +15,9 @@ from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm
 from transformers import DynamicCache, StaticCache
 
-from peft_instance_prompt import slots
-from peft_instance_prompt.cache import SlotCache, SlotTable, make_room
+from peft_instance_prompt.engine import layout as slots
+from peft_instance_prompt.engine.cache import SlotCache, make_room
+from peft_instance_prompt.engine.layout import SlotTable
 
 
 def prompted(method: str, family: str = "llama") -> PeftModel:
@@ -147,9 +148,9 @@ def test_base_model_gets_its_own_cache_back(kind: str) -> None:
 # ----------------------------------------------------------------------------------------------------- the slot table
 
 
-def table(anchor: list, num_tokens: int, live: list | None = None) -> SlotTable:
-    layout = slots.arrange(torch.tensor(anchor), num_tokens, None if live is None else torch.tensor(live).bool())
-    return SlotTable(layout.order, layout.live)
+def table(before_token: list, num_tokens: int, live: list | None = None) -> SlotTable:
+    layout = slots.arrange(torch.tensor(before_token), num_tokens, None if live is None else torch.tensor(live).bool())
+    return layout.table
 
 
 def test_widen_mask() -> None:

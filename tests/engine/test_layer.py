@@ -19,11 +19,11 @@ from methods import METHODS
 from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm, encoder, perturb
 
-from peft_instance_prompt import scope
-from peft_instance_prompt.calls import cache_of
-from peft_instance_prompt.layer import InstancePromptLayer
-from peft_instance_prompt.passes import current_pass
-from peft_instance_prompt.scope import Request, current_request
+from peft_instance_prompt.engine import request as requests
+from peft_instance_prompt.engine.calls import cache_of
+from peft_instance_prompt.engine.layer import InstancePromptLayer
+from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.request import Request, current_request
 
 
 INPUTS = batch(9, 6)
@@ -232,7 +232,7 @@ def test_interrupt_by_the_user(method: str, where: str) -> None:
 
     mask = INPUTS["attention_mask"] * (torch.arange(9) < 6)
     token = current_pass.set(None)
-    known = scope.latest_request.set(Request())
+    known = requests.latest_request.set(Request())
     try:
         interrupt(lambda: model(**INPUTS, instruction_mask=mask))
         with model.disable_adapter():
@@ -243,7 +243,7 @@ def test_interrupt_by_the_user(method: str, where: str) -> None:
         interrupt(lambda: model(**INPUTS, instruction_mask=mask))
         assert torch.equal(model.generate(**INPUTS, **GREEDY), text)
     finally:
-        scope.latest_request.reset(known)
+        requests.latest_request.reset(known)
         current_pass.reset(token)
 
 

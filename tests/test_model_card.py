@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.card import write_card
+from peft_instance_prompt.model_card import write_card
 
 
 ROOT = Path(__file__).parent.parent

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from methods import METHODS
 from peft import get_peft_model
 
-from peft_instance_prompt import plots
-from peft_instance_prompt.introspect import active_generator, placements, prompt_vectors, read_weights
-from peft_instance_prompt.plots import plot_activations, plot_placements, plot_prompt_map, plot_reading
+from peft_instance_prompt.tools import plots
+from peft_instance_prompt.tools.inspection import active_generator, placements, prompt_vectors, token_weights
+from peft_instance_prompt.tools.plots import plot_activations, plot_placements, plot_prompt_map, plot_reading
 
 
 matplotlib.use("agg")
@@ -44,7 +44,7 @@ def test_reading():
     batch = {**BATCHES[0], "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]] * 4)}
     figure = drawn(plot_reading(model, batch, ["<pad>", "<pad>", "A", " fine", "\n", "$1", " "], depth=2, row=1))
     (image,) = figure.axes[0].images
-    assert torch.equal(torch.tensor(image.get_array()), read_weights(model, batch, depth=2)[1][:, 2:])
+    assert torch.equal(torch.tensor(image.get_array()), token_weights(model, batch, depth=2)[1][:, 2:])
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["A", "fine", "↵", r"\$1", "␣"]
 
     class Tokenizer:

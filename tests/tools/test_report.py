@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from peft_instance_prompt import IAPTConfig, instance_report
-from peft_instance_prompt.report import PROMPTS, InstanceReport
+from peft_instance_prompt.tools.report import PROMPTS, InstanceReport
 
 
 SLOTS = 4

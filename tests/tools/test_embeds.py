@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from peft_instance_prompt import IDPGConfig, InstanceEmbedsCollator, add_instance_embeds
-from peft_instance_prompt.intercept import intercept
+from peft_instance_prompt.engine.intercept import intercept
 
 
 TEXTS = ["a b c d e", "b", "c a b", "e e d d c b a"]

@@ -12,7 +12,7 @@ from methods import METHODS
 from peft import get_peft_model
 
 from peft_instance_prompt import IAPTConfig, record_choices
-from peft_instance_prompt.introspect import active_generator, placements, prompt_vectors, read_weights
+from peft_instance_prompt.tools.inspection import active_generator, placements, prompt_vectors, token_weights
 
 
 IDS = torch.randint(3, tiny.VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,7 @@ def test_iapt_reads_with_its_pooling_softmax():
     """Layer 0 reads the input embeddings: softmax over the instruction of the pool's scores, with the slots taken out."""
     model = adapted("iapt_after_first")  # slots stand in the middle of the instruction
     generator = active_generator(model)[1]
-    weights = read_weights(model, PADDED, depth=0)
+    weights = token_weights(model, PADDED, depth=0)
     assert weights.shape == (2, 4, 8)
     embeds = model.get_input_embeddings()(PADDED["input_ids"])
     with torch.no_grad():
@@ -46,18 +46,18 @@ def test_iapt_reads_with_its_pooling_softmax():
 
 def test_lpt_reads_its_bins():
     model = adapted("lpt_pooled", num_virtual_tokens=2, prompt_position="before")
-    weights = read_weights(model, PADDED)
+    weights = token_weights(model, PADDED)
     half = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0]]) / 3
     torch.testing.assert_close(weights[0], half)
     torch.testing.assert_close(weights[1][0], torch.tensor([0, 0, 0, 0.5, 0.5, 0, 0, 0]))
-    last = read_weights(adapted("lpt"), PADDED)  # its MLP reads the last instruction token
+    last = token_weights(adapted("lpt"), PADDED)  # its MLP reads the last instruction token
     assert torch.equal(last[0], torch.eye(8)[5].expand(5, -1)) and torch.equal(last[1], torch.eye(8)[6].expand(5, -1))
 
 
 def test_methods_that_read_no_weighted_mean_say_so():
     for model in (adapted("iapt", condition="constant"), adapted("idpg_single"), adapted("dynamic_prompt")):
         with pytest.raises(ValueError, match="no weighted means"):
-            read_weights(model, PADDED)
+            token_weights(model, PADDED)
 
 
 def test_prompt_vectors_are_what_a_layer_gets():

@@ -11,7 +11,7 @@ from tiny import batch, causal_lm
 from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from peft_instance_prompt.masks import check_not_packed, padding_mask
+from peft_instance_prompt.engine.masks import check_not_packed, padding_mask
 
 
 MASK = batch(9, 6)["attention_mask"]

@@ -17,8 +17,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from peft_instance_prompt import instruction_scope
-from peft_instance_prompt.passes import current_pass
-from peft_instance_prompt.scope import Request, find_scope, from_labels, from_mask, from_template
+from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.request import Request
+from peft_instance_prompt.engine.scope import find_scope, from_labels, from_mask, from_template
 
 
 TEMPLATE = [90, 91]

@@ -16,8 +16,7 @@ from peft import LoraConfig, PeftModel
 from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb
 
 from peft_instance_prompt import generator as generators
-from peft_instance_prompt import groups
-from peft_instance_prompt.layer import InstancePromptLayer
+from peft_instance_prompt.engine.layer import InstancePromptLayer
 
 
 NAMES = ["a", "__base__", "b", "c", "a", "d"]
@@ -204,13 +203,13 @@ def test_adapters_of_one_signature_run_together(kind: str, monkeypatch: pytest.M
             for row, name in enumerate(names)
         ]
     )
-    calls, original = [], generators.run_together
+    calls, original = [], generators.PromptGenerator.forward
 
-    def count(together, states, instance, depth, ready):
-        calls.append((depth, len(states)))
-        return original(together, states, instance, depth, ready)
+    def count(self, instances, depth, weights=None):
+        calls.append((depth, len(instances.mask)))
+        return original(self, instances, depth, weights)
 
-    monkeypatch.setattr(groups, "run_together", count)
+    monkeypatch.setattr(generators.PromptGenerator, "forward", count)
     mixed = model(**inputs, adapter_names=names).logits[:, -1]
     (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
     assert calls == [(depth, 8) for depth in layer.generators[names[0]].depths]

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from tiny import DECODERS, VOCAB, causal_lm
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.stack import describe, find_stacks
+from peft_instance_prompt.engine.stack import describe, find_stacks
 
 
 _bert = {

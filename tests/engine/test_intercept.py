@@ -13,7 +13,7 @@ from methods import METHODS
 from peft import get_peft_model
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.intercept import intercept
+from peft_instance_prompt.engine.intercept import intercept
 
 
 def adapted(kind: str = "iapt"):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_instance_prompt import slots
+from peft_instance_prompt.engine import layout as slots
 
 
-def merged(anchor: list[int], live: list[bool], num_tokens: int) -> list[str]:
+def merged(before_token: list[int], live: list[bool], num_tokens: int) -> list[str]:
     """One row: dead slots at the left edge, each live slot before its token."""
-    row = [f"s{k}" for k in range(len(anchor)) if not live[k]]
+    row = [f"s{k}" for k in range(len(before_token)) if not live[k]]
     for t in range(num_tokens + 1):
-        row += [f"s{k}" for k in range(len(anchor)) if live[k] and anchor[k] == t]
+        row += [f"s{k}" for k in range(len(before_token)) if live[k] and before_token[k] == t]
         row += [f"t{t}"] if t < num_tokens else []
     return row
 
@@ -28,34 +28,34 @@ CASES = [
     ([[0, 0, 0]], [[1, 1, 1]], 4),
     ([[1, 1, 1]], [[1, 1, 1]], 4),
     ([[4, 4, 4]], [[1, 1, 1]], 4),
-    ([[0, 2, 4], [2, 0, 3]], [[1, 1, 1], [1, 1, 1]], 4),  # anchors need not be sorted
+    ([[0, 2, 4], [2, 0, 3]], [[1, 1, 1], [1, 1, 1]], 4),  # before_tokens need not be sorted
     ([[0, 2, 4], [2, 0, 3]], [[0, 1, 1], [1, 0, 0]], 4),
     ([[0, 0]], [[0, 0]], 1),
 ]
 
 
-@pytest.mark.parametrize(("anchor", "live", "num_tokens"), CASES)
-def test_arrange(anchor: list, live: list, num_tokens: int) -> None:
-    layout = slots.arrange(torch.tensor(anchor), num_tokens, torch.tensor(live).bool())
-    L = len(anchor[0])
+@pytest.mark.parametrize(("before_token", "live", "num_tokens"), CASES)
+def test_arrange(before_token: list, live: list, num_tokens: int) -> None:
+    layout = slots.arrange(torch.tensor(before_token), num_tokens, torch.tensor(live).bool())
+    L = len(before_token[0])
     assert (layout.num_slots, layout.num_tokens) == (L, num_tokens)
     assert layout.all_live == all(all(row) for row in live)
-    for b in range(len(anchor)):
+    for b in range(len(before_token)):
         row = names(layout.order[b], L)
-        assert row == merged(anchor[b], live[b], num_tokens)
+        assert row == merged(before_token[b], live[b], num_tokens)
         assert [row[n] for n in layout.slot_index[b]] == [f"s{k}" for k in range(L)]
         assert [row[n] for n in layout.token_index[b]] == [f"t{t}" for t in range(num_tokens)]
-    assert torch.equal(layout.read_index, layout.token_index)
+    assert torch.equal(layout.output_index, layout.token_index)
 
 
-def test_read_index_is_that_of_the_last_slot_behind_the_instruction() -> None:
-    anchor = torch.tensor([[3, 3], [0, 3], [0, 0], [3, 3]])
+def test_output_index_is_that_of_the_last_slot_behind_the_instruction() -> None:
+    before_token = torch.tensor([[3, 3], [0, 3], [0, 0], [3, 3]])
     live = torch.tensor([[1, 1], [1, 1], [1, 1], [0, 0]]).bool()
-    layout = slots.arrange(anchor, 5, live, last=torch.tensor([2, 2, 2, 2]))
-    moved = (layout.read_index - layout.token_index).tolist()
+    layout = slots.arrange(before_token, 5, live, predicts=before_token == 3)
+    moved = (layout.output_index - layout.token_index).tolist()
     assert moved == [[0, 0, 2, 0, 0], [0, 0, 1, 0, 0], [0] * 5, [0] * 5]
     for b, place in enumerate(("s1", "s1", "t2", "t2")):
-        assert names(layout.order[b], 2)[layout.read_index[b, 2]] == place
+        assert names(layout.order[b], 2)[layout.output_index[b, 2]] == place
 
 
 def test_insert_then_take_gives_back_tokens_and_slots() -> None:
@@ -100,7 +100,7 @@ def test_fill_passes_gradients_to_prompts_and_tokens() -> None:
 def test_positions_count_live_slots(rows: int | None) -> None:
     # Left padding of one; the two slots stand before the first real token, behind it, or at the end; one may be dead.
     own = torch.tensor([[0, 0, 1, 2]]).expand(4, 4)
-    first = torch.tensor([1, 1, 1, 1])
+    first = torch.tensor([[1]] * 4)
     live = torch.tensor([[1, 1], [1, 1], [1, 1], [0, 1]]).bool()
     layout = slots.arrange(torch.tensor([[1, 1], [2, 2], [4, 4], [1, 1]]), 4, live)
     ids = own if rows is None else own.expand(rows, 4, 4)
@@ -113,7 +113,7 @@ def test_positions_count_live_slots(rows: int | None) -> None:
 
 def test_positions_need_not_start_at_zero() -> None:
     layout = slots.arrange(torch.tensor([[0], [2]]), 3)
-    out = slots.insert_positions(torch.tensor([[5, 6, 7], [5, 6, 7]]), torch.tensor([0, 0]), layout)
+    out = slots.insert_positions(torch.tensor([[5, 6, 7], [5, 6, 7]]), torch.tensor([[0], [0]]), layout)
     assert out.tolist() == [[5, 6, 7, 8], [5, 6, 7, 8]]
 
 
@@ -122,3 +122,44 @@ def test_dead_slots_at_the_end() -> None:
     layout = slots.arrange(torch.tensor([[0, 0], [1, 3], [0, 2]]), 3, live, dead_at_end=True)
     # Slots are 0 and 1, tokens 2, 3 and 4.
     assert layout.order.tolist() == [[1, 2, 3, 4, 0], [2, 0, 3, 4, 1], [2, 3, 4, 0, 1]]
+
+
+def test_a_slot_behind_the_first_token_predicts_nothing() -> None:
+    layout = slots.arrange(torch.tensor([[1, 1]]), 3)
+    assert torch.equal(layout.output_index, layout.token_index), "each token keeps its own output"
+
+
+def test_a_packed_row() -> None:
+    """Three sequences of 3, 2 and 1 tokens, two slots each: before the first, behind the second, and one of the third is dead."""
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 0]])
+    sequence = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    before_token = torch.tensor([[0, 0, 5, 5, 5, 5]])  # the third begins at token 5, where the second ends
+    live = torch.tensor([[1, 1, 1, 1, 0, 1]]).bool()
+    predicts = torch.tensor([[0, 0, 1, 1, 0, 0]]).bool()
+    layout = slots.arrange(before_token, 6, live, predicts)
+    assert names(layout.order[0], 6) == ["s4", "s0", "s1", "t0", "t1", "t2", "t3", "t4", "s2", "s3", "s5", "t5"]
+    first = torch.tensor([[0, 0, 3, 3, 5, 5]])
+    ids = slots.insert_positions(position_ids, first, layout, sequence)[0].tolist()
+    assert ids[1:6] == [0, 1, 2, 3, 4], "each sequence counts its own slots from 0"
+    assert ids[6:10] == [0, 1, 2, 3]
+    assert ids[10:] == [0, 1]
+    moved = (layout.output_index - layout.token_index)[0].tolist()
+    assert moved == [0, 0, 0, 0, 2, 0], "the last token of the second sequence is read at its last slot"
+    rows = slots.insert_positions(position_ids.expand(3, 1, 6), first, layout, sequence)
+    assert rows[:, 0].tolist() == [ids] * 3
+
+
+def test_a_flat_batch_is_one_packed_row() -> None:
+    """What a serving engine runs: all tokens of all requests in one row, and slots where each begins."""
+    lengths = [4, 2, 3]
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    sequence = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    starts = torch.tensor([[0, 4, 6]])
+    layout = slots.arrange(starts, 9)
+    ids = slots.insert_positions(position_ids, starts, layout, sequence)[0].tolist()
+    assert ids == [*range(5), *range(3), *range(4)]
+    tokens = torch.randn(1, 9, 2)
+    states = slots.insert(tokens, torch.zeros(1, 3, 2), layout)
+    written = slots.fill(states, torch.ones(1, 3, 2), layout)
+    assert torch.equal(slots.take(written, layout.token_index), tokens)
+    assert written[0, layout.slot_index[0]].eq(1).all()

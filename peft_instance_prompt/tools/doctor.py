@@ -1,0 +1,300 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Does this package work with the libraries that are installed? `python -m peft_instance_prompt doctor`.
+
+Every registered method is put into four tiny models with random weights, and what it promises is checked there:
+
+    inject  the adapter can be put into the model
+    effect  the adapter changes the logits; without an effect, the other checks would hold of themselves
+    batch   a row of a padded batch has the logits that it has alone: in a forward pass, and of new tokens in `generate`
+    cache   `generate` has the same logits with a cache and without
+    save    an adapter that is loaded under another name has the logits of the adapter that was saved
+    leak    the logits do not depend on later tokens of a response that the labels mark
+
+Exits with 0 if all checks hold and with 1 if one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from packaging.requirements import Requirement
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from .. import __version__
+from ..config import InstancePromptConfig
+
+
+PACKAGE = "peft-instance-prompt"
+
+VOCAB = 96
+_common = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+_llama = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+# One model for each way of telling positions. The width is a multiple of 16, which the defaults of all methods fit.
+MODELS: dict[str, tuple[str, dict]] = {
+    "llama": ("RoPE", _llama),
+    "bloom": ("ALiBi", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "gpt2": ("learned positions", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "t5": ("encoder-decoder", _t5),
+}
+
+# The rows of a batch that stands for all instances. A method's discrete choices are the same for most of a few.
+MANY = 64
+# In units of the largest logit: rounding in float32 comes to some 1e-6, the effect of random adapters to 0.01 and more.
+TOLERANCE, LEAST_EFFECT = 1e-4, 1e-3
+
+
+class Result(NamedTuple):
+    """The outcome of one check.
+
+    Attributes:
+        method (`str`): The method's name, as PEFT has it, e.g. `"IAPT"`.
+        model (`str`): The model's type, a key of `MODELS`.
+        check (`str`): The name of the check.
+        error (`str`, *optional*): The largest difference or the exception in one line; None if the check holds.
+    """
+
+    method: str
+    model: str
+    check: str
+    error: str | None
+
+
+class Broken(Exception):
+    """A check does not hold."""
+
+
+def registered_methods() -> dict[str, type[InstancePromptConfig]]:
+    """The config classes of the methods that are registered with PEFT and generate prompts, by the methods' names."""
+    methods = PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    return {peft_type.value: cls for peft_type, cls in methods if issubclass(cls, InstancePromptConfig)}
+
+
+def tiny_model(model_type: str) -> nn.Module:
+    """A model in eval mode, the same one at each call, with weights that are large enough for prompts to matter."""
+    config = AutoConfig.for_model(model_type, **_common, **MODELS[model_type][1])
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = auto.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.25)
+    nn.init.normal_(model.get_input_embeddings().weight)
+    return model.eval()
+
+
+def adapted(model_type: str, config_cls: type[InstancePromptConfig]) -> PeftModel:
+    """The tiny model with an adapter of the method's default settings, whose weights are far from their start."""
+    base = tiny_model(model_type)
+    task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    model = get_peft_model(base, config_cls(task_type=task, num_virtual_tokens=4))
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+        # Vectors may be coefficients of an activation, which explodes far from its start.
+        parameter.data.add_(torch.randn_like(parameter), alpha=1.0 if parameter.dim() > 1 else 0.05)
+    return model.eval()
+
+
+def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Token ids of a shape, none of them special."""
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded_batch(side: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Rows of 7, 4 and 1 tokens, and their ids and mask (3, 7)."""
+    rows = [random_tokens(n, seed=n) for n in (7, 4, 1)]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0, padding_side=side)  # (3, 7)
+    return rows, {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def is_pair(model: PeftModel) -> bool:
+    return model.get_base_model().config.is_encoder_decoder
+
+
+def logits(model: PeftModel, input_ids: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+    """The logits (B, S, V); those of an encoder-decoder model (B, 3, V) are of the same three tokens for all rows."""
+    if is_pair(model):
+        kwargs["decoder_input_ids"] = torch.tensor([[0, 5, 6]]).expand(input_ids.shape[0], -1)  # (B, 3)
+    return model(input_ids=input_ids, **kwargs).logits
+
+
+def new_token_logits(model: PeftModel, use_cache: bool = False, **inputs: torch.Tensor) -> torch.Tensor:
+    """The logits (B, 4, V) of four tokens that `generate` adds."""
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
+    output = model.generate(**inputs, **how, return_dict_in_generate=True, output_logits=True)
+    return torch.stack(output.logits, dim=1)  # (B, 4, V)
+
+
+def largest_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """In units of the largest expected number, if that is above 1; raises [`Broken`] if the shapes differ."""
+    if actual.shape != expected.shape:
+        raise Broken(f"the logits have the shape {tuple(actual.shape)} and not {tuple(expected.shape)}")
+    return float((actual - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    difference = largest_difference(actual, expected)
+    if not difference <= TOLERANCE:  # NaN is no difference that is allowed
+        raise Broken(f"{what}: the largest difference is {difference:.2g}, allowed is {TOLERANCE:g}")
+
+
+def check_effect(model: PeftModel) -> None:
+    _, inputs = padded_batch("right")
+    with model.disable_adapter():
+        bare = logits(model, **inputs)
+    difference = min(map(largest_difference, logits(model, **inputs), bare))
+    if not difference >= LEAST_EFFECT:
+        raise Broken(f"a row is changed by {difference:.2g} only, expected is {LEAST_EFFECT:g} or more")
+
+
+def check_batch(model: PeftModel) -> None:
+    for side in ("left", "right"):
+        rows, inputs = padded_batch(side)
+        for number, (row, together) in enumerate(zip(rows, logits(model, **inputs))):
+            if not is_pair(model):
+                together = together[-len(row) :] if side == "left" else together[: len(row)]
+            assert_same(together, logits(model, row[None])[0], f"row {number}, padded on the {side}, and alone")
+    rows, inputs = padded_batch("left")
+    for number, (row, together) in enumerate(zip(rows, new_token_logits(model, **inputs))):
+        alone = new_token_logits(model, input_ids=row[None])[0]
+        assert_same(together, alone, f"new tokens of row {number}, padded, and alone")
+
+
+def check_cache(model: PeftModel) -> None:
+    _, inputs = padded_batch("left")
+    cached, plain = (new_token_logits(model, use_cache, **inputs) for use_cache in (True, False))
+    assert_same(cached, plain, "new tokens with a cache and without")
+
+
+def check_save(model: PeftModel) -> None:
+    fresh = tiny_model(model.get_base_model().config.model_type)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)  # PEFT would ask the hub about the vocabulary
+        loaded = PeftModel.from_pretrained(fresh, folder, adapter_name="another_name").eval()
+    ids = random_tokens(MANY, 5)  # (MANY, 5)
+    assert_same(logits(loaded, ids), logits(model, ids), "loaded and saved")
+
+
+def check_leak(model: PeftModel) -> None:
+    # Pairs of rows that are the same up to the first token of the response. The instruction is shorter than the prompt: a
+    # method that reads a token for each vector would read on.
+    instruction = random_tokens(MANY, 2).repeat(2, 1)  # (2 * MANY, 2)
+    first = random_tokens(MANY, 1, seed=1).repeat(2, 1)  # (2 * MANY, 1)
+    response = torch.cat([first, random_tokens(2 * MANY, 6, seed=2)], dim=1)  # (2 * MANY, 7)
+    if is_pair(model):
+        output, shared = model(input_ids=instruction, labels=response), 2  # the decoder's start token and `first`
+    else:
+        ids = torch.cat([instruction, response], dim=1)  # (2 * MANY, 9)
+        labels = torch.cat([torch.full_like(instruction, -100), response], dim=1)  # (2 * MANY, 9)
+        output, shared = model(input_ids=ids, labels=labels), 3
+    one, other = output.logits[:, :shared].chunk(2)  # each (MANY, shared, V)
+    assert_same(one, other, "rows that differ in later tokens of the response only")
+
+
+CHECKS: dict[str, Callable[[PeftModel], None]] = {
+    check.__name__.removeprefix("check_"): check
+    for check in (check_effect, check_batch, check_cache, check_save, check_leak)
+}
+
+
+def attempt(function: Callable, *args: Any) -> tuple[Any, str | None]:
+    """What the function returns, and what went wrong in one line; one of the two is None."""
+    try:
+        return function(*args), None
+    except Exception as error:
+        text = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
+        return None, textwrap.shorten(text, 400, placeholder=" ...")
+
+
+@torch.no_grad()
+def run_doctor(methods: Sequence[str] | None = None) -> list[Result]:
+    """Run all checks of all methods on all models, whatever fails on the way.
+
+    Args:
+        methods (`list[str]`, *optional*): Names of registered methods. Defaults to all.
+
+    Returns:
+        `list[Result]`: One per method, model and check. Where the adapter cannot be put into the model, the only one is that
+        of `"inject"`.
+
+    Raises:
+        ValueError: A method is not registered.
+    """
+    known = registered_methods()
+    if unknown := sorted(set(methods or ()) - known.keys()):
+        raise ValueError(f"`methods` must be some of {sorted(known)}, got {unknown}.")
+    results = []
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        # The models are so small that threads wait for each other longer than they work.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        for method in known if methods is None else methods:
+            for model_type in MODELS:
+                model, error = attempt(adapted, model_type, known[method])
+                results.append(Result(method, model_type, "inject", error))
+                checks = {} if model is None else CHECKS
+                for name, check in checks.items():
+                    results.append(Result(method, model_type, name, attempt(check, model)[1]))
+    return results
+
+
+def versions() -> list[str]:
+    """The versions of Python, this package and its libraries, a line each, with what the package asks for."""
+    try:
+        wanted = [Requirement(text) for text in metadata.requires(PACKAGE)]
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        wanted = []
+    specifiers = {wish.name: wish.specifier for wish in wanted if wish.marker is None}
+    lines = [f"{'python':22}{platform.python_version()}", f"{PACKAGE:22}{__version__}"]
+    for name in ("torch", "transformers", "peft", "accelerate"):
+        version, specifier = metadata.version(name), specifiers.get(name, "")
+        outside = specifier and not specifier.contains(version, prereleases=True)
+        requires = f"requires {specifier}{', WHICH THIS IS NOT' if outside else ''}" if specifier else ""
+        lines.append(f"{name:22}{version:14}{requires}".rstrip())
+    return lines
+
+
+def as_table(results: Sequence[Result]) -> list[str]:
+    """A line per method with the outcome of each check over all models, then a line per failure."""
+    columns = ("inject", *CHECKS)
+    rows = [("method", *columns)]
+    for method in dict.fromkeys(result.method for result in results):
+        cells = []
+        for check in columns:
+            errors = [r.error for r in results if (r.method, r.check) == (method, check)]
+            cells.append("FAILED" if any(errors) else "ok" if len(errors) == len(MODELS) else "not run")
+        rows.append((method, *cells))
+    failed = [r for r in results if r.error is not None]
+    lines = [f"FAILED {r.method} on {r.model} ({MODELS[r.model][0]}), {r.check}: {r.error}" for r in failed]
+    return [f"{name:22}{''.join(f'{cell:10}' for cell in cells)}".rstrip() for name, *cells in rows] + lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: prints versions, the table and what failed; returns 1 if a check failed, else 0."""
+    parser = argparse.ArgumentParser("python -m peft_instance_prompt doctor", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.parse_args(arguments)
+    print(*versions(), "", sep="\n", flush=True)
+    transformers.logging.set_verbosity_error()
+    start = time.perf_counter()
+    results = run_doctor()
+    print(*as_table(results), sep="\n")
+    failed = sum(result.error is not None for result in results)
+    print(f"{len(results)} checks on {', '.join(MODELS)}, {failed} failed, {time.perf_counter() - start:.0f} s")
+    return int(failed > 0)
