@@ -254,7 +254,9 @@ class PromptGenerator(nn.Module):
                 generated = start + generated
         return generated.expand(G, -1, -1)  # (G, l, w)
 
-    def weights(self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None) -> dict[str, torch.Tensor]:
+    def weights(
+        self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None
+    ) -> dict[str, torch.Tensor]:
         """The parameters of one depth, by name; from `unbound` parameters if a pass has made these."""
         rows = self.rows_at(depth).items()
         return {name: (getattr(self, name) if unbound is None else unbound[name])[row] for name, row in rows}

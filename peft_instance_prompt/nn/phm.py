@@ -24,9 +24,7 @@ def kron_sum(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return W.flatten(2).flatten(0, 1)  # (p * q, r * s)
 
 
-def phm_linear(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def phm_linear(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """
     `x W + bias` with `W = sum_{i<n} A_i kron B_i`, the PHM layer of IDPG (NAACL 2022, https://arxiv.org/abs/2204.04497) after
     https://arxiv.org/abs/2102.08597. It has `n^3 + in * out / n` weights, a dense layer `in * out`.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.func import vmap
 
 from peft_instance_prompt.nn.pooling import (
     adaptive_avg_pool,
@@ -133,24 +132,6 @@ def test_first_and_last():
     want = torch.zeros_like(states)
     want[rows, last] = upstream
     torch.testing.assert_close(torch.autograd.grad(last_token(states, mask), states, upstream)[0], want)
-
-
-@pytest.mark.parametrize("name", [*POOLS, "first", "last"])
-def test_vmap_over_rows(name):
-    pools = {"first": lambda x, s, m: first_token(x, m), "last": lambda x, s, m: last_token(x, m)}
-    pool = pools[name] if name in pools else POOLS[name][0]
-    states, scores, mask = make_states(B, S, D).detach(), make_states(B, S, 4).detach(), make_mask()
-
-    def row(x, s, m):
-        return pool(x[None], s[None], m[None])[0]
-
-    def loss(x, s, m):
-        return row(x, s, m).square().sum()
-
-    torch.testing.assert_close(vmap(row)(states, scores, mask), pool(states, scores, mask))
-    got = vmap(torch.func.grad(loss))(states, scores, mask)
-    x = states.clone().requires_grad_()
-    torch.testing.assert_close(got, torch.autograd.grad(pool(x, scores, mask).square().sum(), x)[0])
 
 
 def test_max_pool_keeps_no_copy_of_the_states_for_backward():

@@ -5,33 +5,39 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_instance_prompt.nn.straight_through import attach_position_gradient, length_gate, straight_through_choice
+from peft_instance_prompt.nn.straight_through import (
+    SamplingSwitch,
+    attach_position_gradient,
+    length_gate,
+    straight_through_choice,
+)
 
 
 ORDERS = ("paper", "dpt")
 
 
-def arrange(prompts, tokens, start: int, end: int, j: int, order: str) -> torch.Tensor:
-    """Candidate j of one row, from slices."""
+def arrange(prompts, tokens, start: int, end: int, j: int, order: str, used: int) -> torch.Tensor:
+    """Candidate j of one row, from slices: the first `used` prompts at their places, and zeros behind everything."""
     l = len(prompts)
-    if order == "paper":
-        before, behind = prompts[: l - j], prompts[l - j :]
-    else:
-        before, behind = prompts[j:], prompts[:j]
-    return torch.cat([tokens[:start], before, tokens[start:end], behind, tokens[end:]])
+    place = list(range(l))
+    before, behind = (place[: l - j], place[l - j :]) if order == "paper" else (place[j:], place[:j])
+    if start == end:  # both stand before the same token
+        before, behind = place, []
+    before, behind = ([k for k in part if k < used] for part in (before, behind))
+    rest = torch.zeros_like(prompts[used:])
+    return torch.cat([tokens[:start], prompts[before], tokens[start:end], prompts[behind], tokens[end:], rest])
 
 
-def all_candidates(prompts, tokens, start, end, order) -> torch.Tensor:
+def all_candidates(prompts, tokens, start, end, order, used=None) -> torch.Tensor:
     """(B, l + 1, S + l, d)"""
+    used = torch.full_like(start, prompts.shape[1]) if used is None else used
     return torch.stack(
         [
-            torch.stack([arrange(p, x, s, e, j, order) for j in range(len(p) + 1)])
-            for p, x, s, e in zip(prompts, tokens, start.tolist(), end.tolist())
+            torch.stack([arrange(p, x, s, e, j, order, u) for j in range(len(p) + 1)])
+            for p, x, s, e, u in zip(prompts, tokens, start.tolist(), end.tolist(), used.tolist())
         ]
     )
 
@@ -74,6 +80,27 @@ def test_position_gradient_matches_the_sum_over_all_candidates(case, order):
         torch.autograd.grad((want - target).pow(3).sum(), inputs),
     ):
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", CASES)
+def test_position_gradient_where_prompts_are_not_used(case, order):
+    """For each number of prompts in use: the rest is in no arrangement, whatever it holds, and at 0 all arrangements are alike."""
+    prompts, tokens, start, end, index, weights = make_case(*case)
+    l = prompts.shape[1]
+    for first in range(l + 1):
+        used = (first + torch.arange(len(start))) % (l + 1)
+        candidates = all_candidates(prompts, tokens, start, end, order, used)
+        out = candidates[torch.arange(len(index)), index]
+        target = torch.randn_like(out)
+        unused = torch.arange(l) >= used[:, None]
+        filled = prompts.masked_fill(unused[..., None], 1e6)
+        got = attach_position_gradient(out, weights, filled, tokens, start, end, order, used)
+        want = (weights[..., None, None] * candidates).sum(1)
+        (g,) = torch.autograd.grad((got - target).pow(3).sum(), weights, retain_graph=True)
+        (w,) = torch.autograd.grad((want - target).pow(3).sum(), weights, retain_graph=True)
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-8)
+        assert torch.equal(g[used == 0], g[used == 0][:, :1].expand(-1, l + 1))
 
 
 def test_forward_copies_nothing_and_is_exact_in_half_precision():
@@ -129,30 +156,6 @@ def test_no_score_is_computed_for_weights_without_gradient(monkeypatch):
     assert prompts.grad is not None
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_vmap_with_weights_per_row(order):
-    torch.manual_seed(0)
-    prompts, tokens, start, end, _, _ = make_case(*CASES[0], dtype=torch.float32)
-    candidates = all_candidates(prompts, tokens, start, end, order).detach()
-    prompts, tokens = prompts.detach(), tokens.detach()
-    heads = [nn.Linear(3, 5) for _ in start]
-    params, _ = stack_module_state(heads)
-
-    def loss(p, c, prompt, token, s, e):
-        logits = functional_call(heads[0], p, (token.mean(0, keepdim=True),))
-        _, weights = straight_through_choice(logits, 0.7, noise=False)
-        out = (weights.detach()[..., None, None] * c[None]).sum(1)
-        out = attach_position_gradient(out, weights, prompt[None], token[None], s[None], e[None], order)
-        return out.pow(3).sum()
-
-    got = vmap(grad(loss))(params, candidates, prompts, tokens, start, end)
-    assert got["weight"].any()
-    for b, head in enumerate(heads):
-        value = loss(dict(head.named_parameters()), candidates[b], prompts[b], tokens[b], start[b], end[b])
-        want = torch.autograd.grad(value, list(head.parameters()))
-        torch.testing.assert_close([got["weight"][b], got["bias"][b]], list(want))
-
-
 def test_bad_order_and_shapes():
     prompts, tokens, start, end, _, weights = make_case(*CASES[0])
     out = torch.randn(7, 13, 3)
@@ -164,6 +167,8 @@ def test_bad_order_and_shapes():
         attach_position_gradient(out, weights[:, 1:], prompts, tokens, start, end)
     with pytest.raises(ValueError, match=r"`end`.*\(7,\).*got \(6,\)"):
         attach_position_gradient(out, weights, prompts, tokens, start, end[1:])
+    with pytest.raises(ValueError, match=r"`used`.*\(7,\).*got \(7, 1\)"):
+        attach_position_gradient(out, weights, prompts, tokens, start, end, used=end[:, None])
 
 
 @pytest.mark.parametrize("l", [1, 4, 20])
@@ -225,9 +230,17 @@ def test_gradient_with_noise_is_that_of_gumbel_softmax():
     )
 
 
-def test_noise_differs_between_rows_under_vmap():
-    choose = vmap(lambda x: straight_through_choice(x[None], 1.0, noise=True)[0][0], randomness="different")
-    assert len(choose(torch.zeros(100, 8)).unique()) > 4
+def test_noise_differs_between_rows():
+    assert len(straight_through_choice(torch.zeros(100, 8), 1.0, noise=True)[0].unique()) > 4
+
+
+def test_sampling_goes_off_with_evaluation_and_with_dropout():
+    plain, always = SamplingSwitch(), SamplingSwitch(in_evaluation=True)
+    assert isinstance(plain, torch.nn.Dropout)
+    assert plain.on and always.on
+    assert not plain.eval().on and always.eval().on
+    plain.train().p = always.p = 0  # what TRL's `disable_dropout` does
+    assert not plain.on and not always.on
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
-from peft.utils import PeftType
-
-from ...config import InstancePromptConfig, check_choice, check_int, check_number
+from ...config import check_choice, check_int, check_number
+from ..instance_vector import InstanceVectorConfig
 
 
 # The variants of the paper.
@@ -23,7 +22,7 @@ PRESETS: dict[str, dict[str, str]] = {
 
 
 @dataclass
-class DynamicPromptConfig(InstancePromptConfig):
+class DynamicPromptConfig(InstanceVectorConfig):
     """Configuration of [`DynamicPromptModel`], dynamic prompting (https://arxiv.org/abs/2303.02909).
 
     A soft prompt at the input of which position, length and content are learned, each per task or per instance, in any
@@ -83,10 +82,6 @@ class DynamicPromptConfig(InstancePromptConfig):
     order: Literal["paper", "dpt"] = field(
         default="paper", metadata={"help": "Behind the instance go the last ('paper') or the first ('dpt') vectors."}
     )
-    instance_source: Literal["frozen", "embeddings", "instance_embeds"] = field(
-        default="frozen", metadata={"help": "The instance vector: 'frozen', 'embeddings' or 'instance_embeds'."}
-    )
-    instance_embeds_dim: Optional[int] = field(default=None, metadata={"help": "The width of `instance_embeds`."})
     relu_logits: bool = field(default=False, metadata={"help": "Whether logits per instance go through a ReLU."})
     temperature: float = field(default=1.0, metadata={"help": "The Gumbel-softmax' temperature at the start."})
     min_temperature: float = field(default=0.5, metadata={"help": "The Gumbel-softmax' temperature at the end."})
@@ -95,12 +90,10 @@ class DynamicPromptConfig(InstancePromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.DYNAMIC_PROMPT
         for name in ("position", "length"):
             check_choice(self, name, ("off", "task", "instance"))
         check_choice(self, "representation", ("off", "instance"))
         check_choice(self, "order", ("paper", "dpt"))
-        check_choice(self, "instance_source", ("frozen", "embeddings", "instance_embeds"))
         check_choice(self, "prompt_position", ("before", "after_first"))
         for name in ("relu_logits", "sample_at_eval"):
             check_choice(self, name, (True, False))
@@ -110,13 +103,6 @@ class DynamicPromptConfig(InstancePromptConfig):
             check_number(self, name)
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        if self.instance_embeds_dim is not None:
-            check_int(self, "instance_embeds_dim", minimum=1)
-        if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):
-            raise ValueError(
-                "`instance_embeds_dim` must be the width of the given vectors with `instance_source='instance_embeds'` and "
-                f"None otherwise, got {self.instance_embeds_dim!r} with {self.instance_source!r}."
-            )
         if self.layers_to_transform is not None:
             raise ValueError(
                 f"`layers_to_transform` must be None, as the prompt stands at the input only, got "

@@ -6,10 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft.utils import PeftType
-
 from ...config import InstancePromptConfig, check_choice, check_int
-from ...nn.rational import ACTIVATIONS, GELU_FITS
+from ...nn.rational import FIXED_ACTIVATIONS, GELU_FITS
 
 
 @dataclass
@@ -49,7 +47,6 @@ class IAPTConfig(InstancePromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.IAPT
-        check_choice(self, "activation", tuple(ACTIVATIONS))
+        check_choice(self, "activation", ("rational", *FIXED_ACTIVATIONS))
         check_choice(self, "activation_fit", tuple(GELU_FITS))
         check_int(self, "share_layers", minimum=1)

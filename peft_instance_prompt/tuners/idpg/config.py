@@ -6,9 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
-from peft.utils import PeftType
-
-from ...config import InstancePromptConfig, check_choice, check_dropout, check_int
+from ...config import check_choice, check_dropout, check_int
+from ..instance_vector import InstanceVectorConfig
 
 
 # The five settings of the paper's tables.
@@ -29,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class IDPGConfig(InstancePromptConfig):
+class IDPGConfig(InstanceVectorConfig):
     """Configuration of [`IDPGModel`], instance-dependent prompt generation (NAACL 2022, https://arxiv.org/abs/2204.04497).
 
     A vector M(x) of the instance goes through a bottleneck to `num_virtual_tokens` prompt vectors:
@@ -89,14 +88,10 @@ class IDPGConfig(InstancePromptConfig):
     depth_input: Literal["previous", "instance"] = field(
         default="previous", metadata={"help": "What is read between layers: 'previous' states, or M(x) ('instance')."}
     )
-    instance_source: Literal["frozen", "embeddings", "instance_embeds"] = field(
-        default="frozen", metadata={"help": "What M(x) is made from: 'frozen', 'embeddings' or 'instance_embeds'."}
-    )
     instance_pooling: Literal["auto", "first", "last", "mean"] = field(
         default="auto",
         metadata={"help": "How states are pooled: 'first' or 'last' instruction token, 'mean', 'auto'."},
     )
-    instance_embeds_dim: Optional[int] = field(default=None, metadata={"help": "The width of `instance_embeds`."})
     dropout: float = field(default=0.1, metadata={"help": "The dropout in the bottleneck, in training only."})
 
     def __post_init__(self):
@@ -105,23 +100,14 @@ class IDPGConfig(InstancePromptConfig):
         if self.phm_share_A is None:
             self.phm_share_A = not self.multi_layer
         super().__post_init__()
-        self.peft_type = PeftType.IDPG
         check_int(self, "phm_n", minimum=1)
         for name in ("multi_layer", "phm_share_A"):
             check_choice(self, name, (True, False))
         check_choice(self, "projection", ("phm", "dense"))
         check_choice(self, "layer_sharing", ("all", "bias", "none"))
         check_choice(self, "depth_input", ("previous", "instance"))
-        check_choice(self, "instance_source", ("frozen", "embeddings", "instance_embeds"))
         check_choice(self, "instance_pooling", ("auto", "first", "last", "mean"))
         check_dropout(self)
-        if self.instance_embeds_dim is not None:
-            check_int(self, "instance_embeds_dim", minimum=1)
-        if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):
-            raise ValueError(
-                "`instance_embeds_dim` must be the width of the given vectors with `instance_source='instance_embeds'` and "
-                f"None otherwise, got {self.instance_embeds_dim!r} with {self.instance_source!r}."
-            )
         if not self.multi_layer and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` must be None with `multi_layer=False`, which writes to the input only, got "

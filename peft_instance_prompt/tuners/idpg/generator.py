@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.functional import gelu
 
-from ...generator import INPUT, Instance, PromptGenerator, Source, names_in, state_at
-from ...nn.phm import PHMLinear
-from ...nn.pooling import first_token, last_token, mean_pool, rms, rms_norm
-from ...stack import StackInfo
-from .config import IDPGConfig
+from ...generator import INPUT, Instances, PromptGenerator, Source, Weights, chosen_layers
+from ...nn.phm import phm_linear
+from ...nn.pooling import first_token, last_token, mean_pool, rms_norm
+from ..instance_vector import instance_vector, vector_width
+
+
+if TYPE_CHECKING:
+    from ...engine.stack import StackInfo
+    from .config import IDPGConfig
 
 
 class IDPGGenerator(PromptGenerator):
@@ -23,45 +28,66 @@ class IDPGGenerator(PromptGenerator):
     With M(x) (k) the vector of the instance: `u = dropout(gelu(M(x) W1 + b1))`, `p = u W2 + b2`, reshaped to (l, d). With D
     depths it has, dense, `k m + m + m l d` weights and `D l d` output biases; PHM divides `k m` and `m l d` by n and
     adds `n^3` for each set of left factors.
+
+    Attributes:
+        W1, b1, W2, b2 (`nn.Parameter`): Shapes (R, k, m), (R, 1, m), (R, m, l d) and (D, 1, l d), with a row for each group of
+            depths that share it. With PHM, the left factors `A1` and `A2` (R, n, n, n) and the right ones `B1` (R, n, k/n, m/n) and
+            `B2` (R, n, m/n, l d/n) in place of the matrices; where these share their left factors, there is no `A2`.
+            At the input, where widths may differ from those between the layers, tensors of other shapes have the suffix `_input`.
+        constant (`nn.Parameter`): Shape (R, 1, k). With `condition="constant"`: M(x).
     """
 
     adds = True
+    feeds_constant = False
 
     def __init__(self, config: IDPGConfig, info: StackInfo):
-        super().__init__(config, info)
-        self.depths = depths_of(config, self.depths)
+        super().__init__(config, info, depths=depths_of(config, info))
         pooling = config.instance_pooling
         if pooling == "auto":
             pooling = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
         self.pool = {"first": first_token, "last": last_token, "mean": mean_pool}[pooling]
-        self.paper = config.init_weights == "paper"
-        self.constant_input = config.condition == "constant"
+        self.dropout = nn.Dropout(config.dropout)
+        self.rows: dict[int, dict[str, int]] = {depth: {} for depth in self.depths}
 
-        widths = [widths_of(config, info, depth) for depth in self.depths]
+        m, n = config.bottleneck_dim, config.phm_n
+        widths = {depth: widths_of(config, info, depth) for depth in self.depths}  # k and l d of each depth
         own = config.layer_sharing == "none"
-        self.bottleneck_of = numbered([(*pair, depth if own else None) for pair, depth in zip(widths, self.depths)])
-        everything = config.layer_sharing == "all"
-        self.bias_of = numbered([(pair[1], None if everything else depth) for pair, depth in zip(widths, self.depths)])
-        pairs = [widths[self.bottleneck_of.index(i)] for i in range(max(self.bottleneck_of) + 1)]
-        sizes = [widths[self.bias_of.index(i)][1] for i in range(max(self.bias_of) + 1)]
-        self.bottleneck = nn.ModuleList(Bottleneck(k, out, config) for k, out in pairs)
-        self.bias = nn.ParameterList(nn.Parameter(torch.randn(size) * 0.02) for size in sizes)
-        if self.constant_input:
-            self.constant = nn.ParameterList(nn.Parameter(torch.randn(k)) for k, _ in pairs)
+        keys = {depth: (pair, depth if own else None) for depth, pair in widths.items()}
+        if config.projection == "phm":
+            self._add("A1", {depth: (n, n, n) for depth in widths}, keys, std=0.05)
+            self._add("B1", {depth: (n, k // n, m // n) for depth, (k, _) in widths.items()}, keys, std=0.05)
+            if not config.phm_share_A:
+                self._add("A2", {depth: (n, n, n) for depth in widths}, keys, std=0.05)
+            self._add("B2", {depth: (n, m // n, out // n) for depth, (_, out) in widths.items()}, keys, std=0.05)
+        else:
+            self._add("W1", {depth: (k, m) for depth, (k, _) in widths.items()}, keys, std=0.02)
+            self._add("W2", {depth: (m, out) for depth, (_, out) in widths.items()}, keys, std=0.02)
+        self._add("b1", {depth: (1, m) for depth in widths}, keys, std=0.05 if config.projection == "phm" else 0.0)
+        shared = config.layer_sharing == "all"
+        keys_of_bias = {depth: None if shared else depth for depth in widths}
+        self._add("b2", {depth: (1, out) for depth, (_, out) in widths.items()}, keys_of_bias, std=0.02)
+        if self.constant_condition:
+            self._add("constant", {depth: (1, k) for depth, (k, _) in widths.items()}, keys, std=1.0)
 
-        if config.init_weights is True:
-            for last in (*self.bias, *(bottleneck.last for bottleneck in self.bottleneck)):
-                nn.init.zeros_(last)
-        elif config.init_weights is False:
+        self.zero_at_start(*(p for name, p in self.named_parameters() if name[:2] in ("W2", "B2", "b2")))
+        if config.init_weights is False:
             for parameter in self.parameters():
                 nn.init.normal_(parameter, std=0.3)
+
+    def _add(self, role: str, shapes: dict[int, tuple[int, ...]], keys: dict[int, Hashable], std: float) -> None:
+        """Add a role's parameters ~ N(0, std^2): a tensor for each shape among the depths, with a row for each key among those."""
+        for shape in dict.fromkeys(shapes.values()):
+            depths = [depth for depth in self.depths if shapes[depth] == shape]
+            rows = list(dict.fromkeys(keys[depth] for depth in depths))
+            name = role if self.depths[-1] in depths else f"{role}_input"
+            self.register_parameter(name, nn.Parameter(torch.randn(len(rows), *shape) * std))
+            for depth in depths:
+                self.rows[depth][name] = rows.index(keys[depth])
 
     @classmethod
     def check(cls, config: IDPGConfig, info: StackInfo) -> None:
         if config.projection == "phm":
-            layers = config.layers_to_transform
-            layers = range(info.num_layers) if layers is None else [layers] if isinstance(layers, int) else layers
-            widths = {k for depth in depths_of(config, layers) for k in widths_of(config, info, depth)}
+            widths = {k for depth in depths_of(config, info) for k in widths_of(config, info, depth)}
             common = math.gcd(config.bottleneck_dim, *widths)
             if common % config.phm_n:
                 raise ValueError(
@@ -71,110 +97,38 @@ class IDPGGenerator(PromptGenerator):
                 )
 
     def encode(self, source: Source) -> torch.Tensor | None:
-        kind = self.config.instance_source
-        if kind != "instance_embeds" and source.instance_embeds is not None:
-            warnings.warn(f"`instance_embeds` are not used by this IDPG adapter, whose `instance_source` is {kind!r}.")
-        if self.constant_input:
-            return None
-        if kind == "instance_embeds":
-            given = check_instance_embeds(source.instance_embeds, len(source.mask), self.config.instance_embeds_dim)
-            return given.to(source.embeds)  # (B, k)
-        if kind == "embeddings":
-            return mean_pool(source.embeds, source.mask).detach()  # (B, e)
-        return self.pool(source.frozen_pass(), source.mask)  # (B, d)
+        return None if self.constant_condition else instance_vector(self.config, source, self.pool)  # (G, k)
 
-    def parameters_at(self, depth: int) -> list[str]:
-        at = self.depths.index(depth)
-        number = self.bottleneck_of[at]
-        names = [*names_in(self, f"bottleneck.{number}"), f"bias.{self.bias_of[at]}"]
-        return [*names, f"constant.{number}"] if self.constant_input else names
+    def rows_at(self, depth: int) -> dict[str, int]:
+        return self.rows[depth]
 
-    def forward(self, states: torch.Tensor, instance: Instance, depth: int) -> torch.Tensor:
-        at = self.depths.index(depth)
-        number, bias = self.bottleneck_of[at], self.bias[self.bias_of[at]]
-        if self.constant_input:
-            vector = self.constant[number].expand(states.shape[0], -1)  # (B, k)
+    def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
+        W = {name.removesuffix("_input"): weight for name, weight in weights.items()}
+        G, l = len(instances.mask), self.num_slots
+        if self.constant_condition:
+            x = W["constant"].expand(G, -1, -1)  # (G, 1, k)
         elif depth == INPUT or self.config.depth_input == "instance":
-            vector = instance.vector  # (B, k)
+            x = instances.vector[:, None]  # (G, 1, k)
         else:
-            vector = self.pool(states, instance.mask)  # (B, d)
-        vector = vector if self.paper else rms_norm(vector)
-        generated = self.bottleneck[number](vector.to(bias.dtype)) + bias  # (B, l * d)
-        generated = generated.unflatten(-1, (self.num_slots, -1))  # (B, l, d)
-        if self.paper:
-            return generated
-        anchor = state_at(states, self.anchor_index(instance)).to(bias.dtype)  # (B, 1, d)
-        generated = rms(anchor) * generated  # (B, l, d)
-        # Between the layers the slots hold what has become of the copies of the anchor that they began as.
-        return anchor + generated if depth == INPUT else generated
-
-
-class Bottleneck(nn.Module):
-    """`dropout(gelu(x W1 + b1)) W2`, from (B, k) to (B, out): the output bias is not part of it."""
-
-    def __init__(self, k: int, out: int, config: IDPGConfig):
-        super().__init__()
-        m, n = config.bottleneck_dim, config.phm_n
-        if config.projection == "phm":
-            self.down = PHMLinear(k, m, n)
-            self.up = PHMLinear(m, out, n, bias=False, share_A_with=self.down if config.phm_share_A else None)
+            x = self.pool(instances.states, instances.mask)[:, None]  # (G, 1, d)
+        x = (x if self.paper else rms_norm(x)).to(W["b2"].dtype)
+        if "W1" in W:
+            u = self.dropout(gelu(x @ W["W1"] + W["b1"]))  # (G, 1, m)
+            p = u @ W["W2"]  # (G, 1, l * d)
         else:
-            self.down, self.up = nn.Linear(k, m), nn.Linear(m, out, bias=False)
-            for linear in (self.down, self.up):
-                nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(self.down.bias)
-        self.dropout = nn.Dropout(config.dropout)
-
-    @property
-    def last(self) -> nn.Parameter:
-        """The parameter that makes everything zero if it is."""
-        return self.up.B if isinstance(self.up, PHMLinear) else self.up.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(self.dropout(nn.functional.gelu(self.down(x))))  # (B, out)
+            u = self.dropout(gelu(phm_linear(x, W["A1"], W["B1"], W["b1"])))  # (G, 1, m)
+            p = phm_linear(u, W.get("A2", W["A1"]), W["B2"])  # (G, 1, l * d)
+        return (p + W["b2"]).reshape(G, l, -1)  # (G, l, d)
 
 
-def depths_of(config: IDPGConfig, layers: Iterable[int]) -> tuple[int, ...]:
-    """Where the generator is called: the input of the first layer is the input embeddings."""
-    return tuple(INPUT if layer == 0 else layer for layer in sorted(layers)) if config.multi_layer else (INPUT,)
+def depths_of(config: IDPGConfig, info: StackInfo) -> list[int]:
+    """Where prompts are generated: the input of the first layer is the input embeddings."""
+    layers = chosen_layers(config, info) if config.multi_layer else [0]
+    return [INPUT if layer == 0 else layer for layer in layers]
 
 
 def widths_of(config: IDPGConfig, info: StackInfo, depth: int) -> tuple[int, int]:
     """The width of what the generator reads at a depth, and of the l vectors together that it makes there."""
-    read = {
-        "frozen": info.output_size,
-        "embeddings": info.embedding_size,
-        "instance_embeds": config.instance_embeds_dim,
-    }[config.instance_source]
-    if depth != INPUT and config.depth_input == "previous":
-        read = info.hidden_size
+    previous = depth != INPUT and config.depth_input == "previous"
+    read = info.hidden_size if previous else vector_width(config, info)
     return read, config.num_virtual_tokens * (info.embedding_size if depth == INPUT else info.hidden_size)
-
-
-def numbered(keys: Sequence[Hashable]) -> list[int]:
-    """Equal keys get equal numbers, from 0 in the order of their first occurrence."""
-    unique = list(dict.fromkeys(keys))
-    return [unique.index(key) for key in keys]
-
-
-def check_instance_embeds(given: torch.Tensor | None, num_rows: int, width: int) -> torch.Tensor:
-    """`instance_embeds` if they are there and have the shape (B, k).
-
-    Raises:
-        TypeError: They are no tensor of floats.
-        ValueError: They are missing or have another shape.
-    """
-    if given is None:
-        raise ValueError(
-            f"This adapter needs `instance_embeds`, a tensor of shape {(num_rows, width)}: pass it to `forward` and "
-            "`generate` beside `input_ids`."
-        )
-    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
-        kind = getattr(given, "dtype", type(given).__name__)
-        raise TypeError(f"`instance_embeds` must be a tensor of floats, got {kind}.")
-    if tuple(given.shape) != (num_rows, width):
-        raise ValueError(
-            f"`instance_embeds` must have the shape (batch, `instance_embeds_dim`), {(num_rows, width)}, got "
-            f"{tuple(given.shape)}."
-        )
-    return given

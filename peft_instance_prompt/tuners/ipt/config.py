@@ -7,8 +7,6 @@ import copy
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
-from peft.utils import PeftType
-
 from ...config import InstancePromptConfig, check_choice, check_dropout, check_int, check_number
 
 
@@ -89,7 +87,6 @@ class IPTConfig(InstancePromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.IPT
         if self.task_prompt is None:
             self.task_prompt = self.host == "deep"
         if self.table_rank == "auto":

@@ -1,15 +1,25 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The table and the small networks of IPT. Shapes: B rows, T tokens of which the first few of each row count, width w."""
+"""The table and the small networks of IPT.
+
+A network is two functions: one makes its parameters, one computes with them. In a batch of several adapters, the parameters have a
+dimension over the instances in front.
+
+Shapes: G instances, T tokens of which the first few of each instance count, w the width of their vectors, m the inner width.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ...generator import Weights
+from ...nn.init import fan_in_uniform
 from ...nn.pooling import mean_pool
 
 
@@ -36,83 +46,108 @@ class Table(nn.Module):
         self.low_rank = rank is not None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        found = nn.functional.embedding(ids, self.weight)  # (B, T, w) or (B, T, r)
-        return found @ self.up if self.low_rank else found  # (B, T, w)
+        vectors = nn.functional.embedding(ids, self.weight)  # (G, T, w) or (G, T, r)
+        return vectors @ self.up if self.low_rank else vectors  # (G, T, w)
 
 
-class TextCNN(nn.Module):
-    """For each kernel of 3, 4 and 5 tokens and each of m channels the maximum over time: (B, T, w) to (B, 3m).
+class Encoder(NamedTuple):
+    """A small network from the vectors of the tokens to features of the instance.
 
-    Only windows that lie within a row's tokens count; a row with fewer tokens than a kernel has one window, filled up with
-    zeros.
+    Attributes:
+        parameters (`Callable`): From (w, m) to the parameters at the start, by name, with a first dimension of 1.
+        run (`Callable`): From the vectors (G, T, w), the numbers (G,) of tokens that count, and the parameters by name, without
+            their first dimension or with one over the instances in its place, to features (G, 1, f).
+        features_per_unit (`int`): f / m.
     """
 
-    def __init__(self, width: int, m: int):
-        super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv1d(width, m, size) for size in (3, 4, 5))
-        self.num_features = 3 * m
-
-    def forward(self, vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        counted = torch.arange(vectors.shape[1], device=counts.device) < counts[:, None]  # (B, T)
-        vectors = vectors.masked_fill(~counted[..., None], 0.0).mT  # (B, w, T)
-        vectors = nn.functional.pad(vectors, (0, max(5 - vectors.shape[-1], 0)))  # (B, w, max(T, 5))
-        maxima = []
-        for convolution in self.convolutions:
-            responses = convolution(vectors)  # (B, m, windows)
-            start = torch.arange(responses.shape[-1], device=counts.device)
-            inside = (start + convolution.kernel_size[0] <= counts[:, None]) | (start == 0)  # (B, windows)
-            maxima.append(responses.masked_fill(~inside[:, None], -torch.inf).amax(dim=-1))  # (B, m)
-        return torch.relu(torch.cat(maxima, dim=-1))  # (B, 3m)
+    parameters: Callable[[int, int], dict[str, nn.Parameter]]
+    run: Callable[[torch.Tensor, torch.Tensor, Weights], torch.Tensor]
+    features_per_unit: int
 
 
-class MLP(nn.Module):
-    """A hidden layer of m units on the mean over tokens: (B, T, w) to (B, m)."""
-
-    def __init__(self, width: int, m: int):
-        super().__init__()
-        self.hidden = nn.Linear(width, m)
-        self.num_features = m
-
-    def forward(self, vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        counted = torch.arange(vectors.shape[1], device=counts.device) < counts[:, None]  # (B, T)
-        return torch.relu(self.hidden(mean_pool(vectors, counted)))  # (B, m)
+def counted_tokens(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Which of the tokens count, (G, T)."""
+    return torch.arange(vectors.shape[1], device=counts.device) < counts[:, None]
 
 
-class BiLSTM(nn.Module):
-    """The last states of both directions of a two-layer LSTM with m units each: (B, T, w) to (B, 2m).
+KERNELS = (3, 4, 5)  # tokens
 
-    Written as a loop, since torch's own can neither skip padding without a detour over the host nor be batched by vmap.
+
+def cnn_parameters(w: int, m: int) -> dict[str, nn.Parameter]:
+    kernels = {f"encoder_kernel_{size}": fan_in_uniform(1, size * w, m) for size in KERNELS}
+    return kernels | {f"encoder_bias_{size}": fan_in_uniform(1, 1, m, fan_in=size * w) for size in KERNELS}
+
+
+def run_cnn(vectors: torch.Tensor, counts: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """For each kernel of 3, 4 and 5 tokens and each of m channels the maximum over time: (G, T, w) to (G, 1, 3m).
+
+    Only windows that lie within an instance's tokens count; an instance with fewer tokens than a kernel has one window, filled up
+    with zeros.
     """
+    vectors = vectors.masked_fill(~counted_tokens(vectors, counts)[..., None], 0.0)  # (G, T, w)
+    vectors = nn.functional.pad(vectors, (0, 0, 0, max(KERNELS[-1] - vectors.shape[1], 0)))  # (G, max(T, 5), w)
+    maxima = []
+    for size in KERNELS:
+        windows = vectors.unfold(1, size, 1).mT.flatten(2)  # (G, windows, size * w)
+        responses = windows @ weights[f"encoder_kernel_{size}"] + weights[f"encoder_bias_{size}"]  # (G, windows, m)
+        first = torch.arange(responses.shape[1], device=counts.device)  # (windows,)
+        inside = (first + size <= counts[:, None]) | (first == 0)  # (G, windows)
+        maxima.append(responses.masked_fill(~inside[..., None], -torch.inf).amax(dim=1, keepdim=True))  # (G, 1, m)
+    return torch.relu(torch.cat(maxima, dim=-1))  # (G, 1, 3m)
 
-    def __init__(self, width: int, m: int):
-        super().__init__()
-        self.forwards = nn.ModuleList(nn.LSTMCell(size, m) for size in (width, 2 * m))
-        self.backwards = nn.ModuleList(nn.LSTMCell(size, m) for size in (width, 2 * m))
-        self.num_features = 2 * m
 
-    def forward(self, vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        for pair in zip(self.forwards, self.backwards):
-            runs = [self._run(cell, vectors, counts, back) for cell, back in zip(pair, (False, True))]
-            vectors = torch.cat([states for states, _ in runs], dim=-1)  # (B, T, 2m)
-        return torch.cat([last for _, last in runs], dim=-1)  # (B, 2m)
+def mlp_parameters(w: int, m: int) -> dict[str, nn.Parameter]:
+    return {"encoder_hidden": fan_in_uniform(1, w, m), "encoder_bias": fan_in_uniform(1, 1, m, fan_in=w)}
 
-    @staticmethod
-    def _run(
-        cell: nn.LSTMCell, vectors: torch.Tensor, counts: torch.Tensor, back: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states (B, T, m) of one direction and the one that it ends with (B, m)."""
-        T = vectors.shape[1]
-        from_input = nn.functional.linear(vectors, cell.weight_ih, cell.bias_ih + cell.bias_hh)  # (B, T, 4m)
-        h = c = torch.zeros_like(from_input[:, 0, : cell.hidden_size])  # (B, m)
-        states = [h] * T
-        for t in reversed(range(T)) if back else range(T):
-            i, f, g, o = (from_input[:, t] + h @ cell.weight_hh.T).chunk(4, dim=-1)  # (B, m)
+
+def run_mlp(vectors: torch.Tensor, counts: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """A hidden layer of m units on the mean over tokens: (G, T, w) to (G, 1, m)."""
+    mean = mean_pool(vectors, counted_tokens(vectors, counts))[:, None]  # (G, 1, w)
+    return torch.relu(mean @ weights["encoder_hidden"] + weights["encoder_bias"])  # (G, 1, m)
+
+
+def lstm_parameters(w: int, m: int) -> dict[str, nn.Parameter]:
+    shapes = {"input_0": (1, 2, w), "input_1": (1, 2, 2 * m)}  # (1, directions, width)
+    shapes |= {
+        "hidden": (1, 2, 2, m),
+        "bias_input": (1, 2, 2, 1),
+        "bias_hidden": (1, 2, 2, 1),
+    }  # (1, layers, directions, .)
+    return {f"encoder_{name}": fan_in_uniform(*shape, 4 * m, fan_in=m) for name, shape in shapes.items()}
+
+
+def run_lstm(vectors: torch.Tensor, counts: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """The last states of both directions of a two-layer LSTM with m units each: (G, T, w) to (G, 1, 2m).
+
+    Written as a loop, since torch's own cannot skip padding without a detour over the host, nor have weights per instance.
+    """
+    G, T = vectors.shape[:2]
+    counted = counted_tokens(vectors, counts)  # (G, T)
+    counted = torch.stack([counted, counted.flip(1)], dim=1)[..., None]  # (G, 2, T, 1), in the order of reading
+    for layer in range(2):
+        recurrent = weights["encoder_hidden"][..., layer, :, :, :]  # (2, m, 4m) or (G, 2, m, 4m)
+        bias = (weights["encoder_bias_input"] + weights["encoder_bias_hidden"])[
+            ..., layer, :, :, :
+        ]  # (2, 1, 4m) or with G
+        # Both directions at once: one reads the tokens from the first on, one from the last.
+        read = torch.stack([vectors, vectors.flip(1)], dim=1)  # (G, 2, T, w)
+        read = read @ weights[f"encoder_input_{layer}"] + bias  # (G, 2, T, 4m)
+        h = c = read.new_zeros(G, 2, 1, recurrent.shape[-2])  # (G, 2, 1, m)
+        states = []
+        for t in range(T):
+            i, f, g, o = (read[:, :, t : t + 1] + h @ recurrent).chunk(4, dim=-1)  # (G, 2, 1, m) each
             new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            counted = (t < counts)[:, None]  # (B, 1)
-            h = torch.where(counted, o.sigmoid() * new_c.tanh(), h)
-            c = torch.where(counted, new_c, c)
-            states[t] = h
-        return torch.stack(states, dim=1), h
+            now = counted[:, :, t : t + 1]  # (G, 2, 1, 1)
+            h = torch.where(now, o.sigmoid() * new_c.tanh(), h)
+            c = torch.where(now, new_c, c)
+            states.append(h)
+        onward, backward = torch.cat(states, dim=2).unbind(1)  # (G, T, m) each
+        vectors = torch.cat([onward, backward.flip(1)], dim=-1)  # (G, T, 2m)
+    return h.transpose(1, 2).flatten(2)  # (G, 1, 2m)
 
 
-ENCODERS = {"cnn": TextCNN, "mlp": MLP, "lstm": BiLSTM}
+ENCODERS = {
+    "cnn": Encoder(cnn_parameters, run_cnn, features_per_unit=3),
+    "mlp": Encoder(mlp_parameters, run_mlp, features_per_unit=1),
+    "lstm": Encoder(lstm_parameters, run_lstm, features_per_unit=2),
+}

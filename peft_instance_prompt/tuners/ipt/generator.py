@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ...generator import INPUT, Instance, PromptGenerator, Source, anchored
+from ...generator import INPUT, Instances, Placement, PromptGenerator, Source, Weights, chosen_layers
+from ...nn.init import fan_in_uniform
 from ...nn.pooling import rms_norm
-from ...stack import StackInfo
-from .config import IPTConfig
 from .encoders import ENCODERS, Table
+
+
+if TYPE_CHECKING:
+    from ...engine.stack import StackInfo
+    from .config import IPTConfig
 
 
 # A full table of a vocabulary of this size is more than most people expect of an adapter.
@@ -27,47 +32,55 @@ class IPTGenerator(PromptGenerator):
     With E the table and x_1..x_T the first instruction tokens, the instance's part S (P, w) is `E[x_1]..E[x_P]`, or
     `W encoder(E[x_1]..E[x_T]) + b`. The prompt at the input is S (plus a task prompt); in the deep host it is a task prompt
     at every layer, plus 0.05 S at the first.
+
+    Attributes:
+        table (`Table`, *optional*): The table. None if the base model's embeddings are read, or a constant is.
+        gate (`nn.Parameter`): Shape (1, 1, w). What is looked up is multiplied by it, but with `init_weights="paper"`.
+        encoder_... (`nn.Parameter`): The parameters of the encoder, see `encoders.py`.
+        out, out_bias (`nn.Parameter`): Shapes (1, f, P*w) and (1, 1, P*w): W and b behind the encoder.
+        task (`nn.Parameter`): Shape (D, P, w). The task prompts.
+        constant (`nn.Parameter`): Shape (1, T, w). With `condition="constant"`: what is looked up.
     """
 
+    feeds_constant = False
+
     def __init__(self, config: IPTConfig, info: StackInfo):
-        super().__init__(config, info)
-        P = config.num_virtual_tokens
-        if config.host == "prompt":
-            self.depths, width = (INPUT,), info.embedding_size
-        else:
-            self.depths, width = self.depths if config.task_prompt else self.depths[:1], info.hidden_size
-        self.scale = config.instance_scale if config.host == "deep" else 1.0
-        self.paper = config.init_weights == "paper"
+        deep, P = config.host == "deep", config.num_virtual_tokens
+        layers = sorted(chosen_layers(config, info))
+        super().__init__(config, info, depths=(layers if config.task_prompt else layers[:1]) if deep else [INPUT])
+        width = info.hidden_size if deep else info.embedding_size
+        self.scale = config.instance_scale if deep else 1.0
         self.looks_up = config.strategy == "lookup"
         self.num_read = P if self.looks_up else config.max_instance_tokens
         read_width = width if self.looks_up else info.embedding_size
 
-        self.constant_input = config.condition == "constant"
-        own_table = config.trainable or config.init != "embeddings"
         self.table = None
-        if self.constant_input:
-            self.constant = nn.Parameter(torch.empty(self.num_read, read_width).uniform_(-0.5, 0.5))
-        elif own_table:
+        if self.constant_condition:
+            self.constant = nn.Parameter(torch.empty(1, self.num_read, read_width).uniform_(-0.5, 0.5))
+        elif config.trainable or config.init != "embeddings":
             self.table = Table(info.vocab_size, read_width, config.table_rank, config.trainable)
-        if self.looks_up:
-            # A table that is all zeros could not differ between tokens: what is zero at the start is a gate behind it.
-            self.gate = None if self.paper else nn.Parameter(torch.zeros(width))
-        else:
-            self.encoder = ENCODERS[config.encoder](read_width, config.bottleneck_dim)
+        last = []
+        if not self.looks_up:
+            self.encoder = ENCODERS[config.encoder]
+            for name, parameter in self.encoder.parameters(read_width, config.bottleneck_dim).items():
+                self.register_parameter(name, parameter)
             self.dropout = nn.Dropout(config.dropout)
-            self.out = nn.Linear(self.encoder.num_features, P * width)
+            f = self.encoder.features_per_unit * config.bottleneck_dim
+            self.out, self.out_bias = fan_in_uniform(1, f, P * width), fan_in_uniform(1, 1, P * width, fan_in=f)
+            last = [self.out, self.out_bias]
+        elif not self.paper:
+            # A table that is all zeros could not differ between tokens: what is zero at the start is a gate behind it.
+            self.gate = nn.Parameter(torch.zeros(1, 1, width))
+            last = [self.gate]
         if config.task_prompt:
-            self.task = nn.ParameterList(nn.Parameter(torch.zeros(P, width)) for _ in self.depths)
+            self.task = nn.Parameter(torch.zeros(len(self.depths), P, width))
 
-        last = [self.gate] if self.looks_up else list(self.out.parameters())
-        tasks = list(self.task) if config.task_prompt else []
-        if config.init_weights is True:
-            for parameter in last:
-                nn.init.zeros_(parameter)
-        elif self.paper:
+        self.zero_at_start(*last)
+        tasks = [self.task] if config.task_prompt else []
+        if self.paper:
             for task in tasks:
-                nn.init.normal_(task) if config.host == "deep" else nn.init.uniform_(task, -0.5, 0.5)
-        else:
+                nn.init.normal_(task) if deep else nn.init.uniform_(task, -0.5, 0.5)
+        elif config.init_weights is False:
             for parameter in last + tasks:
                 nn.init.normal_(parameter, std=0.3)
 
@@ -95,11 +108,11 @@ class IPTGenerator(PromptGenerator):
 
     def _pretrained(self) -> dict[str, torch.Tensor]:
         """The tensors that an `init_file` holds."""
-        return {name: x for name, x in self.state_dict().items() if name.startswith(("table.", "encoder."))}
+        return {name: x for name, x in self.state_dict().items() if name.startswith(("table.", "encoder_"))}
 
     @torch.no_grad()
     def begin(self, embeddings: torch.Tensor) -> None:
-        if self.constant_input:
+        if self.constant_condition:
             return
         if self.config.init_file is not None:
             loaded = load_file(self.config.init_file)
@@ -111,67 +124,64 @@ class IPTGenerator(PromptGenerator):
     def encode(self, source: Source) -> torch.Tensor | None:
         if source.instance_embeds is not None:
             warnings.warn("`instance_embeds` are not used by IPT adapters, which make the prompt from the tokens.")
-        if self.constant_input:
+        if self.constant_condition:
             return None
         order = (
             (~source.mask).int().argsort(dim=1, stable=True)[:, : self.num_read]
-        )  # (B, T), instruction tokens first
+        )  # (G, T), instruction tokens first
         if self.table is None:
-            found = source.embeds.detach().gather(1, order[..., None].expand(-1, -1, source.embeds.shape[-1]))
+            vectors = source.embeds.detach().gather(1, order[..., None].expand(-1, -1, source.embeds.shape[-1]))
         else:
-            if source.input_ids is None:
+            if source.token_ids is None:
                 raise ValueError(
                     "IPT looks the prompt up by token ids, but the model got `inputs_embeds`; pass `input_ids`, or use "
                     "`init='embeddings'` with `trainable=False`."
                 )
-            ids = source.input_ids.gather(1, order)  # (B, T)
+            ids = source.token_ids.gather(1, order)  # (G, T)
             if (highest := int(ids.max())) >= len(self.table.weight):
                 raise ValueError(
                     f"The table of this IPT adapter has {len(self.table.weight)} rows, but the text has the token id "
                     f"{highest}: the vocabulary has grown since the adapter was made."
                 )
-            found = self.table(ids.to(self.table.weight.device))  # (B, T, w)
-        counts = source.mask.sum(dim=1, keepdim=True)  # (B, 1)
-        counted = torch.arange(order.shape[1], device=counts.device) < counts  # (B, T)
-        found = found.masked_fill(~counted[..., None].to(found.device), 0.0)
-        if self.looks_up:  # a batch of short rows
-            found = nn.functional.pad(found, (0, 0, 0, self.num_read - found.shape[1]))  # (B, P, w)
-        return found
+            vectors = self.table(ids.to(self.table.weight.device))  # (G, T, w)
+        counts = source.mask.sum(dim=1, keepdim=True)  # (G, 1)
+        counted = torch.arange(order.shape[1], device=counts.device) < counts  # (G, T)
+        vectors = vectors.masked_fill(~counted[..., None].to(vectors.device), 0.0)
+        if self.looks_up:  # a batch of short instructions
+            vectors = nn.functional.pad(vectors, (0, 0, 0, self.num_read - vectors.shape[1]))  # (G, P, w)
+        return vectors
 
-    def place(self, source: Source, instance: Instance) -> tuple[torch.Tensor, torch.Tensor | None]:
-        before, live = super().place(source, instance)
-        if self.looks_up and not self.constant_input and not self.config.task_prompt:
-            counts = instance.mask.sum(dim=1, keepdim=True)  # (B, 1)
-            live = torch.arange(self.num_slots, device=counts.device) < counts  # (B, P)
-        return before, live
+    def place(self, mask: torch.Tensor, vector: torch.Tensor | None) -> Placement:
+        placement = super().place(mask, vector)
+        if not self.looks_up or self.constant_condition or self.config.task_prompt:
+            return placement
+        slot = torch.arange(self.num_slots, device=mask.device)  # (P,)
+        return placement._replace(live=slot < mask.sum(dim=1, keepdim=True))  # (G, P)
 
-    def parameters_at(self, depth: int) -> list[str]:
-        # The table is read in `encode`, adapter by adapter: a copy of it for each row of the batch would not fit anywhere.
-        task = f"task.{self.depths.index(depth)}"
-        names = [name for name, _ in self.named_parameters() if not name.startswith("table.")]
-        return [n for n in names if n == task or (depth == self.depths[0] and not n.startswith("task."))]
+    def rows_at(self, depth: int) -> dict[str, int]:
+        rows = {name: 0 for name, _ in self.named_parameters(recurse=False)} if depth == self.depths[0] else {}
+        return {**rows, "task": self.depths.index(depth)} if self.config.task_prompt else rows
 
-    def forward(self, states: torch.Tensor, instance: Instance, depth: int) -> torch.Tensor:
-        generated = 0.0
-        if depth == self.depths[0]:
-            generated = self.scale * self._instance_part(instance)  # (B, P, w)
-        if self.config.task_prompt:
-            task = self.task[self.depths.index(depth)]  # (P, w)
-            generated = (task + generated).expand(states.shape[0], -1, -1)  # (B, P, w)
-        return generated if self.paper else anchored(generated, states, self.anchor_index(instance))
+    def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
+        if depth != self.depths[0]:
+            return weights["task"]  # (P, w) or (G, P, w)
+        generated = self.scale * self._instance_part(instances, weights)  # (G, P, w)
+        return weights["task"] + generated if self.config.task_prompt else generated
 
-    def _instance_part(self, instance: Instance) -> torch.Tensor:
-        """S, (B, P, w)."""
-        counts = instance.mask.sum(dim=1)  # (B,)
-        if self.constant_input:
-            vectors, counts = self.constant.expand(len(counts), -1, -1), torch.full_like(counts, self.num_read)
+    def _instance_part(self, instances: Instances, weights: Weights) -> torch.Tensor:
+        """S, (G, P, w)."""
+        counts = instances.mask.sum(dim=1)  # (G,)
+        if self.constant_condition:
+            vectors = weights["constant"].expand(len(counts), -1, -1)  # (G, T, w)
+            counts = torch.full_like(counts, self.num_read)
         else:
-            vectors = instance.vector  # (B, T, w)
+            vectors = instances.vector  # (G, T, w)
         vectors = vectors if self.paper else rms_norm(vectors)
         if self.looks_up:
-            return vectors if self.paper else vectors * self.gate  # (B, P, w)
-        features = self.encoder(vectors.to(self.out.weight.dtype), counts)  # (B, f)
-        return self.out(self.dropout(features)).unflatten(-1, (self.num_slots, -1))  # (B, P, w)
+            return vectors if self.paper else vectors * weights["gate"]  # (G, P, w)
+        features = self.encoder.run(vectors.to(weights["out"].dtype), counts, weights)  # (G, 1, f)
+        prompts = self.dropout(features) @ weights["out"] + weights["out_bias"]  # (G, 1, P * w)
+        return prompts.unflatten(-1, (self.num_slots, -1)).flatten(1, 2)  # (G, P, w)
 
 
 def check_file(file: str, wanted: dict[str, torch.Tensor]) -> None:

@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-from peft.utils import PeftType
-
 from ...config import InstancePromptConfig, check_choice, check_dropout, check_int
 
 
@@ -50,7 +48,6 @@ class LPTConfig(InstancePromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.LPT
         check_choice(self, "generator_type", ("npg", "appg", "mppg", "none"))
         if self.insertion_layer is not None:
             check_int(self, "insertion_layer", minimum=0)

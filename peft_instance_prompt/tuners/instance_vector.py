@@ -1,0 +1,108 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The vector of an instance, for methods that read one: where it comes from, and its checks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Optional
+
+import torch
+
+from ..config import InstancePromptConfig, check_choice, check_int
+from ..generator import Source
+from ..nn.pooling import mean_pool
+
+
+if TYPE_CHECKING:
+    from ..engine.stack import StackInfo
+
+
+@dataclass
+class InstanceVectorConfig(InstancePromptConfig):
+    """Base class of the configs of methods that read a vector of the instance.
+
+    Args:
+        instance_source (`str`): What the vector is made of: `"frozen"`, the default, the last hidden states of a pass of the base
+            model without prompts, gradient and dropout, before the actual one; `"embeddings"`, the mean of the input embeddings,
+            which costs next to nothing; or `"instance_embeds"`, a vector that is given to `forward` and `generate` under this name.
+        instance_embeds_dim (`int`, *optional*): The width of the given vectors, for `instance_source="instance_embeds"`.
+    """
+
+    instance_source: Literal["frozen", "embeddings", "instance_embeds"] = field(
+        default="frozen", metadata={"help": "The instance vector: 'frozen', 'embeddings' or 'instance_embeds'."}
+    )
+    instance_embeds_dim: Optional[int] = field(default=None, metadata={"help": "The width of `instance_embeds`."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice(self, "instance_source", ("frozen", "embeddings", "instance_embeds"))
+        if self.instance_embeds_dim is not None:
+            check_int(self, "instance_embeds_dim", minimum=1)
+        if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):
+            raise ValueError(
+                "`instance_embeds_dim` must be the width of the given vectors with `instance_source='instance_embeds'` and "
+                f"None otherwise, got {self.instance_embeds_dim!r} with {self.instance_source!r}."
+            )
+
+
+def vector_width(config: InstanceVectorConfig, info: StackInfo) -> int:
+    """The width k of the vector."""
+    widths = {"frozen": info.output_size, "embeddings": info.embedding_size}
+    return widths.get(config.instance_source, config.instance_embeds_dim)
+
+
+def instance_vector(
+    config: InstanceVectorConfig,
+    source: Source,
+    pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = mean_pool,
+) -> torch.Tensor:
+    """The vector (G, k) of each instance, without gradient to the base model.
+
+    Args:
+        config (`InstanceVectorConfig`): The config.
+        source (`Source`): What there is to read.
+        pool (`Callable`): From the frozen states (G, n, d) and the mask (G, n) to (G, d). Defaults to the mean.
+
+    Raises:
+        TypeError: `instance_embeds` are no tensor of floats.
+        ValueError: `instance_embeds` are missing or have another shape.
+    """
+    kind = config.instance_source
+    if kind == "instance_embeds":
+        given = check_instance_embeds(source.instance_embeds, len(source.mask), config.instance_embeds_dim)
+        return given.to(source.embeds)  # (G, k)
+    if source.instance_embeds is not None:
+        warnings.warn(
+            f"`instance_embeds` are not used by this {type(config).__name__.removesuffix('Config')} adapter, whose "
+            f"`instance_source` is {kind!r}."
+        )
+    if kind == "embeddings":
+        return mean_pool(source.embeds, source.mask).detach()  # (G, e)
+    return pool(source.frozen_states(), source.mask)  # (G, d)
+
+
+def check_instance_embeds(given: torch.Tensor | None, num_instances: int, width: int) -> torch.Tensor:
+    """`instance_embeds` if they are there and have the shape (G, k).
+
+    Raises:
+        TypeError: They are no tensor of floats.
+        ValueError: They are missing or have another shape.
+    """
+    if given is None:
+        raise ValueError(
+            f"This adapter needs `instance_embeds`, a tensor of shape {(num_instances, width)}: pass it to `forward` and "
+            "`generate` beside `input_ids`."
+        )
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        kind = getattr(given, "dtype", type(given).__name__)
+        raise TypeError(f"`instance_embeds` must be a tensor of floats, got {kind}.")
+    if tuple(given.shape) != (num_instances, width):
+        raise ValueError(
+            f"`instance_embeds` must have the shape (batch, `instance_embeds_dim`), {(num_instances, width)}, got "
+            f"{tuple(given.shape)}."
+        )
+    return given
