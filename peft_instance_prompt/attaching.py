@@ -5,22 +5,28 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import psutil
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TaskType
 from torch import nn
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from .config import InstancePromptConfig
+    from .engine.stack import StackInfo
+
+# What a config keeps of the stack that the adapter was made for.
+SIZES = ("hidden_size", "num_layers", "vocab_size")
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT cannot wrap them
 
 
@@ -154,3 +160,49 @@ def _restore(module: nn.Module, attributes: dict[str, Any], contents: dict[str, 
         elif type(value) is set:
             value.intersection_update(content)
             value.update(content)
+
+
+def matches(names: Union[str, Sequence[str]], info: StackInfo) -> bool:
+    """Whether a stack is meant by `names`: a regular expression, or names or ends of names of it or its layers."""
+    own = (info.name, info.layers_name)
+    if isinstance(names, str):
+        return any(re.fullmatch(names, name) for name in own)
+    return any(name == wanted or name.endswith("." + wanted) for name in own for wanted in names)
+
+
+def check_sizes(config: InstancePromptConfig, info: StackInfo) -> None:
+    """Raise a ValueError if the adapter was made for a stack of another size."""
+    for name in SIZES:
+        wanted, found = getattr(config, name, None), getattr(info, name)
+        if wanted is not None and wanted != found:
+            raise ValueError(
+                f"The adapter was made for a base model with `{name}` {wanted}, but this one has {found}: "
+                f"it does not fit {info.layers_name!r}."
+            )
+    layers = config.layers_to_transform
+    layers = [layers] if isinstance(layers, int) else layers or []
+    if outside := [number for number in layers if number >= info.num_layers]:
+        raise ValueError(f"`layers_to_transform` must lie in 0..{info.num_layers - 1} for this model, got {outside}.")
+
+
+def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo]) -> None:
+    """Raise a ValueError if the task is not one that the model is for."""
+    task = config.task_type
+    pair = any(info.encoder_of_pair or info.decoder_of_pair for info in infos)
+    causal_lm = any(info.causal_lm for info in infos)
+    wrong = {
+        TaskType.CAUSAL_LM: not causal_lm,
+        TaskType.SEQ_2_SEQ_LM: not pair,
+        TaskType.SEQ_CLS: causal_lm,
+        TaskType.TOKEN_CLS: causal_lm,
+        TaskType.QUESTION_ANS: causal_lm,
+    }
+    if wrong.get(task, False):
+        kind = (
+            "a causal language model"
+            if causal_lm
+            else "an encoder-decoder model"
+            if pair
+            else "an encoder or a classifier"
+        )
+        raise ValueError(f"`task_type` {task!s} does not fit the base model, which is {kind}.")

@@ -6,16 +6,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional, Union
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, TaskType
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .attaching import check_adapter_name, check_memory, check_modules_to_save, check_tensor_names, undone_on_error
+from .attaching import (
+    SIZES,
+    check_adapter_name,
+    check_memory,
+    check_modules_to_save,
+    check_sizes,
+    check_task,
+    check_tensor_names,
+    matches,
+    undone_on_error,
+)
 from .config import InstancePromptConfig
 from .engine.calls import check_release, check_understood
 from .engine.layer import InstancePromptLayer
@@ -23,10 +33,7 @@ from .engine.request import adapters_of, current_request, note
 from .engine.stack import StackInfo, describe, find_stacks, walk
 from .generator import PromptGenerator
 from .loading import check_arrival, names_of, take_config
-
-
-# What a config may keep of the stack that the adapter was made for.
-SIZES = ("hidden_size", "num_layers", "vocab_size")
+from .template import tokenize_template
 
 
 class InstancePromptModel(BaseTuner):
@@ -225,98 +232,3 @@ def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         return None
     repeats = args[0].shape[0] // len(names)
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
-
-
-def matches(names: Union[str, Sequence[str]], info: StackInfo) -> bool:
-    """Whether a stack is meant by `names`: a regular expression, or names or ends of names of it or its layers."""
-    own = (info.name, info.layers_name)
-    if isinstance(names, str):
-        return any(re.fullmatch(names, name) for name in own)
-    return any(name == wanted or name.endswith("." + wanted) for name in own for wanted in names)
-
-
-def check_sizes(config: InstancePromptConfig, info: StackInfo) -> None:
-    """Raise a ValueError if the adapter was made for a stack of another size."""
-    for name in SIZES:
-        wanted, found = getattr(config, name, None), getattr(info, name)
-        if wanted is not None and wanted != found:
-            raise ValueError(
-                f"The adapter was made for a base model with `{name}` {wanted}, but this one has {found}: "
-                f"it does not fit {info.layers_name!r}."
-            )
-    layers = config.layers_to_transform
-    layers = [layers] if isinstance(layers, int) else layers or []
-    if outside := [number for number in layers if number >= info.num_layers]:
-        raise ValueError(f"`layers_to_transform` must lie in 0..{info.num_layers - 1} for this model, got {outside}.")
-
-
-def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo]) -> None:
-    """Raise a ValueError if the task is not one that the model is for."""
-    task = config.task_type
-    pair = any(info.encoder_of_pair or info.decoder_of_pair for info in infos)
-    causal_lm = any(info.causal_lm for info in infos)
-    wrong = {
-        TaskType.CAUSAL_LM: not causal_lm,
-        TaskType.SEQ_2_SEQ_LM: not pair,
-        TaskType.SEQ_CLS: causal_lm,
-        TaskType.TOKEN_CLS: causal_lm,
-        TaskType.QUESTION_ANS: causal_lm,
-    }
-    if wrong.get(task, False):
-        kind = (
-            "a causal language model"
-            if causal_lm
-            else "an encoder-decoder model"
-            if pair
-            else "an encoder or a classifier"
-        )
-        raise ValueError(f"`task_type` {task!s} does not fit the base model, which is {kind}.")
-
-
-def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[int]:
-    """The ids of a `response_template` that was given as text, or as `"chat"`.
-
-    Raises:
-        ValueError: No tokenizer is known; the text has no tokens; or the tokenizer's chat template writes nothing before an answer.
-    """
-    from transformers import AutoTokenizer
-
-    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
-    if not name:
-        raise ValueError(
-            "`response_template` is a text, and no tokenizer is known to turn it into token ids: give "
-            "`tokenizer_name_or_path`, or the ids themselves."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if config.response_template == "chat":
-        return chat_template_ids(tokenizer, name)
-    ids = tokenizer(config.response_template, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"`response_template` {config.response_template!r} has no tokens in the tokenizer {name!r}.")
-    return list(ids)
-
-
-def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
-    """What a tokenizer's chat template writes between a user's turn and the assistant's answer."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"`response_template` is 'chat', but the tokenizer {name!r} has no chat template.")
-    user = [{"role": "user", "content": "1"}]
-    plain, prompted = (
-        tokenizer.apply_chat_template(user, add_generation_prompt=prompt, tokenize=True, return_dict=False)
-        for prompt in (False, True)
-    )
-    ids = prompted[len(plain) :] if prompted[: len(plain)] == plain else []
-    if not ids:
-        raise ValueError(
-            f"The chat template of the tokenizer {name!r} writes nothing between a user's turn and the answer that could be "
-            "searched for (`add_generation_prompt` adds nothing at the end): give `response_template` as token ids."
-        )
-    both = tokenizer.apply_chat_template(
-        [*user, {"role": "assistant", "content": "2"}], tokenize=True, return_dict=False
-    )
-    if not any(both[i : i + len(ids)] == ids for i in range(len(both))):
-        raise ValueError(
-            f"The chat template of the tokenizer {name!r} writes {ids} where an answer is to be generated, and something else before "
-            f"an answer that is there: {both}. Give the ids that both have in common as `response_template`."
-        )
-    return list(ids)
