@@ -147,7 +147,9 @@ class InstancePromptConfig(PeftConfig):
         self.peft_type = PeftType[self.method.upper()]
         check_int(self, "num_virtual_tokens", minimum=1)
         check_int(self, "bottleneck_dim", minimum=1)
-        check_choice(self, "prompt_position", ("before", "after_first", "end"))
+        positions = ("before", "after_first", "end")
+        decided = type(self).prompt_position is not None  # else it is filled in when the stack is known
+        check_choice(self, "prompt_position", positions if decided else (None, *positions))
         check_choice(self, "init_weights", (True, False, "paper"))
         check_choice(self, "condition", ("instance", "constant"))
         check_choice(self, "missing_template", ("error", "all"))

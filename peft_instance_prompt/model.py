@@ -70,6 +70,8 @@ class InstancePromptModel(BaseTuner):
         infos = self._find_targets(peft_config)
         for info in infos:
             check_understood(self.model.get_submodule(info.name), info.name, info.causal)
+        if peft_config.prompt_position is None:
+            peft_config.prompt_position = "after_first" if infos[0].begins_with_special else "before"
         check_task(peft_config, infos)
         for info in infos:
             check_sizes(peft_config, info)

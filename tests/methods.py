@@ -22,7 +22,6 @@ METHODS: dict[str, Callable] = {
             "dropout": 0.0,
             "generator_type": "appg",
             "insertion_layer": 2,
-            "prompt_position": "after_first",
             **kw,
         }
     ),

@@ -39,6 +39,7 @@ class StackInfo:
         counts_columns (`bool`): Whether the stack reads distances off the columns of its input and not off `position_ids`.
         sliding_window (`int`, *optional*): The width of its sliding attention window.
         special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
+        begins_with_special (`bool`): Whether texts begin with a special token, as far as the config tells: T5 has none.
         recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
     """
 
@@ -61,6 +62,7 @@ class StackInfo:
     sliding_window: int | None
     recurrent_layers: tuple[int, ...] = ()
     special_ids: tuple[int, ...] = ()
+    begins_with_special: bool = True
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -169,6 +171,7 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
         position_offset=offset,
         counts_columns=_counts_columns(stack, config),
         sliding_window=getattr(config, "sliding_window", None),
+        begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
         special_ids=tuple(sorted(_special_ids(config))),
         recurrent_layers=tuple(n for n, kind in kinds if "attention" not in kind or kind.startswith("linear")),
     )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 from ...config import check_choice, check_int, check_number
 from ..instance_vector import InstanceVectorConfig
@@ -57,17 +57,20 @@ class DynamicPromptConfig(InstanceVectorConfig):
             released code.
         sample_at_eval (`bool`): Whether choices are drawn at random in evaluation too, as in the released code, so that one
             and the same input gets several answers. Defaults to `False`: the likeliest.
-        prompt_position (`str`): Where the vectors that do not go behind the instance stand, `"before"` the first token or
-            `"after_first"`. Defaults to the latter, which disturbs a causal model less; the paper has the former.
+        prompt_position (`str`, *optional*): Where the vectors that do not go behind the instance stand, `"before"` the first token or
+            `"after_first"`. Defaults to the latter, which disturbs a causal model less (the paper has the former), or to `"before"`
+            where the text does not begin with a special token (T5). Filled in when the adapter is made.
 
     The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them, and
     `bottleneck_dim` is not used.
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "The number of prompt vectors per instance."})
-    prompt_position: Literal["before", "after_first"] = field(
-        default="after_first",
-        metadata={"help": "Where the part before the instance stands: 'before' or 'after_first'."},
+    prompt_position: Optional[Literal["before", "after_first"]] = field(
+        default=None,
+        metadata={
+            "help": "The part before the instance: 'before' or 'after_first'; None: 'after_first' if that is special."
+        },
     )
     position: Literal["off", "task", "instance"] = field(
         default="instance", metadata={"help": "What the prompt's split around the instance is chosen per."}
@@ -94,7 +97,7 @@ class DynamicPromptConfig(InstanceVectorConfig):
             check_choice(self, name, ("off", "task", "instance"))
         check_choice(self, "representation", ("off", "instance"))
         check_choice(self, "order", ("paper", "dpt"))
-        check_choice(self, "prompt_position", ("before", "after_first"))
+        check_choice(self, "prompt_position", (None, "before", "after_first"))
         for name in ("relu_logits", "sample_at_eval"):
             check_choice(self, name, (True, False))
         for name in ("num_pool", "anneal_steps"):

@@ -63,7 +63,8 @@ class IDPGConfig(InstanceVectorConfig):
             of which have a first token of their own), else the first.
         instance_embeds_dim (`int`, *optional*): The width k of the given vectors, for `instance_source="instance_embeds"`.
         dropout (`float`): The dropout on u, in training only. Defaults to 0.1.
-        prompt_position (`str`): Defaults to `"after_first"`, the paper's.
+        prompt_position (`str`, *optional*): Defaults to `"after_first"`, the paper's, or to `"before"` where the text does not begin
+            with a special token (T5). Filled in when the adapter is made.
 
     The fields that all methods have are those of [`InstancePromptConfig`].
     """
@@ -72,9 +73,11 @@ class IDPGConfig(InstanceVectorConfig):
     bottleneck_dim: Optional[int] = field(
         default=None, metadata={"help": "The width of the bottleneck; None: 16 if `multi_layer`, else 256."}
     )
-    prompt_position: Literal["before", "after_first", "end"] = field(
-        default="after_first",
-        metadata={"help": "Where the prompt stands: 'before' the first token, 'after_first' or at the 'end'."},
+    prompt_position: Optional[Literal["before", "after_first", "end"]] = field(
+        default=None,
+        metadata={
+            "help": "'before' the first token, 'after_first' or at the 'end'; None: 'after_first' if it is a special token."
+        },
     )
     multi_layer: bool = field(default=True, metadata={"help": "M-IDPG (every layer) or S-IDPG (the input only)."})
     projection: Literal["phm", "dense"] = field(default="phm", metadata={"help": "The kind of the two matrices."})

@@ -74,6 +74,12 @@ class LPTGenerator(PromptGenerator):
                 f"Late prompts cannot be hidden from the layers {below} of {info.layers_name!r}, which have a state and no "
                 f"attention: choose an `insertion_layer` that is not above them, got {start}, or another method."
             )
+        if start > 0 and info.counts_columns and config.prompt_position != "before":
+            raise ValueError(
+                f"`prompt_position` must be 'before' for late prompts in {info.layers_name!r}, got {config.prompt_position!r}: it "
+                "reads distances off the columns of its input, so slots that stand among the tokens would move these in the layers "
+                "below, which are to run as if there were no prompt."
+            )
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
         G, l = len(instances.mask), self.num_slots
