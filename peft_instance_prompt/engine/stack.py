@@ -201,7 +201,8 @@ def _counts_columns(stack: nn.Module, config) -> bool:
     of relative distances (DeBERTa, MPNet) does not read them."""
     relative = any(name.endswith("relative_attention_bias") for name, _ in walk(stack))
     declared = any(getattr(config, name, False) for name in ("alibi", "relative_attention"))
-    return "position_ids" not in forward_args(stack) or declared or relative
+    numbered = "position_ids" in forward_args(stack) or _learned_positions(stack)[0] is not None
+    return declared or relative or not numbered
 
 
 def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:
