@@ -113,7 +113,7 @@ def test_decoder(kind: str, family: str) -> None:
 )
 @torch.no_grad()
 def test_encoder(kind: str, family: str) -> None:
-    model = several(encoder(family, seed=1), kind, "FEATURE_EXTRACTION")
+    model = several(encoder(family), kind, "FEATURE_EXTRACTION").double()  # ALBERT's shared layers amplify rounding
     inputs = batch(*LENGTHS, side="right")
     mixed = model(**inputs, adapter_names=NAMES, output_hidden_states=True)
     for row, name in enumerate(NAMES):
