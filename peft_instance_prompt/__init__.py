@@ -9,8 +9,10 @@ from typing import Any
 from .config import InstancePromptConfig
 from .engine.calls import warn_of_untested_release
 from .engine.request import instruction_scope
+from .loading import guard_loading
 from .model_card import teach_peft
 from .registry import register_method
+from .saving import guard_saving
 from .tuners import (
     Choices,
     DynamicPromptConfig,
@@ -51,6 +53,8 @@ def __dir__() -> list[str]:
 
 warn_of_untested_release()
 teach_peft(InstancePromptConfig)
+guard_loading(InstancePromptConfig)
+guard_saving(InstancePromptConfig)
 
 __all__ = [
     "Choices",

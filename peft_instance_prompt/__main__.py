@@ -3,8 +3,9 @@
 
 """Look into an adapter's folder, without its base model: `python -m peft_instance_prompt ADAPTER_FOLDER [--json]`.
 
-Exits with 0 if all is well; with 1 if the adapter can be loaded but should not be trusted (weights that are not finite,
-activation coefficients out of range); with 2 and one sentence if it cannot be loaded.
+Exits with 0 if all is well; with 1 if the adapter can be loaded but should not be trusted (activation coefficients out of
+range); with 2 and one sentence if it cannot be loaded. It is checked as loading does, as far as that goes without the base
+model: of tensors that are not the method's own, only the names.
 
 `python -m peft_instance_prompt doctor` is another command, see tools/doctor.py.
 """
@@ -25,12 +26,12 @@ from typing import Any
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors.torch import load_file
 
 from .config import InstancePromptConfig
+from .folder import PREFIX, check_files, check_tensors, read_kind
 from .generator import PromptGenerator
-from .nn.rational import GELU_FITS, Rational
+from .nn.rational import GELU_FITS
 from .engine.stack import StackInfo
 from .tools import doctor
 
@@ -53,18 +54,19 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
     """
     folder = Path(folder)
     config = read_config(folder)
+    check_files(folder)
     weights_file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not weights_file.is_file():
+    if not weights_file.exists():
         raise ValueError(
             f"{folder} holds its weights as {WEIGHTS_NAME}, a pickle, which can run any code when it is read; save it as "
             f"{SAFETENSORS_WEIGHTS_NAME} first."
         )
     weights = load_file(weights_file)
-    stacks = check_keys(config, weights)
+    stacks = check_weights(config, weights, str(folder))
     generator = make_generator(config)
-    activations = [name for name, module in generator.named_modules() if isinstance(module, Rational)]
+    activations = [n for n, p in generator.named_parameters() if p is generator.activation_coefficients]
     low, high = COEFFICIENT_RANGE
-    coefficients = {key: w for key, w in weights.items() if any(f"generator.{name}." in key for name in activations)}
+    coefficients = {key: w for key, w in weights.items() if any(key.endswith(f"generator.{name}") for name in activations)}
     return {
         "type": config.peft_type.value,
         "base_model": config.base_model_name_or_path,
@@ -82,7 +84,6 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
         "activation_coefficients": sum(w.numel() for w in coefficients.values()),
         "coefficient_range": list(COEFFICIENT_RANGE),
         "coefficients_out_of_range": {k: n for k, w in coefficients.items() if (n := count((w < low) | (w > high)))},
-        "not_finite": {k: n for k, w in weights.items() if (n := count(~w.isfinite()))},
     }
 
 
@@ -93,12 +94,9 @@ def count(mask: torch.Tensor) -> int:
 def read_config(folder: Path) -> InstancePromptConfig:
     """The config in a folder; a ValueError if there is none, or none of a method of this package."""
     file = folder / CONFIG_NAME
-    if not file.is_file():
+    kind = read_kind(folder)
+    if kind is None:
         raise ValueError(f"{folder} is no adapter's folder: it holds no {CONFIG_NAME}.")
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no adapter's config: {error!r}.") from error
     own = {
         name.value: cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, InstancePromptConfig)
     }
@@ -132,19 +130,15 @@ def make_generator(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_s
         return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
 
 
-def check_keys(config: InstancePromptConfig, weights: dict[str, torch.Tensor]) -> list[str]:
-    """The names of the stacks that the weights are for; a ValueError if names or shapes do not fit the config."""
+def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor], source: str) -> list[str]:
+    """The names of the stacks that the weights are for; a ValueError if they do not fit the config."""
     mark = f".{PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix}generator."
-    others = {*(config.modules_to_save or ()), *EMBEDDING_LAYER_NAMES}
-    stacks: dict[str, dict[str, list[int]]] = {}
-    for key, weight in weights.items():
-        stack, found, name = key.partition(mark)
-        if found:
-            stacks.setdefault(stack, {})[name] = list(weight.shape)
-        elif not others & set(key.split(".")):
-            raise ValueError(f"The weights hold {key!r}, which belongs to no adapter of this type.")
+    stacks = sorted({key.partition(mark)[0] for key in weights if mark in key})
     if len(stacks) != len(config.target_modules):
-        raise ValueError(f"The weights are for {len(stacks)} stack(s), the config is for {config.target_modules}.")
+        raise ValueError(
+            f"The weights in {source} are for {len(stacks)} stack(s), the config is for {config.target_modules}."
+        )
+    beside = {key for key in weights if mark not in key and is_declared(config, key)}
     complaints = []
     for widths in WIDTHS:
         one, two = (make_generator(config, *pair, vocab_size=64 * n).state_dict() for n, pair in enumerate(widths, 1))
@@ -153,22 +147,22 @@ def check_keys(config: InstancePromptConfig, weights: dict[str, torch.Tensor]) -
             wanted = {
                 name: [a if a == b else None for a, b in zip(w.shape, two[name].shape)] for name, w in one.items()
             }
-        complaints.append(next(filter(None, (misfit(wanted, own) for own in stacks.values())), None))
-    if None not in complaints:
-        raise ValueError(complaints[0])
-    return [stack.removeprefix("base_model.model.").rpartition(".")[0] for stack in stacks]
+        expected = {stack + mark + name: shape for stack in stacks for name, shape in wanted.items()}
+        try:
+            check_tensors(source, expected, weights, beside, config.weights_digest)
+        except ValueError as error:
+            complaints.append(error)
+        else:
+            return [stack.removeprefix(PREFIX).rpartition(".")[0] for stack in stacks]
+    raise complaints[0]
 
 
-def misfit(wanted: dict[str, list[int | None]], own: dict[str, list[int]]) -> str | None:
-    """What is wrong with the names and shapes of an adapter's tensors, if anything is."""
-    if missing := sorted(wanted.keys() - own.keys()):
-        return f"The weights lack {len(missing)} tensor(s) that the config asks for, such as {missing[0]!r}."
-    if extra := sorted(own.keys() - wanted.keys()):
-        return f"The weights hold {len(extra)} tensor(s) that the config does not know, such as {extra[0]!r}."
-    for name, shape in wanted.items():
-        if len(own[name]) != len(shape) or any(size not in (None, found) for size, found in zip(shape, own[name])):
-            return f"The tensor {name!r} has the shape {own[name]}, where the config asks for {shape}."
-    return None
+def is_declared(config: InstancePromptConfig, key: str) -> bool:
+    """Whether a tensor is of a module that the config says is saved in full: all whose names end so, or an embedding."""
+    parts = key.removeprefix(PREFIX).split(".")
+    modules = [".".join(parts[:n]) for n in range(1, len(parts))]
+    ends = tuple(config.modules_to_save or ())
+    return any(module.endswith(ends) or module in (config.saved_embedding_layers or ()) for module in modules)
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -187,7 +181,6 @@ def as_text(found: dict[str, Any]) -> str:
             f"activations    {found['activation_coefficients']} coefficients, "
             f"{sum(found['coefficients_out_of_range'].values())} of them outside [{low:g}, {high:g}]"
         )
-    lines += [f"NOT FINITE     {n:,} value(s) of {key}" for key, n in found["not_finite"].items()]
     widest = max(abs(c) for fit in GELU_FITS.values() for part in fit for c in part)
     lines += [
         f"OUT OF RANGE   {n} value(s) of {key}, where the GELU that they start from lies within {widest:g}"
@@ -215,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(found, indent=2) if options.json else as_text(found))
-    return int(bool(found["not_finite"] or found["coefficients_out_of_range"]))
+    return int(bool(found["coefficients_out_of_range"]))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional, Union
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
-from safetensors import SafetensorError, safe_open
+from peft.utils import PeftType
 
+from .folder import read_kind
 from .model_card import write_card
+from .saving import staged
+
+
+LARGEST = 2**31 - 1  # of sizes, layers and token ids
 
 
 @dataclass
@@ -71,6 +77,13 @@ class InstancePromptConfig(PeftConfig):
             The width of the layers. Filled in from the base model; a later base model must agree.
         num_layers (`int`, *optional*):
             The number of layers. Filled in from the base model; a later base model must agree.
+        saved_embedding_layers (`list[str]`, *optional*):
+            Filled in in the file when an adapter is saved: the embeddings and the head of the base model, by name, if PEFT
+            saved them along (its `save_embedding_layers`, which a resized vocabulary switches on). No other tensor of the
+            base model is taken from an adapter's file.
+        weights_digest (`str`, *optional*):
+            Filled in in the file when an adapter is saved: the digest of the weights, by which weights and config of two
+            saves are told from those of one. Without it they are not compared.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names the field, its value and what is allowed.
@@ -116,6 +129,12 @@ class InstancePromptConfig(PeftConfig):
     )
     hidden_size: Optional[int] = field(default=None, metadata={"help": "The width of the layers; filled in."})
     num_layers: Optional[int] = field(default=None, metadata={"help": "The number of layers; filled in."})
+    saved_embedding_layers: Optional[list[str]] = field(
+        default=None, metadata={"help": "Embeddings and head of the base model in the adapter's file; filled in."}
+    )
+    weights_digest: Optional[str] = field(
+        default=None, metadata={"help": "The digest of the weights in the adapter's file; filled in."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,14 +165,21 @@ class InstancePromptConfig(PeftConfig):
         for name in ("hidden_size", "num_layers"):
             if getattr(self, name) is not None:
                 check_int(self, name, minimum=1)
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "saved_embedding_layers"):
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
                 value = sorted(value)
                 setattr(self, name, value)
             texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-            if value is not None and not texts and not (isinstance(value, str) and name != "modules_to_save"):
+            pattern = isinstance(value, str) and name in ("target_modules", "exclude_modules")
+            if value is not None and not texts and not pattern:
                 raise TypeError(f"`{name}` must be a list of names or None, got {value!r}.")
+            if pattern:
+                check_pattern(self, name)
+        if "" in (self.modules_to_save or ()):
+            raise ValueError(f"`modules_to_save` must be names that are not empty, got {self.modules_to_save!r}.")
+        if not isinstance(self.weights_digest, (str, type(None))):
+            raise TypeError(f"`weights_digest` must be a text or None, got {self.weights_digest!r}.")
         layers = self.layers_to_transform
         if isinstance(layers, (tuple, range)):
             layers = self.layers_to_transform = list(layers)
@@ -162,10 +188,15 @@ class InstancePromptConfig(PeftConfig):
             not isinstance(whole, list)
             or not whole
             or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in whole)
+            or len(set(whole)) < len(whole)
         ):
-            raise ValueError(f"`layers_to_transform` must be layer numbers from 0 or None, got {layers!r}.")
+            raise ValueError(
+                f"`layers_to_transform` must be layer numbers from 0, each once, or None, got {layers!r}."
+            )
         template = self.response_template
-        ids = isinstance(template, (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in template)
+        ids = isinstance(template, (list, tuple)) and all(
+            isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST for n in template
+        )
         if template is not None and (not template or not (ids or isinstance(template, str))):
             raise ValueError(f"`response_template` must be token ids or a text, not empty, or None, got {template!r}.")
 
@@ -174,48 +205,46 @@ class InstancePromptConfig(PeftConfig):
         """Load a config as [`~peft.PeftConfig.from_pretrained`] does.
 
         Raises:
-            ValueError: It lies in a local folder whose weights are missing or broken. PEFT would find that out only when
-                the adapter has been put into the model.
+            ValueError: It lies in a local folder and is no JSON object with a `peft_type`.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / CONFIG_NAME).is_file():
-            check_weights(folder)
-        return config
+        read_kind(Path(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config as [`~peft.PeftConfig.save_pretrained`] does, and say in the model card how to load the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
-        write_card(save_directory, self)
-
-
-def check_weights(folder: Path) -> None:
-    """Raise a ValueError if an adapter's folder holds no weights or a file of weights that cannot be read."""
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    if file.is_file():
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            raise ValueError(f"The adapter's weights {file} are not a readable safetensors file: {error}.") from error
-    elif not (folder / WEIGHTS_NAME).is_file():
-        raise ValueError(f"The adapter folder {folder} has a {CONFIG_NAME} but no weights: {file.name} is missing.")
+        self.weights_digest = self.saved_embedding_layers = None  # whoever saves the weights fills them in
+        with staged(save_directory, "README.md") as folder:
+            super().save_pretrained(str(folder), **kwargs)
+            write_card(folder, self)
 
 
 def check_int(config: PeftConfig, name: str, minimum: int) -> None:
-    """Raise a TypeError or ValueError if a field is not a whole number of at least `minimum`."""
+    """Raise a TypeError or ValueError if a field is not a whole number of at least `minimum` and below 2^31."""
     value = getattr(config, name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    if value > LARGEST:
+        raise ValueError(f"`{name}` must be at most {LARGEST}, got {value}.")
+
+
+def check_pattern(config: PeftConfig, name: str) -> None:
+    """Raise a ValueError if a field is no regular expression."""
+    value = getattr(config, name)
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"`{name}` must be a regular expression if it is a text, got {value!r}: {error}.") from error
 
 
 def check_number(config: PeftConfig, name: str) -> None:
-    """Raise a TypeError if a field is not a number."""
+    """Raise a TypeError or ValueError if a field is not a number, not finite, or too large for a float."""
     value = getattr(config, name)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # False for NaN, too
+        raise ValueError(f"`{name}` must be finite, got {value!r}.")
 
 
 def check_dropout(config: PeftConfig) -> None:

@@ -267,6 +267,11 @@ class PromptGenerator(nn.Module):
         return {name: getattr(self, name).unbind(0) for name in names}
 
     @property
+    def activation_coefficients(self) -> nn.Parameter | None:
+        """The coefficients (L, 1, 12) of rational activations, if the method has learned ones."""
+        return None
+
+    @property
     def signature(self) -> tuple:
         """Generators with equal signatures differ in their weights only, and run together in a batch of several adapters."""
         skip = {"response_template", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}

@@ -8,18 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Optional, Union
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, TaskType
 from torch import nn
 
+from .attaching import check_adapter_name, check_memory, check_modules_to_save, check_tensor_names, undone_on_error
 from .config import InstancePromptConfig
 from .engine.calls import check_release, check_understood
 from .engine.layer import InstancePromptLayer
 from .engine.request import adapters_of, current_request, note
 from .engine.stack import StackInfo, describe, find_stacks, walk
 from .generator import PromptGenerator
+from .loading import check_arrival, names_of, take_config
 
 
 # What a config may keep of the stack that the adapter was made for.
@@ -39,6 +42,21 @@ class InstancePromptModel(BaseTuner):
 
     # -------------------------------------------------------------------------------------------------- injection
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach an adapter as PEFT does, or raise and leave the model as it was."""
+        try:
+            check_adapter_name(adapter_name)
+            take_config(self.peft_config[adapter_name])
+            with undone_on_error(self):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                check_tensor_names(self.peft_config, names_of(type(self), model, adapter_name).values())
+                check_arrival(type(self), model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            if not self.peft_config:  # transformers says so beforehand
+                vars(model).pop("_hf_peft_config_loaded", None)
+            raise
+
     def _prepare_adapter_config(self, peft_config: InstancePromptConfig, model_config: dict) -> InstancePromptConfig:
         """Find the stacks, and refuse what does not fit before anything of the model is changed."""
         check_release()
@@ -49,6 +67,8 @@ class InstancePromptModel(BaseTuner):
         for info in infos:
             check_sizes(peft_config, info)
             self.generator_cls.check(peft_config, info)
+            check_modules_to_save(peft_config, self.model, self.model.get_submodule(info.layers_name))
+            check_memory(partial(self.generator_cls, peft_config, info), peft_config, info.hidden_size)
         if isinstance(peft_config.response_template, str):
             peft_config.response_template = tokenize_template(peft_config, self.model)
         for name in SIZES:
@@ -102,16 +122,17 @@ class InstancePromptModel(BaseTuner):
         stack = self.model.get_submodule(stack_name)
         name = self.prefix.removesuffix("_")
         layer = getattr(stack, name, None)
-        if layer is None:
-            layer = InstancePromptLayer(describe(self.model, current_key, stack_name), self.prefix)
-            stack.add_module(name, layer)
-            layer.register_hooks(self.model, stack, target)
+        info = layer.info if layer is not None else describe(self.model, current_key, stack_name)
         # In the mode of the stack: what is added to a model in evaluation must not drop anything out.
-        generator = self.generator_cls(peft_config, layer.info).train(stack.training)
+        generator = self.generator_cls(peft_config, info).train(stack.training)
         weight = stack.get_input_embeddings().weight
         if weight.device.type != "meta" and not any(p.is_meta for p in generator.parameters()):
             generator.to(weight.device, weight.dtype if weight.is_floating_point() else None)
             generator.begin(weight.detach())
+        if layer is None:
+            layer = InstancePromptLayer(info, self.prefix)
+            stack.add_module(name, layer)
+            layer.register_hooks(self.model, stack, target)
         layer.update_layer(adapter_name, generator)
         if adapter_name not in self.active_adapters:
             generator.requires_grad_(False)
@@ -185,6 +206,13 @@ class InstancePromptModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT expects the adapter's name next to last in a key; a generator has modules of its own below it.
         return re.sub(rf"(\.{cls.prefix}generator)\.{re.escape(adapter_name)}\.", r"\1.", key, count=1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict
+    ) -> dict:
+        check_arrival(cls, model, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -19,6 +19,7 @@ from tiny import ENCODERS, adapted, assert_same, batch, configure, encoder
 
 from peft_instance_prompt import IAPTConfig
 from peft_instance_prompt.engine.layer import InstancePromptLayer
+from peft_instance_prompt.nn.rational import rational
 
 
 HEADS = {
@@ -240,12 +241,12 @@ def test_shared_layers_have_prompts_of_their_own() -> None:
     embeds = base.get_input_embeddings()(torch.cat([ids[:, :1].expand(1, 4), ids], dim=1))  # (1, 11, e)
     states = base.encoder.embedding_hidden_mapping_in(base.embeddings(inputs_embeds=embeds))  # (1, 11, d)
     for depth in range(4):
-        down, pool, up = generator.down[depth].weight, generator.pool[depth].weight, generator.up[depth].weight
+        down, pool, up = generator.down[depth], generator.pool[depth], generator.up[depth]
         text, anchor = states[:, 4:], states[:, 4:5]  # (1, 7, d), (1, 1, d)
         size = text.square().mean(dim=-1, keepdim=True).add(1e-6).sqrt()  # (1, 7, 1)
-        z = (text @ down.T) / size  # (1, 7, m)
-        pooled = (z @ pool.T).softmax(dim=1).transpose(1, 2) @ z  # (1, 4, m)
-        made = generator.activation[depth](pooled) @ up.T  # (1, 4, d)
+        z = (text @ down) / size  # (1, 7, m)
+        pooled = (z @ pool).softmax(dim=1).transpose(1, 2) @ z  # (1, 4, m)
+        made = rational(pooled, generator.activation[depth]) @ up  # (1, 4, d)
         made = anchor + anchor.square().mean(dim=-1, keepdim=True).add(1e-6).sqrt() * made
         states = torch.cat([made, text], dim=1)  # (1, 11, d)
         states = base.encoder.albert_layer_groups[depth // 2](states)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -14,9 +16,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from folders import change_config, change_weights
 from methods import METHODS
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from peft_instance_prompt import IAPTConfig
@@ -47,7 +50,7 @@ def test_every_method_is_known(tmp_path, capsys, method, family):
     layer = next(module for _, module in model.base_model._layers())
     assert found["generated_at"] == ["input" if d < 0 else d for d in layer.generators["default"].depths]
     assert found["stacks"] == [layer.info.name]
-    assert found["hidden_size"] == 32 and found["num_layers"] == 3 and found["not_finite"] == {}
+    assert found["hidden_size"] == 32 and found["num_layers"] == 3
 
 
 def test_iapt_in_full(tmp_path, capsys):
@@ -61,26 +64,27 @@ def test_iapt_in_full(tmp_path, capsys):
     assert "36 coefficients, 0 of them outside [-1, 1]" in text and f"{found['parameters']:,} parameters" in text
 
 
-def change(folder: Path, **values: float) -> None:
-    """Set the first number of tensors, by the end of their names."""
-    file = folder / "adapter_model.safetensors"
-    weights = load_file(file)
-    for end, value in values.items():
-        (key,) = (key for key in weights if key.endswith(end.replace("__", ".")))
-        weights[key].view(-1)[0] = value
-    save_file(weights, file, metadata={"format": "pt"})
+def first_number(end: str, value: float, place: int = 0):
+    """Sets the first number of the tensor whose name ends so."""
+
+    def edit(weights):
+        (key,) = (key for key in weights if key.endswith(end))
+        weights[key].view(-1)[place] = value
+
+    return edit
+
+
+last_number = functools.partial(first_number, place=-1)
 
 
 def test_what_should_not_be_trusted(tmp_path, capsys):
     save(tmp_path)
-    change(tmp_path, activation__1__numerator=1.5, activation__2__denominator=-1.01, up__0__weight=float("nan"))
+    change_weights(tmp_path, first_number("generator.activation", 1.5))
+    change_weights(tmp_path, last_number("generator.activation", -1.01))
     assert main([str(tmp_path)]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "NOT FINITE" in line and "1 value(s)" in line and "up.0.weight" in line]
-    out = [line for line in lines if "OUT OF RANGE" in line]
-    assert len(out) == 2 and "activation.1.numerator" in out[0] and "activation.2.denominator" in out[1]
-    found = inspect(tmp_path, capsys)
-    assert list(found["not_finite"].values()) == [1] and len(found["coefficients_out_of_range"]) == 2
+    out = [line for line in capsys.readouterr().out.splitlines() if "OUT OF RANGE" in line]
+    assert len(out) == 1 and "2 value(s) of" in out[0] and "generator.activation" in out[0]
+    assert sum(inspect(tmp_path, capsys)["coefficients_out_of_range"].values()) == 2
 
 
 def test_a_classifier_with_its_head(tmp_path, capsys):
@@ -99,11 +103,7 @@ def corrupt_config(folder):
 
 
 def config_field(**fields):
-    def breaks(folder):
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-    return breaks
+    return lambda folder: change_config(folder, **fields)
 
 
 def missing_weights(folder):
@@ -121,14 +121,17 @@ def pickled_weights(folder):
     file.unlink()
 
 
-def weights(edit):
-    def breaks(folder):
-        file = folder / "adapter_model.safetensors"
-        found = load_file(file)
-        edit(found, next(iter(sorted(found))))
-        save_file(found, file)
+def pipe_as_weights(folder):
+    missing_weights(folder)
+    os.mkfifo(folder / "adapter_model.safetensors")
 
-    return breaks
+
+def config_text(text):
+    return lambda folder: (folder / "adapter_config.json").write_text(text)
+
+
+def weights(edit):
+    return lambda folder: change_weights(folder, lambda found: edit(found, min(found)))
 
 
 BROKEN = {
@@ -142,15 +145,24 @@ BROKEN = {
     "not a readable safetensors file": cut_weights,
     "a pickle, which can run any code": pickled_weights,
     "lack 1 tensor": weights(lambda found, key: found.pop(key)),
-    "'activation.7.denominator'": weights(
-        lambda found, key: found.update({key.replace("activation.0", "activation.7"): found[key].clone()})
+    "hold 1 tensor(s) that the config does not know, such as": weights(
+        lambda found, key: found.update({f"{key}_more": found[key].clone()})
     ),
-    "belongs to no adapter of this type": weights(
+    "hold 1 tensor(s) that the config does not know": weights(
         lambda found, key: found.update({"base_model.model.q_proj.lora_A": found[key].clone()})
     ),
-    "has the shape": weights(lambda found, key: found.update({key: found[key][:-1].clone()})),
-    "config asks for": config_field(bottleneck_dim=6),
-    "lack 5 tensor(s) that the config asks for": config_field(num_layers=4),
+    "'base_model.model.lm_head.weight'": weights(
+        lambda found, key: found.update({"base_model.model.lm_head.weight": torch.ones(tiny.VOCAB, 32)})
+    ),
+    "of another shape": weights(lambda found, key: found.update({key: found[key][:-1].clone()})),
+    "with NaN or infinity": weights(lambda found, key: found[key].view(-1)[0].fill_(torch.nan)),
+    "is being rewritten": config_field(weights_digest="0"),
+    "no regular file": pipe_as_weights,
+    "is no adapter's config: RecursionError": config_text("[" * 100_000 + "]" * 100_000),
+    "`peft_type` must be a text, got ['IAPT']": config_field(peft_type=["IAPT"]),
+    "`peft_type` must be a text, got None": config_text("[]"),
+    "where (3, 32, 6) is asked for": config_field(bottleneck_dim=6),
+    "where (4, 32, 8) is asked for": config_field(num_layers=4),
     "for 1 stack(s)": config_field(target_modules=["model.layers", "other.layers"]),
 }
 

@@ -121,8 +121,13 @@ LOAD = """
 import tiny, torch
 from peft import PeftModel
 import peft_instance_prompt
-model = PeftModel.from_pretrained(tiny.causal_lm(), "someone/adapter").eval()
-assert torch.equal(model(torch.arange(3, 9)[None]).logits, torch.load({path!r}))
+model, native = PeftModel.from_pretrained(tiny.causal_lm(), "someone/adapter"), tiny.causal_lm()
+model.load_adapter("someone/adapter", "second")
+model.load_adapter("someone/adapter", "second")
+model.set_adapter("second")
+native.load_adapter("someone/adapter")
+for one in (model, native):
+    assert torch.equal(one.eval()(torch.arange(3, 9)[None]).logits, torch.load({path!r}))
 print("equal")
 """
 

@@ -22,8 +22,8 @@ def iapt(
     `z = H W_down`, `A = softmax(z W_pool)`, `p = g(A^T z) W_up`. Not so in the paper: by default z is divided by the
     root mean square of the states, and the outcome is added to the first token's state in units of its own.
     """
-    W_down, W_pool, W_up = (weights[f"{part}.{layer}.weight"].T for part in ("down", "pool", "up"))
-    a, b = (weights[f"activation.{layer}.{part}"] for part in ("numerator", "denominator"))
+    W_down, W_pool, W_up = (weights[part][layer] for part in ("down", "pool", "up"))
+    a, b = weights["activation"][layer, 0].split([7, 5])
     z = H @ W_down  # (n, m)
     if not paper:
         z = z / (H.pow(2).mean(dim=1, keepdim=True) + 1e-6).sqrt()

@@ -11,13 +11,17 @@ import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 
 import pytest
+import torch
 from methods import METHODS
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType as TheSame
 
+from peft_instance_prompt import InstancePromptConfig
+from peft_instance_prompt.generator import PromptGenerator
 from peft_instance_prompt.model import InstancePromptModel
 from peft_instance_prompt.registry import add_peft_type, register_method
 
@@ -42,17 +46,67 @@ def test_registering_twice_changes_nothing(kind: str) -> None:
     tuner, before = PEFT_TYPE_TO_TUNER_MAPPING[member], list(PeftType)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        register_method(member.name.lower(), config, tuner)
+        assert register_method(member.name.lower(), config, tuner.generator_cls) is tuner
     assert add_peft_type(member.name) is member
     assert list(PeftType) == before
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is tuner
 
 
-def test_stands_aside_for_peft(kind: str) -> None:
+@dataclass
+class AnotherConfig(InstancePromptConfig):
+    pass
+
+
+class AnotherGenerator(PromptGenerator):
+    def generate(self, instances, depth, weights):
+        return instances.base_state
+
+
+def test_stands_aside_for_peft() -> None:
     lora = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA]
     with pytest.warns(UserWarning, match="PEFT has a method named 'lora' of its own .*LoraConfig"):
-        register_method("lora", type(METHODS[kind]()), InstancePromptModel)
+        register_method("lora", AnotherConfig, AnotherGenerator)
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is lora
+
+
+def test_a_name_that_is_taken() -> None:
+    with pytest.raises(ValueError, match="The method 'iapt' is registered already, with the config .*IAPTConfig: choose another"):
+        register_method("iapt", AnotherConfig, AnotherGenerator)
+
+
+class NoDataclassConfig(InstancePromptConfig):
+    pass
+
+
+class EmptyGenerator(PromptGenerator):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "generator", "error", "says"),
+    [
+        ("new", dict, AnotherGenerator, TypeError, "derived from `InstancePromptConfig`, got .*write `class NewConfig"),
+        ("new", AnotherConfig, torch.nn.Linear, TypeError, "derived from `PromptGenerator`, got .*write `class NewGenerator"),
+        ("new", NoDataclassConfig, AnotherGenerator, TypeError, "must be a dataclass: put `@dataclass` above it"),
+        ("new", AnotherConfig, EmptyGenerator, TypeError, r"defines no `generate\(instances, depth, weights\)`"),
+        ("New-One", AnotherConfig, AnotherGenerator, ValueError, "an identifier in lower case"),
+    ],
+)
+def test_a_method_without_its_parts(name, config, generator, error, says) -> None:
+    before = list(PeftType)
+    with pytest.raises(error, match=says):
+        register_method(name, config, generator)
+    assert list(PeftType) == before
+
+
+def test_a_config_that_nobody_registered() -> None:
+    with pytest.raises(TypeError, match=r"UnregisteredConfig is the config of no method: register it with `register_method\("):
+
+        @dataclass
+        class UnregisteredConfig(InstancePromptConfig):
+            pass
+
+        UnregisteredConfig()
 
 
 def test_a_peft_that_knows_the_name_already() -> None:

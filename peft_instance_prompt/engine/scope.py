@@ -78,21 +78,19 @@ def check_no_gap(
     """Refuse an instruction mask (B, S) whose gap holds what is predicted.
 
     Raises:
-        ValueError: A label that is not -100 stands before the row's last instruction token; or, in training without labels, any
-            token lies between instruction tokens.
+        ValueError: A label that is not -100 stands between a row's instruction tokens; or, in training without labels, any token.
     """
-    later = mask.flip(1).cumsum(dim=1).flip(1) - mask.long() > 0  # (B, S), an instruction token follows
+    later = mask.flip(1).cumsum(dim=1).flip(1) > 0  # (B, S), an instruction token follows
+    gap = ~mask & tokens & later & (mask.cumsum(dim=1) > 0)  # (B, S)
     if labels is not None and labels.shape == mask.shape:
         asked = labels.to(mask.device) != -100  # (B, S)
-        asked = asked.roll(1, dims=1) if shifted else asked
-        bad = asked & (later | mask) & tokens & (mask.cumsum(dim=1) > 0)  # (B, S)
-        what = "labels that are not -100 at or before their last instruction token"
+        gap = gap & (asked.roll(1, dims=1) if shifted else asked)  # (B, S)
+        what = "labels that are not -100 between their instruction tokens"
     elif training:
-        bad = ~mask & tokens & later & (mask.cumsum(dim=1) > 0)  # (B, S)
         what = "tokens between their instruction tokens, which are predicted in training"
     else:
         return
-    if (rows := bad.any(dim=1)).any():
+    if (rows := gap.any(dim=1)).any():
         raise ValueError(
             f"`instruction_mask` lets a response be predicted from a prompt that has read it: row(s) "
             f"{rows.nonzero().flatten().tolist()} have {what}. Mark what stands before the first response only."

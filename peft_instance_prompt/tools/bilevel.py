@@ -20,7 +20,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import TrainerCallback
 
-from ..nn.rational import Rational
+from ..generator import PromptGenerator
 
 
 if TYPE_CHECKING:
@@ -166,10 +166,11 @@ class BilevelCallback(TrainerCallback):
                 loss = trainer.compute_loss(model, batch)
             loss.backward()  # not autograd.grad, which re-entrant gradient checkpointing refuses
             # A coefficient that had no part in the loss has no gradient.
-            gradient = torch.cat([torch.zeros_like(c) if c.grad is None else c.grad for c in self.coefficients])
+            each = [torch.zeros_like(c) if c.grad is None else c.grad for c in self.coefficients]
+            gradient = torch.cat([grad.flatten() for grad in each])  # (numbers,)
             gradient = trainer.accelerator.reduce(gradient, "mean")
-            for coefficient, part in zip(self.coefficients, gradient.split([len(c) for c in self.coefficients])):
-                coefficient.grad = part
+            for coefficient, part in zip(self.coefficients, gradient.split([c.numel() for c in self.coefficients])):
+                coefficient.grad = part.view_as(coefficient)
             self.optimizer.step()
         finally:
             self._freeze()
@@ -215,9 +216,8 @@ def find_coefficients(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         ValueError: There are none, or their type is too coarse for the steps that are taken.
     """
-    found = [
-        p for module in model.modules() if isinstance(module, Rational) for p in module.parameters() if p.requires_grad
-    ]
+    generators = [module for module in model.modules() if isinstance(module, PromptGenerator)]
+    found = [p for g in generators if (p := g.activation_coefficients) is not None and p.requires_grad]
     if not found:
         raise ValueError(
             "The model has no learned activation to train: the active adapter must be trainable and have "

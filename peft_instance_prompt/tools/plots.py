@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .inspection import active_generator, check_depth, placements, prompt_vectors, token_weights
-from ..nn.rational import Rational
+from ..nn.rational import rational
 
 
 if TYPE_CHECKING:
@@ -80,15 +80,14 @@ def plot_activations(model: nn.Module, span: tuple[float, float] = (-3.0, 3.0), 
         ValueError: The adapter has no learned activation.
     """
     generator = active_generator(model)[1]
-    learned = [module for module in generator.modules() if isinstance(module, Rational)]
-    if not learned:
+    learned = generator.activation_coefficients  # (layers, 1, 12)
+    if learned is None:
         raise ValueError(f"{type(generator).__name__} has no learned activation here.")
     figure, ax = _axes(ax, width=4.6, height=3.4)
     x = torch.linspace(*span, 200)
     colours = _colours(len(learned))
-    for number, activation in enumerate(learned):
-        with torch.no_grad():
-            y = activation(x.to(activation.numerator.device)).cpu()
+    for number, coefficients in enumerate(learned.detach()):
+        y = rational(x.to(coefficients.device)[None], coefficients)[0].cpu()  # (points,)
         label = f"layer {generator.depths[number]}" if number in (0, len(learned) - 1) else None
         ax.plot(x, y, color=colours[number], linewidth=1, label=label)
     ax.plot(x, nn.functional.gelu(x), color="black", linestyle="--", linewidth=1, label="GELU")

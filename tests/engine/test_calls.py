@@ -137,7 +137,9 @@ def test_a_release_that_was_not_tested(version: str, switch: str | None, monkeyp
 
 def test_one_warning_at_import() -> None:
     code = """
-import transformers, warnings
+import warnings
+import peft  # which imports transformers, perhaps twice
+import transformers
 transformers.__version__ = "5.25.0"
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -10,16 +10,17 @@ import torch
 import transformers as tf
 from methods import METHODS
 from peft import PeftModel, get_peft_model
-from tiny import VOCAB, adapted, assert_same, batch, causal_lm, configure, perturb
+from tiny import VOCAB, adapted, assert_same, batch, causal_lm, configure, perturb, tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from peft_instance_prompt import instruction_scope
+from peft_instance_prompt import IAPTConfig, instruction_scope
 from peft_instance_prompt.engine.passes import current_pass
 from peft_instance_prompt.engine.request import Request
-from peft_instance_prompt.engine.scope import find_scope, from_labels, from_mask, from_template
+from peft_instance_prompt.engine import scope as rules
+from peft_instance_prompt.engine.scope import find_scope, from_labels, from_length, from_mask, from_template
 
 
 TEMPLATE = [90, 91]
@@ -343,3 +344,158 @@ def test_generate_with_a_mask_of_fewer_rows() -> None:
     with instruction_scope(mask), pytest.raises(ValueError, match=message):
         model.generate(**inputs, max_new_tokens=2)
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 2
+
+
+# ------------------------------------------------------------------------------- plain text, conversations, what is refused
+
+
+TOKENS = torch.ones(2, 11, dtype=torch.bool)
+
+
+@pytest.fixture
+def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No warning was given before."""
+    monkeypatch.setattr(rules, "_SAID", dict.fromkeys(rules._SAID, False))
+
+
+def test_rows_without_the_template() -> None:
+    ids = IDS.clone()
+    ids[1, 3] = 40
+    with pytest.raises(ValueError, match=r"does not occur in row\(s\) \[1\].*missing_template='all'"):
+        from_template(TEMPLATE, ids, TOKENS)
+    mask = from_template(TEMPLATE, ids, TOKENS, missing="all")
+    assert mask.sum(dim=1).tolist() == [SPLIT, 11]
+    short = from_template(TEMPLATE, torch.tensor([[5]]), torch.ones(1, 1).bool(), missing="all")
+    assert short.tolist() == [[True]]
+
+
+def test_the_config_says_what_a_row_without_the_template_is(kind: str) -> None:
+    ids = IDS.clone()
+    ids[1, 3] = 40
+    with pytest.raises(ValueError, match="does not occur in row"):
+        prompts(prompted(kind, response_template=TEMPLATE), ids)
+    found = prompts(prompted(kind, response_template=TEMPLATE, missing_template="all"), ids)
+    mask = MASK.clone()
+    mask[1] = 1
+    assert_same(found, prompts(prompted(kind), ids, instruction_mask=mask), 1e-6)
+
+
+def test_first_tokens_of_plain_text() -> None:
+    tokens = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    assert from_length(2, tokens).int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_plain_text_does_not_leak(training: bool) -> None:
+    """No logit at or before a token depends on later ones, and every token behind the first n sees the prompt."""
+    config = IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8, instruction_length=3, prompt_position="end")
+    model, bare = adapted(causal_lm(), config), causal_lm()
+    model.train(training)
+    with torch.no_grad():
+        expected, plain = model(IDS, labels=IDS).logits, bare(IDS).logits
+        for column in range(1, 11):
+            found = model(changed(column), labels=changed(column)).logits
+            assert_same(found[:, :column], expected[:, :column], 1e-6)
+        assert_same(expected[:, :2], plain[:, :2])
+        assert ((expected - plain)[:, 2:].abs().amax(dim=(0, 2)) > 1e-3).all()
+
+
+def test_plain_text_needs_slots_behind_it() -> None:
+    with pytest.raises(ValueError, match="`instruction_length` needs `prompt_position='end'`, got 'before'"):
+        IAPTConfig(instruction_length=4)
+    with pytest.raises(ValueError, match="give one of them, got 4 and"):
+        IAPTConfig(instruction_length=4, prompt_position="end", response_template=[3])
+    with pytest.raises(ValueError, match="`instruction_length` must be at least 1, got 0"):
+        IAPTConfig(instruction_length=0, prompt_position="end")
+    with pytest.raises(ValueError, match="`missing_template` must be one of .*, got 'none'"):
+        IAPTConfig(missing_template="none")
+
+
+GAP = torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0]] * 2)  # two turns, an answer between them
+
+
+def test_a_mask_with_a_response_between_instructions() -> None:
+    model = prompted("iapt")
+    labels = IDS.clone()
+    labels[GAP.bool()] = -100
+    with pytest.raises(ValueError, match=r"predicted from a prompt that has read it: row\(s\) \[0, 1\] have labels"):
+        model(IDS, instruction_mask=GAP, labels=labels)
+    labels[:, :6] = -100  # the answer between is not asked for
+    model(IDS, instruction_mask=GAP, labels=labels)
+    model.train()
+    with pytest.raises(ValueError, match="tokens between their instruction tokens, which are predicted in training"):
+        model(IDS, instruction_mask=GAP)
+    model.eval()
+    model.generate(IDS, instruction_mask=GAP, max_new_tokens=2, do_sample=False)
+
+
+def test_several_turns_are_said_once(unsaid: None) -> None:
+    labels = torch.full_like(IDS, -100)
+    labels[:, 3:5] = IDS[:, 3:5]
+    from_labels(labels, TOKENS, shifted=False)
+    labels[:, 8:] = IDS[:, 8:]
+    with pytest.warns(UserWarning, match="several labelled stretches.*`response_template`"):
+        mask = from_labels(labels, TOKENS, shifted=False)
+    assert mask.sum(dim=1).tolist() == [3, 3]
+    from_labels(labels, TOKENS, shifted=False)  # warnings are errors here
+
+
+def test_an_instruction_of_special_tokens_only() -> None:
+    """A collator that puts -100 on padding does so on BOS, where both are one token."""
+    ids = torch.tensor([[1, 5, 6, 7], [1, 8, 9, 1]])
+    labels = ids.masked_fill(ids == 1, -100)
+    tokens = torch.ones_like(ids).bool()
+    with pytest.raises(ValueError, match=r"Nothing but special tokens .* in row\(s\) \[0, 1\].*`instruction_length`"):
+        from_labels(labels, tokens, False, ids, special_ids=(1, 2))
+    model = get_peft_model(causal_lm(pad_token_id=1), IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8))
+    with pytest.raises(ValueError, match="Nothing but special tokens"):
+        model(ids, labels=labels)
+
+
+def test_scoring_without_a_scope_is_said_once(unsaid: None) -> None:
+    model = prompted("iapt")
+    model(IDS[:1])
+    with pytest.warns(UserWarning, match="was not told which of their tokens are the instruction"):
+        model(IDS)
+    model(IDS)
+
+
+@pytest.fixture
+def chat_folder(tmp_path) -> str:
+    tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_chat_template_is_what_stands_before_an_answer(chat_folder: str, kind: str) -> None:
+    make = METHODS[kind]
+    config = make(task_type="CAUSAL_LM", response_template="chat", tokenizer_name_or_path=chat_folder)
+    model = adapted(causal_lm(), config)
+    words = tokenizer()
+    assert model.peft_config["default"].response_template == words("w1", add_special_tokens=False)["input_ids"]
+    text = words.apply_chat_template(
+        [{"role": "user", "content": "w9 w8"}, {"role": "assistant", "content": "w7"}], tokenize=True, return_dict=False
+    )
+    ids = torch.tensor([text])
+    question = text.index(words("w1", add_special_tokens=False)["input_ids"][0]) + 1
+    mask = (torch.arange(len(text)) < question)[None].long()
+    assert_same(prompts(model, ids), prompts(prompted(kind), ids, instruction_mask=mask), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        (None, "has no chat template"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing between a user's turn and the answer"),
+        (
+            "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w3{% endif %}",
+            "and something else before an answer that is there",
+        ),
+    ],
+)
+def test_chat_templates_that_tell_nothing(tmp_path, template: str | None, complaint: str) -> None:
+    words = tokenizer()
+    words.chat_template = template
+    words.save_pretrained(tmp_path)
+    config = IAPTConfig(task_type="CAUSAL_LM", response_template="chat", tokenizer_name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match=complaint):
+        get_peft_model(causal_lm(), config)

@@ -36,8 +36,8 @@ def test_iapt_reads_with_its_pooling_softmax():
     assert weights.shape == (2, 4, 8)
     embeds = model.get_input_embeddings()(PADDED["input_ids"])
     with torch.no_grad():
-        z = generator.down[0](embeds) / embeds.square().mean(dim=-1, keepdim=True).sqrt()
-        scores = generator.pool[0](z)  # (B, S, l)
+        z = embeds @ generator.down[0] / embeds.square().mean(dim=-1, keepdim=True).sqrt()
+        scores = z @ generator.pool[0]  # (B, S, l)
     for row in range(2):
         inside = PADDED["instruction_mask"][row].bool()
         torch.testing.assert_close(weights[row][:, inside], scores[row][inside].softmax(dim=0).T, atol=1e-5, rtol=1e-4)

@@ -61,14 +61,14 @@ def test_reading():
 
 def test_activations():
     model = adapted()
-    activation = active_generator(model)[1].activation[1]
+    coefficients = active_generator(model)[1].activation[1, 0]  # (12,)
     with torch.no_grad():
-        activation.numerator[1] = 2.0
+        coefficients[1] = 2.0
     lines = drawn(plot_activations(model, span=(-1, 1))).axes[0].lines
     assert len(lines) == 4
     x, y = (torch.as_tensor(values, dtype=torch.float) for values in lines[1].get_data())
-    numerator = sum(a * x**j for j, a in enumerate(activation.numerator.tolist()))
-    denominator = 1 + sum(b * x**i for i, b in enumerate(activation.denominator.tolist(), 1)).abs()
+    numerator = sum(a * x**j for j, a in enumerate(coefficients[:7].tolist()))
+    denominator = 1 + sum(b * x**i for i, b in enumerate(coefficients[7:].tolist(), 1)).abs()
     torch.testing.assert_close(y, numerator / denominator, atol=1e-5, rtol=1e-4)
     for other in (adapted(activation="relu"), adapted("lpt")):
         with pytest.raises(ValueError, match="no learned activation"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...config import check_choice, check_int
+from ...config import check_choice, check_int, check_number
 from ..instance_vector import InstanceVectorConfig
 
 
@@ -100,11 +100,9 @@ class DynamicPromptConfig(InstanceVectorConfig):
         for name in ("num_pool", "anneal_steps"):
             check_int(self, name, minimum=1)
         for name in ("temperature", "min_temperature"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number, got {value!r}.")
-            if not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be above 0 and finite, got {value}.")
+            check_number(self, name)
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         if self.layers_to_transform is not None:
             raise ValueError(
                 f"`layers_to_transform` must be None, as the prompt stands at the input only, got "

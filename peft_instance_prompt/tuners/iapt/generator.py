@@ -48,6 +48,10 @@ class IAPTGenerator(PromptGenerator):
             self.activation = nn.Parameter(gelu_coefficients(config.activation_fit).repeat(L, 1, 1))
         self.zero_at_start(self.up)
 
+    @property
+    def activation_coefficients(self) -> nn.Parameter | None:
+        return getattr(self, "activation", None)
+
     def rows_at(self, depth: int) -> dict[str, int]:
         layer = self.depths.index(depth)
         group = layer // self.config.share_layers

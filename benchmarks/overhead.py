@@ -1,0 +1,205 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+What IAPT costs above the bare model on as many positions: training step, first token, decoding; and 1,000 resident adapters.
+
+    python benchmarks/overhead.py --pairs 20 --json overhead.json
+
+The limit of a method with l slots is the bare model on S + l tokens, so every ratio is to that. Each pair runs the bare model and the
+adapter one after the other, in turns which of them is first; reported are the median of the pairs' ratios and the interval of 95 %
+that a bootstrap gives it. float32, CPU, batch of 8. The script starts itself anew with an allocator that keeps its blocks, see
+bench.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from bench import ALLOCATOR
+from many_adapters import _share_weights, add_and_switch, with_adapters
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+
+from peft_instance_prompt import IAPTConfig
+
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "realdata"))
+
+from smollm2 import load_smollm2
+
+
+BATCH, SLOTS, PROMPT = 8, 4, 96
+
+
+def tenants(base: torch.nn.Module, count: int) -> PeftModel:
+    """A model with `count` adapters of the default shape."""
+    config = IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS)
+    model = get_peft_model(base, config, adapter_name="tenant0").eval()
+    for number in range(1, count):
+        model.add_adapter(f"tenant{number}", IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS))
+    return model
+
+
+def ids(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(10, 40_000, (rows, length), generator=torch.Generator().manual_seed(length))  # (rows, length)
+
+
+def compare(bare: Callable[[], float], ours: Callable[[], float], pairs: int) -> dict[str, float]:
+    """The median ratio of two timed calls and its interval."""
+    bare(), ours()
+    ratios = []
+    for number in range(pairs):
+        if number % 2:
+            b = bare()
+            ratios.append(ours() / b)
+        else:
+            o = ours()
+            ratios.append(o / bare())
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return {"ratio": statistics.median(ratios), "low": medians[50], "high": medians[1949], "pairs": pairs}
+
+
+def timed(call: Callable) -> Callable[[], float]:
+    def clock() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return clock
+
+
+def train_step(model: torch.nn.Module, rows: torch.Tensor, answer: int) -> Callable[[], None]:
+    """Forward and backward with labels on the last `answer` tokens. The bare model has gradients from its embeddings on, as a
+    model with prompts has."""
+    labels = rows.clone()
+    labels[:, :-answer] = -100
+    embedding = model.get_input_embeddings()
+    adapted = isinstance(model, PeftModel)
+
+    def step() -> None:
+        if adapted:
+            loss = model(input_ids=rows, labels=labels).loss
+        else:
+            loss = model(inputs_embeds=embedding(rows).requires_grad_(True), labels=labels).loss
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def first_token(model: torch.nn.Module, rows: torch.Tensor, names: dict) -> Callable[[], None]:
+    @torch.no_grad()
+    def step() -> None:
+        model(input_ids=rows, use_cache=True, logits_to_keep=1, **names)
+
+    return step
+
+
+def decoding(model: torch.nn.Module, rows: torch.Tensor, names: dict, steps: int = 24) -> Callable[[], float]:
+    """Seconds for `steps` new tokens after the first."""
+
+    @torch.no_grad()
+    def clock() -> float:
+        out = model(input_ids=rows, use_cache=True, logits_to_keep=1, **names)
+        start = time.perf_counter()
+        for _ in range(steps):
+            token = out.logits[:, -1:].argmax(dim=-1)  # (B, 1)
+            cache = out.cache if "cache" in out.keys() else out.past_key_values
+            out = model(input_ids=token, past_key_values=cache, use_cache=True, **names)
+        return time.perf_counter() - start
+
+    return clock
+
+
+def resident(base: torch.nn.Module, count: int, repeats: int) -> dict[str, float]:
+    """Seconds to add, switch, load and save beside `count` adapters."""
+    import tempfile
+
+    model = with_adapters(_share_weights(base), count)
+    found = {name.replace("_ms", "_s"): value / 1000 for name, value in add_and_switch(model, repeats).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        saves = [timed(lambda: model.save_pretrained(folder, selected_adapters=["tenant0"]))() for _ in range(repeats)]
+        loads = []
+        for number in range(repeats):
+            loads.append(timed(lambda n=number: model.load_adapter(f"{folder}/tenant0", adapter_name=f"loaded{n}"))())
+    assert len(get_peft_model_state_dict(model, adapter_name="loaded0")) > 0
+    return {**found, "save_s": statistics.median(saves), "load_s": statistics.median(loads)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--parts", default="train,first,decode,resident")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    if platform.system() == "Linux" and not ALLOCATOR.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    base, _ = load_smollm2()
+    base.requires_grad_(False)
+    results: dict = {
+        "set_up": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        }
+    }
+
+    def show(name: str, found: dict) -> None:
+        results[name] = found
+        numbers = ", ".join(
+            f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
+        )
+        print(f"{name:<28} {numbers}", flush=True)
+
+    one = tenants(_share_weights(base), 1)
+    if "train" in args.parts:
+        trained = tenants(_share_weights(base), 1).train()
+        for length in (64, 256):
+            longer = train_step(base.train(), ids(BATCH, length + SLOTS), length // 2)
+            show(
+                f"train, {length} tokens",
+                compare(timed(longer), timed(train_step(trained, ids(BATCH, length), length // 2)), args.pairs),
+            )
+        base.eval()
+    if "first" in args.parts:
+        bare = timed(first_token(base, ids(BATCH, PROMPT + SLOTS), {}))
+        show("first token, 1 adapter", compare(bare, timed(first_token(one, ids(BATCH, PROMPT), {})), args.pairs))
+        eight = tenants(_share_weights(base), 8)
+        names = {"adapter_names": [f"tenant{n}" for n in range(8)]}
+        show(
+            "first token, 8 adapters", compare(bare, timed(first_token(eight, ids(BATCH, PROMPT), names)), args.pairs)
+        )
+    if "decode" in args.parts:
+        for count, rows in ((1, 8), (8, 8), (32, 32)):
+            many = one if count == 1 else tenants(_share_weights(base), count)
+            names = {} if count == 1 else {"adapter_names": [f"tenant{n}" for n in range(count)]}
+            bare, ours = decoding(base, ids(rows, PROMPT + SLOTS), {}), decoding(many, ids(rows, PROMPT), names)
+            show(f"decoding, {count} tenants", compare(bare, ours, args.pairs))
+    if "resident" in args.parts:
+        for count in (8, 1000):
+            show(f"{count} resident", resident(base, count, 5))
+    results["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

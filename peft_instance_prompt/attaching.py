@@ -1,0 +1,156 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Before an adapter is attached: what a config and a name must be for the base model. And the way back, if it fails."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT cannot wrap them
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise a ValueError if `name` can be no adapter's name: PEFT uses it as the name of a module and of a folder."""
+    reserved = name == "__base__" or hasattr(nn.ModuleDict(), name) if isinstance(name, str) else True
+    if reserved or not name or any(mark in name for mark in "./\\"):
+        raise ValueError(
+            f"An adapter cannot be named {name!r}: the name must be a text, not empty, without '.', '/' and '\\', and "
+            "none of '__base__' and the attributes of a module dict, such as 'keys' or 'training'."
+        )
+
+
+def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> None:
+    """Raise a ValueError if PEFT would not know whose a new adapter's tensors are.
+
+    Args:
+        adapter_names (`Iterable[str]`): The names of all adapters. PEFT tells whose a tensor is by looking for `.NAME.` in its
+            name, and where that is a part of another's tensor's name, it leaves that out of the other's file in silence.
+        keys (`Iterable[str]`): The new adapter's tensors, by their names in its file.
+    """
+    parts = {part for key in keys for part in key.split(".")}
+    if "original_module" in parts:
+        raise ValueError(
+            "`modules_to_save` must name modules of the base model; it names a part of the adapter itself."
+        )
+    if clash := sorted({"base_model", "model", *parts}.intersection(adapter_names)):
+        raise ValueError(f"An adapter cannot be named {clash[0]!r}: a part of its tensors' names is called so.")
+
+
+def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Raise a ValueError if `modules_to_save` names what PEFT cannot copy.
+
+    Args:
+        config (`PeftConfig`): The config. PEFT takes each module whose name *ends* with one of its `modules_to_save`.
+        model (`nn.Module`): The base model.
+        layers (`Iterable[nn.Module]`): The layers that prompts are written between: a copy of one would take its hooks
+            along, and a copy of the stack the adapters in it.
+    """
+    layers = set(layers)
+    for wanted in config.modules_to_save or ():
+        for name, module in model.named_modules(remove_duplicate=False):
+            if not name.endswith(wanted):
+                continue
+            if isinstance(module, (*CONTAINERS, BaseTunerLayer)) or not layers.isdisjoint(module.modules()):
+                raise ValueError(
+                    "`modules_to_save` must name modules that can be copied, such as a head: no lists, no adapters, and "
+                    f"nothing that holds the layers which prompts are written between; {wanted!r} names {name!r}, a "
+                    f"{type(module).__name__}."
+                )
+
+
+def check_memory(build: Callable[[], nn.Module], config: PeftConfig, width: int) -> None:
+    """Raise a ValueError if an adapter, with one prompt of it, is larger than this machine's memory.
+
+    Args:
+        build (`Callable[[], nn.Module]`): Makes the generator. It is called under the device `"meta"`.
+        config (`PeftConfig`): The config that it is made from.
+        width (`int`): The width of a prompt vector.
+    """
+    fields = f"`num_virtual_tokens` {config.num_virtual_tokens}, `bottleneck_dim` {config.bottleneck_dim}"
+    try:
+        with torch.device("meta"):
+            generator = build()
+    except RuntimeError as error:  # the product of the sizes is no 64-bit number
+        raise ValueError(f"An adapter of this size cannot be made ({fields}): {error}".splitlines()[0]) from error
+    prompt = 4 * width * config.num_virtual_tokens
+    size = prompt + sum(tensor.nbytes for tensor in chain(generator.parameters(), generator.buffers()))
+    if size > (memory := psutil.virtual_memory().total):
+        raise ValueError(
+            f"An adapter of this size cannot be made ({fields}): with one prompt it takes {size / 2**30:,.0f} GiB, and this "
+            f"machine has {memory / 2**30:,.0f}."
+        )
+
+
+@contextmanager
+def undone_on_error(root: nn.Module) -> Iterator[None]:
+    """If the block raises, all modules of `root` have the submodules, parameters, hooks, attributes and `requires_grad`
+    again that they had before. Of modules within an adapter that was there, these are `training` and `requires_grad` only.
+    The numbers in tensors are left as they are, and so is what lies beside modules, such as a model's config. What other
+    threads change on these modules meanwhile is undone, too."""
+    before = [(module, *_attributes(module)) for module in _outside_adapters(root)]
+    modes = [(module, module.training) for module in root.modules()]
+    trainable = [(p, p.requires_grad) for module, _ in modes for p in module._parameters.values() if p is not None]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, contents in before:
+            _restore(module, attributes, contents)
+        for module, value in modes:
+            module.training = value
+        for parameter, value in trainable:
+            parameter.requires_grad = value
+        raise
+
+
+def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules but what lies in the adapters of PEFT's layers: a thousand of them are many modules."""
+    yield module
+    peft = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    for child in module._modules.values():
+        if peft and isinstance(child, nn.ModuleDict):
+            yield child
+        elif child is not None:
+            yield from _outside_adapters(child)
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's attributes, and copies of those that are containers and not empty: hooks, submodules, parameters."""
+    attributes = dict(vars(module))
+    kinds = {dict: dict, OrderedDict: dict, list: list, set: set}
+    return attributes, {name: kinds[type(v)](v) for name, v in attributes.items() if type(v) in kinds and v}
+
+
+def _restore(module: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> None:
+    now = vars(module)
+    for name in now.keys() - attributes.keys():
+        del now[name]
+    for name, value in attributes.items():
+        now[name] = value
+        content = contents.get(name, ())
+        if type(value) in (dict, OrderedDict):  # key by key: other threads may be running the module
+            content = dict(content)
+            for key in value.keys() - content.keys():
+                del value[key]
+            for key, item in content.items():
+                if value.get(key, attributes) is not item:
+                    value[key] = item
+        elif type(value) is list and [*map(id, value)] != [*map(id, content)]:
+            value[:] = content
+        elif type(value) is set:
+            value.intersection_update(content)
+            value.update(content)

@@ -1,0 +1,158 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is said of a call: contexts that end in any order, threads, and adapters that come and go meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+
+import pytest
+import torch
+from methods import METHODS
+from tiny import adapted, assert_same, batch, causal_lm, encoder, perturb
+from transformers import AutoModelForSequenceClassification
+
+from peft_instance_prompt import instruction_scope, to_prompt_embeds
+from peft_instance_prompt.engine.request import Request, current_request, latest_request
+
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def scope() -> torch.Tensor | None:
+    return current_request().instruction_mask
+
+
+def test_contexts_that_take_turns() -> None:
+    """Two generators whose contexts overlap: each takes back what it said, and nothing else."""
+    masks = [torch.tensor([[i]]) for i in range(3)]
+
+    def within(mask):
+        with instruction_scope(mask):
+            yield scope()
+            yield scope()
+
+    first, second = within(masks[0]), within(masks[1])
+    assert next(first) is masks[0] and next(second) is masks[1]
+    assert list(first) == [masks[1]], "the first ends while the second goes on"
+    assert scope() is masks[1]
+    assert list(second) == [masks[1]]
+    assert scope() is None and current_request() == Request()
+    with instruction_scope(masks[0]):
+        with instruction_scope(masks[1]):
+            assert scope() is masks[1]
+        assert scope() is masks[0]
+    assert scope() is None
+
+
+def test_three_contexts_in_every_order() -> None:
+    masks = [torch.tensor([[i]]) for i in range(3)]
+    for order in itertools.permutations(range(3)):
+        contexts = [instruction_scope(mask) for mask in masks]
+        for context in contexts:
+            context.__enter__()
+        open_ones = [0, 1, 2]
+        for number in order:
+            contexts[number].__exit__(None, None, None)
+            open_ones.remove(number)
+            expected = masks[open_ones[-1]] if open_ones else None
+            assert scope() is expected, (order, number)
+    assert latest_request.get() == Request()
+
+
+def test_a_scope_holds_in_its_own_thread() -> None:
+    """An executor's threads see it if the caller hands its context on."""
+    mask = torch.tensor([[1]])
+    with ThreadPoolExecutor(1) as pool, instruction_scope(mask):
+        assert pool.submit(scope).result() is None
+        assert pool.submit(copy_context().run, scope).result() is mask
+
+
+def test_threads_ask_for_prompt_embeds(kind: str) -> None:
+    """Each request gets its own embeddings, and forward passes beside them are not disturbed."""
+    if kind not in ("dynamic_prompt", "ipt", "idpg_single"):
+        pytest.skip("does not enter at the input alone")
+    model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM"))
+    inputs = [batch(9, seed=seed) for seed in range(8)]
+    with torch.no_grad():
+        embeds = [to_prompt_embeds(model, **one)[0] for one in inputs]
+        logits = [model(**one).logits for one in inputs]
+
+    @torch.no_grad()
+    def work(number: int) -> None:
+        for _ in range(5):
+            assert torch.equal(to_prompt_embeds(model, **inputs[number])[0], embeds[number])
+            assert torch.equal(model(**inputs[number]).logits, logits[number])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(8)))
+
+
+def test_threads_with_heads_of_their_own(kind: str) -> None:
+    """`modules_to_save` in a batch of several adapters: which row is whose is part of the request."""
+    base = encoder(auto=AutoModelForSequenceClassification)
+    model = adapted(base, METHODS[kind](task_type="SEQ_CLS"), name="a")
+    model.add_adapter("b", METHODS[kind](task_type="SEQ_CLS"))
+    perturb(model, seed=5, adapter="b")
+    model.eval()
+    inputs = batch(9, 6, side="right")
+    names = [["a", "b"], ["b", "a"], ["a", "a"], ["b", "__base__"]]
+    with torch.no_grad():
+        expected = [model(**inputs, adapter_names=each).logits for each in names]
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+    @torch.no_grad()
+    def work(number: int) -> None:
+        for _ in range(10):
+            assert_same(model(**inputs, adapter_names=names[number % 4]).logits, expected[number % 4], 1e-6)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(8)))
+    assert not any(
+        len(module._forward_pre_hooks) > 1 for name, module in model.named_modules() if name.endswith("classifier")
+    ), "no hook per call"
+
+
+def test_adapters_come_and_go_beside_generation(kind: str) -> None:
+    model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM"), name="a")
+    model.add_adapter("b", METHODS[kind](task_type="CAUSAL_LM"))
+    perturb(model, seed=5, adapter="b")
+    model.eval()
+    inputs = batch(9, 6)
+    with torch.no_grad():
+        expected = model.generate(**inputs, **GREEDY, adapter_names=["a", "b"])
+    done = threading.Event()
+
+    def come_and_go() -> int:
+        count = 0
+        while not done.is_set():
+            model.add_adapter("passing", METHODS[kind](task_type="CAUSAL_LM"))
+            model.delete_adapter("passing")
+            count += 1
+        return count
+
+    @torch.no_grad()
+    def work(_: int) -> None:
+        for _ in range(4):
+            assert torch.equal(model.generate(**inputs, **GREEDY, adapter_names=["a", "b"]), expected)
+
+    with ThreadPoolExecutor(5) as pool:
+        going = pool.submit(come_and_go)
+        try:
+            list(pool.map(work, range(8)))
+        finally:
+            done.set()
+        assert going.result() > 0
+
+
+def test_a_deleted_adapter_is_refused_and_never_taken_for_the_base_model(kind: str) -> None:
+    model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM"), name="a")
+    model.add_adapter("b", METHODS[kind](task_type="CAUSAL_LM"))
+    model.eval()
+    model.delete_adapter("b")
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        model(**batch(9, 6), adapter_names=["a", "b"])

@@ -1,0 +1,264 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Loading by each of the ways that there are: an adapter's folder is loaded whole, or refused whole, and nothing else is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from folders import CONFIG, WEIGHTS, assert_unchanged, change_config, change_weights, picture
+from methods import METHODS
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import VOCAB, adapted, batch, causal_lm
+
+
+PREFIX = "base_model.model."
+
+
+def config(kind: str = "iapt", **fields: Any):
+    return METHODS[kind](**{"task_type": "CAUSAL_LM", **fields})
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch(9, 6)).logits
+
+
+def plain(kind: str) -> torch.nn.Module:
+    return causal_lm()
+
+
+def with_adapter(kind: str) -> torch.nn.Module:
+    return adapted(causal_lm(), config(kind), "resident")
+
+
+def with_native_adapter(kind: str) -> torch.nn.Module:
+    model = causal_lm()
+    model.add_adapter(config(kind), adapter_name="resident")
+    return model
+
+
+class Route(NamedTuple):
+    """A way to load: the model that a folder gets into, how, and the name of the adapter that comes of it."""
+
+    model: Callable[[str], torch.nn.Module]
+    load: Callable[[torch.nn.Module, Path], Any]
+    name: str
+
+    def refuses(self, folder: Path, says: str, kind: str = "iapt") -> None:
+        model = self.model(kind)
+        before = picture(model)
+        with pytest.raises(ValueError, match=says):
+            self.load(model, folder)
+        assert_unchanged(model, before)
+
+
+ROUTES = {
+    "from_pretrained": Route(plain, lambda model, folder: PeftModel.from_pretrained(model, folder), "default"),
+    "load_adapter": Route(with_adapter, lambda model, folder: model.load_adapter(folder, "loaded"), "loaded"),
+    "same name": Route(with_adapter, lambda model, folder: model.load_adapter(folder, "resident"), "resident"),
+    "native": Route(plain, lambda model, folder: model.load_adapter(str(folder)), "default"),
+    "native second": Route(with_native_adapter, lambda model, folder: model.load_adapter(folder, "loaded"), "loaded"),
+}
+
+
+@pytest.fixture(params=list(ROUTES))
+def route(request: pytest.FixtureRequest) -> Route:
+    return ROUTES[request.param]
+
+
+def save(folder: Path, kind: str = "iapt") -> Path:
+    """A saved adapter, `good`, and a copy of it that the test makes worse, `bad`."""
+    adapted(causal_lm(), config(kind)).save_pretrained(folder / "good")
+    shutil.copytree(folder / "good", folder / "bad")
+    return folder / "bad"
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    return save(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- tensors
+
+
+def largest(weights: dict[str, torch.Tensor]) -> str:
+    return max(weights, key=lambda name: weights[name].numel())
+
+
+def add(name: str, *shape: int) -> Callable[[dict], None]:
+    return lambda weights: weights.update({name: torch.full(shape, 7.0)})
+
+
+OTHERS = {
+    "layer": add(f"{PREFIX}model.layers.0.self_attn.q_proj.weight", 32, 32),
+    "head": add(f"{PREFIX}lm_head.weight", VOCAB, 32),
+    "embeddings": add(f"{PREFIX}model.embed_tokens.weight", VOCAB, 32),
+    "without a prefix": add("model.layers.0.self_attn.q_proj.weight", 32, 32),
+    "another adapter": lambda w: w.update(
+        {largest(w).replace("generator.", "generator.resident."): w[largest(w)] * 2}
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_tensors_that_are_not_the_adapters(bad: Path, route: Route, what: str) -> None:
+    change_weights(bad, OTHERS[what])
+    route.refuses(bad, "hold 1 tensor.s. that the config does not know, such as '.*weight")
+
+
+MISFITS = {
+    "lack 1 tensor.s. that the config asks for": lambda w: w.pop(largest(w)),
+    "lack 2 tensor.s.": lambda w: (w.pop(largest(w)), w.pop(largest(w))),
+    "hold 1 tensor.s. that the config does not know": lambda w: w.update({f"{largest(w)}.more": torch.ones(2)}),
+    "of another shape, such as .* where .* is asked for": lambda w: w.update({largest(w): w[largest(w)][:-1]}),
+    "hold 1 tensor.s. with NaN or infinity": lambda w: w[largest(w)].view(-1)[3].fill_(torch.nan),
+    "lack .* does not know.* with NaN or infinity": lambda w: w.update(
+        {"more": torch.tensor([torch.inf]), **{f"{name}x": w.pop(name) for name in [*w]}}
+    ),
+    "under two names": lambda w: w.update({largest(w).removeprefix(PREFIX): w[largest(w)] * 2}),
+}
+
+
+@pytest.mark.parametrize("says", MISFITS)
+def test_tensors_that_do_not_fit(bad: Path, route: Route, says: str) -> None:
+    change_weights(bad, MISFITS[says])
+    if says == "under two names" and route.load not in (ROUTES["native"].load, ROUTES["native second"].load):
+        says = "does not know"  # within a PeftModel, all names have the prefix
+    route.refuses(bad, f"The weights in .*({says})")
+
+
+def test_every_method(kind: str, route: Route, tmp_path: Path) -> None:
+    bad = save(tmp_path, kind)
+    change_weights(bad, lambda weights: (weights.pop(largest(weights)), OTHERS["head"](weights)))
+    route.refuses(bad, "lack 1 tensor.*hold 1 tensor.*lm_head", kind)
+    model = route.model(kind)
+    loaded = route.load(model, tmp_path / "good")
+    model = loaded if isinstance(loaded, PeftModel) else model
+    model.set_adapter(route.name)
+    assert torch.equal(logits(model), logits(adapted(causal_lm(), config(kind))))
+    assert all(c.weights_digest is None and c.saved_embedding_layers is None for c in model.peft_config.values())
+
+
+def test_a_good_folder_after_a_bad_one(bad: Path, route: Route, tmp_path: Path) -> None:
+    change_weights(bad, lambda weights: weights.pop(largest(weights)))
+    model = route.model("iapt")
+    with pytest.raises(ValueError, match="lack"):
+        route.load(model, bad)
+    loaded = route.load(model, tmp_path / "good")
+    model = loaded if isinstance(loaded, PeftModel) else model
+    model.set_adapter(route.name)
+    assert torch.equal(logits(model), logits(adapted(causal_lm(), config())))
+
+
+def test_weights_of_another_method(bad: Path, route: Route, tmp_path: Path) -> None:
+    adapted(causal_lm(), config("lpt")).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / WEIGHTS, bad)
+    route.refuses(bad, f"{bad} is being rewritten.* lack .* hold .*lpt_generator")
+    change_config(bad, weights_digest=None)
+    route.refuses(bad, "lack .* hold .*lpt_generator")
+
+
+@pytest.mark.parametrize("other", ["lora", "lpt"])
+def test_an_adapter_of_another_type(other: str, tmp_path: Path) -> None:
+    made = LoraConfig(target_modules=["q_proj"]) if other == "lora" else config("lpt")
+    get_peft_model(causal_lm(), made).save_pretrained(tmp_path)
+    ROUTES["same name"].refuses(tmp_path, "holds no adapter of the type IAPT, as 'resident' is")
+    ROUTES["load_adapter"].refuses(tmp_path, "Cannot combine adapters")
+
+
+def test_other_methods_are_loaded_as_before(tmp_path: Path) -> None:
+    lora = get_peft_model(causal_lm(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path)
+    save_file({**load_file(tmp_path / WEIGHTS), f"{PREFIX}more.weight": torch.ones(2)}, tmp_path / WEIGHTS)
+    native = causal_lm()
+    native.load_adapter(str(tmp_path))
+    for model in (PeftModel.from_pretrained(causal_lm(), tmp_path), native):
+        assert torch.equal(logits(model), logits(lora))
+
+
+def test_what_fails_for_another_reason_is_undone(bad: Path, route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    model = route.model("iapt")
+    before = picture(model)
+    monkeypatch.setattr("peft_instance_prompt.loading.check_tensors", stop)
+    with pytest.raises(KeyboardInterrupt):
+        route.load(model, bad)
+    assert_unchanged(model, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "dir", "device"]
+)
+def test_what_is_no_regular_file_is_not_read(bad: Path, route: Route, make: Callable, name: str) -> None:
+    (bad / WEIGHTS).unlink()
+    make(bad / name)
+    # A pipe that is open here does not stop the test for ever if it should be read.
+    pipe = os.open(bad / name, os.O_RDWR | os.O_NONBLOCK) if make is os.mkfifo else None
+    route.refuses(bad, f"{name} are no regular file")
+    if pipe is not None:
+        os.close(pipe)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "not a readable"), (b"no tensors here", "not a readable"), (-8, "not a readable"), (None, "is missing")],
+)
+def test_weights_that_cannot_be_read(bad: Path, route: Route, content: bytes | int | None, says: str) -> None:
+    whole = (bad / WEIGHTS).read_bytes()
+    (bad / WEIGHTS).unlink()
+    if content is not None:
+        (bad / WEIGHTS).write_bytes(content if isinstance(content, bytes) else whole[:content])
+    route.refuses(bad, f"{WEIGHTS}.*{says}")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"peft_type": ["IAPT"]}', "{"], ids=lambda text: text[:22])
+def test_configs_that_cannot_be_read(bad: Path, route: Route, text: str) -> None:
+    (bad / CONFIG).write_text(text)
+    route.refuses(bad, f"{CONFIG} is no adapter's config")
+
+
+def test_a_pickle_is_checked_as_well(bad: Path, route: Route) -> None:
+    weights = load_file(bad / WEIGHTS)
+    (bad / WEIGHTS).unlink()
+    torch.save(weights, bad / "adapter_model.bin")
+    route.load(route.model("iapt"), bad)
+    torch.save({**weights, f"{PREFIX}lm_head.weight": torch.ones(VOCAB, 32)}, bad / "adapter_model.bin")
+    change_config(bad, weights_digest=None)
+    route.refuses(bad, "hold 1 tensor")
+
+
+# ------------------------------------------------------------------------------------------------ given by the caller
+
+
+def test_a_config_that_is_given(bad: Path) -> None:
+    model = PeftModel.from_pretrained(causal_lm(), bad, config=type(config()).from_pretrained(bad))
+    assert torch.equal(logits(model), logits(adapted(causal_lm(), config())))
+    change_weights(bad, OTHERS["head"])
+    for given in (type(config()).from_pretrained(bad), config()):
+        Route(plain, lambda m, folder: PeftModel.from_pretrained(m, folder, config=given), "").refuses(bad, "hold 1")
+
+
+def test_a_state_dict_that_is_given(bad: Path) -> None:
+    weights, model = load_file(bad / WEIGHTS), causal_lm()
+    before = picture(model)
+    for wrong in ({**weights, f"{PREFIX}lm_head.weight": torch.ones(VOCAB, 32)}, dict([*weights.items()][1:])):
+        with pytest.raises(ValueError, match="The weights in the state dict (hold|lack) 1 tensor"):
+            model.load_adapter(peft_config=config(), adapter_state_dict=wrong)
+        assert_unchanged(model, before)
+    model.load_adapter(peft_config=config(), adapter_state_dict=weights)
+    assert torch.equal(logits(model), logits(adapted(causal_lm(), config())))
