@@ -29,10 +29,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from .config import InstancePromptConfig
+from .engine.stack import StackInfo
 from .folder import PREFIX, check_files, check_tensors, read_kind
 from .generator import PromptGenerator
 from .nn.rational import GELU_FITS
-from .engine.stack import StackInfo
 from .tools import doctor
 
 
@@ -66,7 +66,9 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
     generator = make_generator(config)
     activations = [n for n, p in generator.named_parameters() if p is generator.activation_coefficients]
     low, high = COEFFICIENT_RANGE
-    coefficients = {key: w for key, w in weights.items() if any(key.endswith(f"generator.{name}") for name in activations)}
+    coefficients = {
+        key: w for key, w in weights.items() if any(key.endswith(f"generator.{name}") for name in activations)
+    }
     return {
         "type": config.peft_type.value,
         "base_model": config.base_model_name_or_path,

@@ -110,7 +110,8 @@ class InstancePromptConfig(PeftConfig):
         default=None, metadata={"help": "The token ids (or the text) between instruction and response."}
     )
     missing_template: Literal["error", "all"] = field(
-        default="error", metadata={"help": "What a row without `response_template` is: 'error', or 'all' of it is instruction."}
+        default="error",
+        metadata={"help": "What a row without `response_template` is: 'error', or 'all' of it is instruction."},
     )
     instruction_length: Optional[int] = field(
         default=None, metadata={"help": "For plain text: how many tokens at the start are the instruction."}

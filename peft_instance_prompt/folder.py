@@ -113,7 +113,8 @@ def check_tensors(
     if expected_digest is not None and digest(found) != expected_digest:
         raise ValueError(
             f"{source} is being rewritten: these are not the weights that its {CONFIG_NAME} was saved with. Load it again "
-            f"later; if you have changed them yourself, remove `weights_digest` from the config. {misfit}".strip()
+            "later. If the writer was stopped, or you have changed the weights yourself, and the config is right for them, "
+            f"remove `weights_digest` from it. {misfit}".strip()
         )
     if misfit:
         raise ValueError(misfit)

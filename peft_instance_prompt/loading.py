@@ -25,7 +25,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper, load_peft_weights
 
 from .attaching import undone_on_error
-from .folder import PREFIX, check_files, check_tensors, embedding_names, read_kind
+from .folder import PREFIX, check_files, check_tensors, digest, embedding_names, read_kind
 
 
 if TYPE_CHECKING:
@@ -197,9 +197,9 @@ def guard_loading(config_cls: type) -> None:
     def load_adapter_native(
         self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, *args, **kwargs
     ):
-        given = kwargs.get("load_config")
-        source = peft_model_id or getattr(given, "pretrained_model_name_or_path", None)
-        hub = {**getattr(given, "download_kwargs", {}), **(kwargs.get("download_kwargs") or {})}
+        load_config = kwargs.get("load_config")
+        source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+        hub = {**getattr(load_config, "download_kwargs", {}), **(kwargs.get("download_kwargs") or {})}
         hub.update(kwargs.get("adapter_kwargs") or {}, local_files_only=kwargs.get("local_files_only", False))
         found = find_config(config_cls, source, **hub) if peft_config is None and source is not None else peft_config
         if not isinstance(found, config_cls):
@@ -209,8 +209,14 @@ def guard_loading(config_cls: type) -> None:
             check_files(Path(source, hub.get("subfolder") or ""))
             weights = load_peft_weights(source, device="cpu", **PeftConfig._split_kwargs(hub)[0])
         arrival = Arrival.of(source or "the state dict", found, weights)
+        # Into a model that lies on disk in part, transformers loads from files only.
+        reads = adapter_state_dict is None and "disk" in (getattr(self, "hf_device_map", None) or {}).values()
         with undone_on_error(self), announced(arrival):
-            info = load_native(self, peft_model_id, adapter_name, found, weights, *args, **kwargs)
+            given = None if reads else weights
+            info = load_native(self, peft_model_id, adapter_name, found, given, *args, **kwargs)
+            if reads:
+                again = load_peft_weights(source, device="cpu", **PeftConfig._split_kwargs(hub)[0])
+                check_tensors(arrival.source, {}, again, again, digest(weights))
             if arrival.embeddings:
                 self.tie_weights()  # transformers puts a new parameter in the place of the one that the head shares
         return info

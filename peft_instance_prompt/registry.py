@@ -57,14 +57,19 @@ def register_method(
     >>> MeanPromptModel = register_method("mean_prompt", MeanPromptConfig, MeanPromptGenerator)
     ```
     """
-    for what, cls, base in (("config", config_cls, InstancePromptConfig), ("generator", generator_cls, PromptGenerator)):
+    for what, cls, base in (
+        ("config", config_cls, InstancePromptConfig),
+        ("generator", generator_cls, PromptGenerator),
+    ):
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise TypeError(
                 f"The {what} of the method {name!r} must be a class derived from `{base.__name__}`, got {cls!r}: write "
                 f"`class {name.title().replace('_', '')}{what.title()}({base.__name__})`."
             )
     if not is_dataclass(config_cls) or "__dataclass_fields__" not in vars(config_cls):
-        raise TypeError(f"{config_cls.__name__}, the config of the method {name!r}, must be a dataclass: put `@dataclass` above it.")
+        raise TypeError(
+            f"{config_cls.__name__}, the config of the method {name!r}, must be a dataclass: put `@dataclass` above it."
+        )
     if generator_cls.generate is PromptGenerator.generate and generator_cls.forward is PromptGenerator.forward:
         raise TypeError(
             f"{generator_cls.__name__}, the generator of the method {name!r}, defines no `generate(instances, depth, weights)`."

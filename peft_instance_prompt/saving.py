@@ -5,8 +5,8 @@
 
 PEFT and transformers write an adapter's files where they shall lie, one after the other, and have no hook around that. So
 [`guard_saving`] extends their `save_pretrained`: they write into a folder within the folder, the config gets the digest of
-the weights, and then each file takes the place of the old one, the config last. In the moment between, the digest does not
-match, which `loading` finds. Adapters of other packages are let pass.
+the weights, and then each file takes the place of the old one, the config last. In the moment between, and for good if the
+writer is killed then, the digest does not match, which `loading` finds. Adapters of other packages are let pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ LEFT_OVER = 3600  # seconds after which what a killed writer has left is removed
 
 @contextmanager
 def staged(folder: str | os.PathLike, *kept: str) -> Iterator[Path]:
-    """A new folder to write into. When the block ends, each of its files replaces that of `folder`, the configs last.
+    """A new folder to write into. When the block ends, each of its files replaces that of `folder`, a config after the weights.
 
     Args:
         folder (`str`): The folder. It is made if need be.
@@ -49,8 +49,9 @@ def staged(folder: str | os.PathLike, *kept: str) -> Iterator[Path]:
         raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(STAGE + "*"):
-        if time.time() - old.stat().st_mtime > LEFT_OVER:
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another writer's, who is done
+            if time.time() - old.stat().st_mtime > LEFT_OVER:
+                shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=STAGE, dir=folder) as outer:
         stage = Path(outer, "files")  # not `outer`: Trainer takes a folder with weights in it for another adapter's
         stage.mkdir()
@@ -59,13 +60,16 @@ def staged(folder: str | os.PathLike, *kept: str) -> Iterator[Path]:
                 (stage / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, stage / name)
         yield stage
-        files = sorted(
-            (file for file in stage.rglob("*") if file.is_file()), key=lambda file: file.name == CONFIG_NAME
-        )
-        for file in files:
-            target = folder / file.relative_to(stage)
+        files = {file: folder / file.relative_to(stage) for file in stage.rglob("*") if file.is_file()}
+        for target in files.values():
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        for file in sorted(files, key=_turn):
+            os.replace(file, files[file])
+
+
+def _turn(file: Path) -> tuple[Path, bool, bool]:
+    """When a file's turn is. An adapter's config comes right after its weights: between, the adapter cannot be loaded."""
+    return file.parent, file.name == CONFIG_NAME, file.name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 def seal(folder: Path, embeddings: list[str]) -> None:
@@ -78,9 +82,13 @@ def seal(folder: Path, embeddings: list[str]) -> None:
     weights = load_peft_weights(str(folder), device="cpu")
     # Of a resized embedding that is one of `modules_to_save`, PEFT saves the original and a second copy as well.
     doubles = {key for key in weights if {"original_module", "modules_to_save"} & set(key.split("."))}
-    if doubles and (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if doubles and file.is_file():
         weights = {key: tensor for key, tensor in weights.items() if key not in doubles}
-        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(
+            weights, file.with_suffix(".new"), metadata={"format": "pt"}
+        )  # the tensors may lie in the file itself
+        os.replace(file.with_suffix(".new"), file)
     names = [key.removeprefix(PREFIX) for key in weights]
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["weights_digest"] = digest(weights)

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers as tf
 from folders import CONFIG, WEIGHTS, assert_unchanged, change_config, change_weights, picture
 from methods import METHODS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, adapted, batch, causal_lm
+
+from peft_instance_prompt.folder import digest
 
 
 PREFIX = "base_model.model."
@@ -195,6 +198,32 @@ def test_what_fails_for_another_reason_is_undone(bad: Path, route: Route, monkey
     with pytest.raises(KeyboardInterrupt):
         route.load(model, bad)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["from_pretrained", "native"])
+def test_a_model_that_lies_on_disk_in_part(
+    bad: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT takes the hooks away that fetch its layers, before it loads anything."""
+    causal_lm().save_pretrained(tmp_path / "base")
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
+    places = {"model.layers.1": "disk", **dict.fromkeys(parts, "cpu")}
+    base = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=tmp_path / "disk"
+    )
+    assert base.model.layers[1].mlp.up_proj.weight.is_meta
+    good = load_file(bad / WEIGHTS)
+    change_weights(bad, OTHERS["head"])
+    with pytest.raises(ValueError, match="hold 1 tensor"):
+        ROUTES[name].load(base, bad)
+    if name == "native":  # transformers reads the file itself: here another one than was checked
+        change_config(bad, weights_digest=digest(good))
+        answers = iter([good, load_file(bad / WEIGHTS)])
+        monkeypatch.setattr("peft_instance_prompt.loading.load_peft_weights", lambda *_, **__: next(answers))
+        with pytest.raises(ValueError, match="is being rewritten"):
+            ROUTES[name].load(base, tmp_path / "good")
+    assert torch.equal(logits(base), logits(causal_lm()))
+    assert base.model.layers[1].mlp.up_proj.weight.is_meta and not hasattr(base, "peft_config")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

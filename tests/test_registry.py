@@ -70,7 +70,9 @@ def test_stands_aside_for_peft() -> None:
 
 
 def test_a_name_that_is_taken() -> None:
-    with pytest.raises(ValueError, match="The method 'iapt' is registered already, with the config .*IAPTConfig: choose another"):
+    with pytest.raises(
+        ValueError, match="The method 'iapt' is registered already, with the config .*IAPTConfig: choose another"
+    ):
         register_method("iapt", AnotherConfig, AnotherGenerator)
 
 
@@ -85,8 +87,20 @@ class EmptyGenerator(PromptGenerator):
 @pytest.mark.parametrize(
     ("name", "config", "generator", "error", "says"),
     [
-        ("new", dict, AnotherGenerator, TypeError, "derived from `InstancePromptConfig`, got .*write `class NewConfig"),
-        ("new", AnotherConfig, torch.nn.Linear, TypeError, "derived from `PromptGenerator`, got .*write `class NewGenerator"),
+        (
+            "new",
+            dict,
+            AnotherGenerator,
+            TypeError,
+            "derived from `InstancePromptConfig`, got .*write `class NewConfig",
+        ),
+        (
+            "new",
+            AnotherConfig,
+            torch.nn.Linear,
+            TypeError,
+            "derived from `PromptGenerator`, got .*write `class NewGenerator",
+        ),
         ("new", NoDataclassConfig, AnotherGenerator, TypeError, "must be a dataclass: put `@dataclass` above it"),
         ("new", AnotherConfig, EmptyGenerator, TypeError, r"defines no `generate\(instances, depth, weights\)`"),
         ("New-One", AnotherConfig, AnotherGenerator, ValueError, "an identifier in lower case"),
@@ -100,7 +114,9 @@ def test_a_method_without_its_parts(name, config, generator, error, says) -> Non
 
 
 def test_a_config_that_nobody_registered() -> None:
-    with pytest.raises(TypeError, match=r"UnregisteredConfig is the config of no method: register it with `register_method\("):
+    with pytest.raises(
+        TypeError, match=r"UnregisteredConfig is the config of no method: register it with `register_method\("
+    ):
 
         @dataclass
         class UnregisteredConfig(InstancePromptConfig):

@@ -74,5 +74,3 @@ def test_add_train_save_load(folder: str, kind: str, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "saved"))
     loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu").eval()
     np.testing.assert_allclose(loaded.encode(TEXTS), trained, atol=1e-5)
-
-

@@ -57,7 +57,13 @@ def fill_slots(
 
 
 def hide_late_slots(
-    running: Pass, info: StackInfo, layer: nn.Module, depth: int, states: torch.Tensor, args: tuple, kwargs: dict[str, Any]
+    running: Pass,
+    info: StackInfo,
+    layer: nn.Module,
+    depth: int,
+    states: torch.Tensor,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a layer with a mask that hides the slots which it does not see yet."""
     names = forward_args(layer)
@@ -76,7 +82,9 @@ def hide_late_slots(
     key = (id(mask), stage, num_keys, start)
     if key not in running.masks:
         hidden = running.table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
-        made = hide(mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype, info.true_hides)
+        made = hide(
+            mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype, info.true_hides
+        )
         running.masks[key] = mask, made
     made = running.masks[key][1]
     if place < len(args):

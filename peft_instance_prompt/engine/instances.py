@@ -98,7 +98,12 @@ class Selection:
         rows = instances if self.rows is None else self.rows[instances]
         columns = self.columns if isinstance(self.columns, slice) else self.columns[instances]
         return replace(
-            self, mask=self.mask[instances], first=self.first[instances], last=self.last[instances], rows=rows, columns=columns
+            self,
+            mask=self.mask[instances],
+            first=self.first[instances],
+            last=self.last[instances],
+            rows=rows,
+            columns=columns,
         )
 
     def within(self, layout: Layout) -> Selection:

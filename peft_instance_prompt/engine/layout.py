@@ -83,7 +83,9 @@ class SlotTable:
         """Forget what stands behind the first `length` positions."""
         if length < self.order.shape[1]:
             if bool((self.order[:, length:] < self.num_slots).any()):
-                raise ValueError(f"The cache cannot be cropped to {length} positions: that would cut off prompt slots.")
+                raise ValueError(
+                    f"The cache cannot be cropped to {length} positions: that would cut off prompt slots."
+                )
             self.order = self.order[:, :length]  # (B, length)
 
     def select(self, rows: torch.Tensor) -> None:
@@ -211,7 +213,9 @@ def insert_positions(
     before = counted.cumsum(dim=1) - counted  # (B, N)
     if sequence is not None:
         number = insert(sequence, sequence.gather(1, first), layout)  # (B, N)
-        within = counted.new_zeros(len(counted), int(number.max()) + 1).scatter_add(1, number, counted)  # (B, sequences)
+        within = counted.new_zeros(len(counted), int(number.max()) + 1).scatter_add(
+            1, number, counted
+        )  # (B, sequences)
         before = before - (within.cumsum(dim=1) - within).gather(1, number)  # (B, N)
     return insert(position_ids, own, layout) + before  # (B, N)
 

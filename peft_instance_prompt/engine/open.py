@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..generator import INPUT, Source
-from ..nn.pooling import first_index, last_index
+from ..nn.pooling import last_index
 from .batch import Group, pick, put
 from .cache import length, make_room
 from .calls import FOREIGN_ARGUMENTS, PER_TOKEN_ARGUMENTS, cache_of
@@ -196,9 +196,7 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
             "itself: give all of them adapters with the same `num_virtual_tokens`."
         )
     late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
-    return arrange(
-        before_token, S, live, predicts if info.causal else None, since, late, dead_at_end=not info.causal
-    )
+    return arrange(before_token, S, live, predicts if info.causal else None, since, late, dead_at_end=not info.causal)
 
 
 def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.pooling import first_token, last_token, mean_pool
 from ..engine.frozen import run_frozen
 from ..engine.stack import describe, find_stacks
+from ..nn.pooling import first_token, last_token, mean_pool
 
 
 POOLINGS = {"first": first_token, "last": last_token, "mean": mean_pool}

@@ -131,8 +131,12 @@ def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[
         made = [generated for depth, generated in record(model, batch).items() if depth is not None][0]
         layout, instances = made.layout, made.instances.mask.sum(dim=1, keepdim=True)  # (B, 1)
         column = made.selection.last[:, None]  # (B, 1)
-        last = column if made.depth == INPUT else (layout.token_index == column).int().argmax(dim=1, keepdim=True)  # (B, 1)
-        after = (last + 1 - layout.before_token).clamp(min=0)  # (B, L) tokens up to the last that stand behind each slot
+        last = (
+            column if made.depth == INPUT else (layout.token_index == column).int().argmax(dim=1, keepdim=True)
+        )  # (B, 1)
+        after = (last + 1 - layout.before_token).clamp(
+            min=0
+        )  # (B, L) tokens up to the last that stand behind each slot
         later = layout.live & (2 * after < instances)  # (B, L)
         lengths.append(layout.live.sum(dim=1).cpu())
         behind.append(later.sum(dim=1).cpu())

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .inspection import active_generator, check_depth, placements, prompt_vectors, token_weights
 from ..nn.rational import rational
+from .inspection import active_generator, check_depth, placements, prompt_vectors, token_weights
 
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from ..engine.intercept import Generated, intercept
-from .inspection import active_generator, evaluating, record
 from ..engine.request import note
+from .inspection import active_generator, evaluating, record
 
 
 PROMPTS = ("own", "shuffled", "mean", "none")

@@ -17,9 +17,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from peft_instance_prompt import IAPTConfig, instruction_scope
+from peft_instance_prompt.engine import scope as rules
 from peft_instance_prompt.engine.passes import current_pass
 from peft_instance_prompt.engine.request import Request
-from peft_instance_prompt.engine import scope as rules
 from peft_instance_prompt.engine.scope import find_scope, from_labels, from_length, from_mask, from_template
 
 
@@ -473,7 +473,9 @@ def test_chat_template_is_what_stands_before_an_answer(chat_folder: str, kind: s
     words = tokenizer()
     assert model.peft_config["default"].response_template == words("w1", add_special_tokens=False)["input_ids"]
     text = words.apply_chat_template(
-        [{"role": "user", "content": "w9 w8"}, {"role": "assistant", "content": "w7"}], tokenize=True, return_dict=False
+        [{"role": "user", "content": "w9 w8"}, {"role": "assistant", "content": "w7"}],
+        tokenize=True,
+        return_dict=False,
     )
     ids = torch.tensor([text])
     question = text.index(words("w1", add_special_tokens=False)["input_ids"][0]) + 1
@@ -485,7 +487,10 @@ def test_chat_template_is_what_stands_before_an_answer(chat_folder: str, kind: s
     ("template", "complaint"),
     [
         (None, "has no chat template"),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing between a user's turn and the answer"),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "writes nothing between a user's turn and the answer",
+        ),
         (
             "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w3{% endif %}",
             "and something else before an answer that is there",

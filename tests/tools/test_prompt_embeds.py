@@ -12,9 +12,9 @@ from methods import METHODS
 from peft import get_peft_model
 
 from peft_instance_prompt import to_prompt_embeds
+from peft_instance_prompt.engine.passes import current_pass
 from peft_instance_prompt.generator import INPUT
 from peft_instance_prompt.tools.inspection import active_generator
-from peft_instance_prompt.engine.passes import current_pass
 
 
 def adapted(method: str, family: str = "llama"):

@@ -14,8 +14,8 @@ from tiny import adapted, batch, causal_lm
 from torch import nn
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.generator import Instance
 from peft_instance_prompt.engine.layer import InstancePromptLayer
+from peft_instance_prompt.generator import Instance
 from peft_instance_prompt.tuners.iapt import IAPTGenerator
 
 

@@ -15,8 +15,8 @@ from tiny import adapted, assert_same, batch, causal_lm, encoder, pair
 from torch import nn
 
 from peft_instance_prompt import LPTConfig
-from peft_instance_prompt.generator import Instance
 from peft_instance_prompt.engine.masks import hide
+from peft_instance_prompt.generator import Instance
 from peft_instance_prompt.tuners.lpt import LPTGenerator
 
 
