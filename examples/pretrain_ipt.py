@@ -52,14 +52,22 @@ class DomainClassifier(nn.Module):
     def __init__(self, vocab_size, width, args):
         super().__init__()
         self.table = Table(vocab_size, width, args.rank)
-        self.encoder = None if args.encoder is None else ENCODERS[args.encoder](width, args.bottleneck_dim)
-        self.head = nn.Linear(width if self.encoder is None else self.encoder.num_features, len(FILES))
+        self.encoder = None if args.encoder is None else ENCODERS[args.encoder]
+        num_features = width
+        if self.encoder is not None:
+            # Under the names that they have in the generator.
+            for name, parameter in self.encoder.parameters(width, args.bottleneck_dim).items():
+                self.register_parameter(name, parameter)
+            num_features = self.encoder.features_per_unit * args.bottleneck_dim
+        self.head = nn.Linear(num_features, len(FILES))
 
     def forward(self, ids, mask):
         vectors = rms_norm(self.table(ids))  # (B, S, w), normalised as the generator does
         if self.encoder is None:
             return self.head(mean_pool(vectors, mask))  # (B, domains)
-        return self.head(self.encoder(vectors, mask.sum(dim=1)))  # (B, domains)
+        weights = {name: parameter[0] for name, parameter in self.named_parameters(recurse=False)}
+        features = self.encoder.run(vectors, mask.sum(dim=1), weights)  # (B, 1, f)
+        return self.head(features[:, 0])  # (B, domains)
 
 
 def main(args):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mean_prompt import MeanPromptConfig
+
 from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IPTConfig, LPTConfig
 
 
@@ -81,6 +83,7 @@ METHODS: dict[str, Callable] = {
             **kw,
         }
     ),
+    "mean_prompt": lambda **kw: MeanPromptConfig(**kw),
 }
 
 # Which shared test (the name of its function) does not hold for which method, and why.
