@@ -214,8 +214,8 @@ class PromptGenerator(nn.Module):
             embeds (`torch.Tensor`): Shape (B, S, e). The input embeddings without them.
             vector (`torch.Tensor`, *optional*): Shape (B, ...). What `encode` returned.
             layout (`Layout`): Where slots and tokens stand.
-            front, end (`torch.LongTensor`): Shape (B,). The token before which the slots before the instruction stand, and the
-                one before which those behind it stand; `front <= end`.
+            front (`torch.LongTensor`): Shape (B,). The token before which the slots before the instruction stand.
+            end (`torch.LongTensor`): Shape (B,). The token before which the slots behind it stand; `front <= end`.
 
         Returns:
             `torch.Tensor`: `widened`, with the same values.
@@ -233,7 +233,8 @@ class PromptGenerator(nn.Module):
         term; with `init_weights="paper"` there is none.
 
         Args:
-            instances, depth: As in `generate`.
+            instances (`Instances`): As in `generate`.
+            depth (`int`): As in `generate`.
             weights (`Mapping[str, torch.Tensor]`, *optional*): As in `generate`. Default: the generator's own.
 
         Returns:
