@@ -65,7 +65,7 @@ class Generate(StandIn):
         fields = {name: value for name, value in fields.items() if value is not None}
         ids = inputs if length is not None and not inputs.is_floating_point() else None
         with note(model, prompt_length=length, prompt_ids=ids, adapters=adapters_of(model), **fields):
-            return self.__wrapped__(*args, **kwargs)
+            return self.call_wrapped(*args, **kwargs)
 
 
 class GenerateBatch(StandIn):

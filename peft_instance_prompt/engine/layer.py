@@ -175,19 +175,19 @@ class StackForward(StandIn):
         if torch.compiler.is_compiling():  # torch.compile cannot break a graph within `try`
             return self._compiled(args, kwargs)
         if is_frozen(self.module):
-            return self.__wrapped__(*args, **kwargs)
+            return self.call_wrapped(*args, **kwargs)
         outer = current_pass.get()
         try:
             call = self.layer.open(self.module, args, kwargs)
-            return self.layer.close(self.__wrapped__(**call))
+            return self.layer.close(self.call_wrapped(**call))
         finally:
             current_pass.set(outer)
 
     def _compiled(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if is_frozen(self.module):
-            return self.__wrapped__(*args, **kwargs)
+            return self.call_wrapped(*args, **kwargs)
         outer = current_pass.get()
         call = self.layer.open(self.module, args, kwargs)
-        output = self.layer.close(self.__wrapped__(**call))
+        output = self.layer.close(self.call_wrapped(**call))
         current_pass.set(outer)
         return output

@@ -186,7 +186,7 @@ class NotedForward(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self.__wrapped__(*args, **kwargs)
+            return self.call_wrapped(*args, **kwargs)
         request = before = latest_request.get()
         by_hooks = request.model is self.module and request.outer is not None and not request.entered
         if not by_hooks:
@@ -194,7 +194,7 @@ class NotedForward(StandIn):
             request = latest_request.get()
         latest_request.set(replace(request, entered=True))
         try:
-            output = self.__wrapped__(*args, **kwargs)
+            output = self.call_wrapped(*args, **kwargs)
         except Exception:
             latest_request.set(before)
             raise

@@ -79,12 +79,18 @@ class StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
             args and args[0] is self.module
-        ):  # accelerate binds what it finds beneath its own stand-in to the module once more
+        ):  # accelerate binds a method beneath its own stand-in to the module once more
             args = args[1:]
-        return self.__wrapped__(*args, **kwargs) if self.removed else self.run(*args, **kwargs)
+        return self.call_wrapped(*args, **kwargs) if self.removed else self.run(*args, **kwargs)
+
+    def call_wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method that it stands for."""
+        if self.hidden is not None:
+            return self.hidden(*args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)  # torch.compile binds no methods
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Called in place of the method, which is `self.__wrapped__`."""
+        """Called in place of the method, which is `call_wrapped`."""
         raise NotImplementedError
 
 
