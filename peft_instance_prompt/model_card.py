@@ -4,7 +4,7 @@
 """The model card of an adapter: it says how to load it, since PEFT alone gives a bare `KeyError: 'IAPT'`.
 
 PEFT has no way to add to the card that it writes, and transformers' `push_to_hub` puts one of its own in its place. So
-[`teach_peft`] extends two methods of `PeftModel`; adapters of other packages are let pass.
+[`teach_peft`] extends two methods of `PeftModel`; cards of other packages' adapters stay as they are.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ model = {auto_class}.from_pretrained("{name}")
 
 
 def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDER_OR_REPOSITORY") -> None:
-    """Say in the `README.md` of an adapter's folder how to load it; what else stands there is left.
+    """Say in the `README.md` of an adapter's folder how to load it; the rest of the card stays.
 
     Args:
         folder (`str`): The folder. A card is made if it has none.
         config (`PeftConfig`): The adapter's config.
-        name (`str`): What the adapter is to be loaded from.
+        name (`str`): The folder or repository that the card tells users to load.
     """
     path = Path(folder, "README.md")
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData(library_name='peft')}\n---\n")
