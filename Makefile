@@ -1,10 +1,16 @@
-# make test    the whole test suite, in an environment of its own (.venv)
-# make demo    train an IAPT adapter on a small language model and generate with it, in a few minutes on a CPU
-# make bench   time decoding, prefill, training and import against the bare model and against LoRA
-# make lint    ruff
+# make test       the whole test suite, in an environment of its own (.venv)
+# make coverage   the same, and the lines of the package that it did not run
+# make lint       ruff
+# make types      mypy over the package
+# make docs       the documentation, in site/; a warning is an error
+# make demo       train an IAPT adapter on a small language model and generate with it, in a few minutes on a CPU
+# make bench      time decoding, prefill, training and import against the bare model and against LoRA
+# make test-all   all that is too long for CI, part by part; each is a target of its own:
+#   test-floor      the suite on the oldest supported releases
+#   test-previous   the suite on the newest transformers whose own `add_adapter` takes this PEFT
+#   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
 #
-# Nothing has to be installed first but Python >= 3.11. To test on the oldest supported releases:
-#   make test VENV=.venv-floor CONSTRAINTS=constraints/floor.txt
+# Nothing has to be installed first but Python >= 3.11.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,17 +23,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A stamp says: these extras are installed in this environment, at these pins.
 STAMP := $(VENV)/.$(basename $(notdir $(CONSTRAINTS)))
+PINS := $(CONSTRAINTS) constraints/common.txt
 
-.PHONY: test demo bench lint format clean
+# The parts of `make test-all`.
+ALL := test-floor test-previous test test-fresh
+LOGS := outputs/test-all
+
+.PHONY: test coverage lint format types docs demo bench test-all test-floor test-previous test-fresh clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-demo: $(STAMP)-examples
-	$(BIN)/python examples/finetune_iapt.py $(DEMO_ARGS)
-
-bench: $(STAMP)-examples
-	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+coverage: $(STAMP)-dev
+	$(BIN)/python -m pytest --cov $(PYTEST_ARGS)
 
 lint: $(STAMP)-ruff
 	$(BIN)/python -m ruff check .
@@ -37,23 +45,65 @@ format: $(STAMP)-ruff
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+types: $(STAMP)-dev
+	$(BIN)/python -m mypy
+
+docs: $(STAMP)-dev
+	$(BIN)/python -m mkdocs build --strict
+
+demo: $(STAMP)-examples
+	$(BIN)/python examples/finetune_iapt.py $(DEMO_ARGS)
+
+bench: $(STAMP)-examples
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+# Every part runs, whatever became of those before it.
+test-all:
+	mkdir -p $(LOGS)
+	@status=0; for part in $(ALL); do \
+	    echo "== make $$part, see $(LOGS)/$$part.log"; \
+	    $(MAKE) $$part > $(LOGS)/$$part.log 2>&1 || status=1; \
+	    grep -E ' in [0-9.]+s' $(LOGS)/$$part.log | tail -n 1 | grep . || tail -n 5 $(LOGS)/$$part.log; \
+	done; exit $$status
+
+test-floor:
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints/floor.txt
+
+test-previous:
+	$(MAKE) test VENV=.venv-previous CONSTRAINTS=constraints/previous.txt
+
+# Anew each time. What is tested is the wheel, not this folder: -P keeps the folder off the path.
+FRESH := .venv-fresh
+FRESH_PYTHON := $(FRESH)/bin/python
+TORCH := $(shell grep ^torch== constraints/common.txt)
+test-fresh:
+	rm -rf build $(FRESH)
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH_PYTHON) -m pip wheel --no-deps --wheel-dir $(FRESH) .
+	$(FRESH_PYTHON) -m pip install $(TORCH) packaging
+	$(FRESH_PYTHON) -m pip install --no-deps $(FRESH)/*.whl
+	$(FRESH_PYTHON) -m pip install $(TORCH) $$($(FRESH_PYTHON) constraints/uncapped.py)
+	$(FRESH_PYTHON) -m pip freeze | grep -E '^(torch|transformers|peft|accelerate|trl|sentence-transformers)='
+	PEFT_INSTANCE_PROMPT_UNTESTED=1 $(FRESH_PYTHON) -P -m pytest $(PYTEST_ARGS)
+
 # torch first and alone: its exact pin decides the build, before another requirement can ask for a different one.
-$(STAMP)-torch: $(CONSTRAINTS)
+$(STAMP)-torch: $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	rm -f $(VENV)/.*-torch $(VENV)/.*-test $(VENV)/.*-examples
+	rm -f $(VENV)/.*-torch $(VENV)/.*-test $(VENV)/.*-examples $(VENV)/.*-dev
 	$(PIP) install -c $(CONSTRAINTS) torch
 	touch $@
 
-$(STAMP)-test $(STAMP)-examples: $(STAMP)-%: $(STAMP)-torch pyproject.toml
+$(STAMP)-test $(STAMP)-examples $(STAMP)-dev: $(STAMP)-%: $(STAMP)-torch pyproject.toml
 	$(PIP) install -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
 
 # The linter needs none of the package's dependencies.
-$(STAMP)-ruff: $(CONSTRAINTS)
+$(STAMP)-ruff: $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c $(CONSTRAINTS) ruff
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-floor .venv-previous $(FRESH) $(VENV)
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,16 +1,5 @@
-# Copyright 2026-present the peft_instance_prompt authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
 """
 What a method costs, as ratios: decoding and prefill against the bare model, a training step against LoRA, the import against
 `import peft`.
@@ -47,9 +36,10 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+# The loader of the model.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "realdata"))
 
-from smollm2 import load_smollm2  # noqa: E402
+from smollm2 import load_smollm2
 
 
 # glibc's own variables; the first is as large as it can be

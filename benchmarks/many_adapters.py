@@ -1,17 +1,5 @@
-# Copyright 2026-present the peft_instance_prompt authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
 """
 Many adapters on one backbone: does decoding slow down with the number that are resident, and what do adding and switching
 cost?
@@ -34,15 +22,16 @@ from pathlib import Path
 
 import torch
 import transformers
+from bench import BATCH, decode
 from peft import get_peft_model
 
+from peft_instance_prompt import IAPTConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from bench import BATCH, decode  # noqa: E402
+# The loader of the model.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "realdata"))
 
-from peft_instance_prompt import IAPTConfig  # noqa: E402
-from smollm2 import load_smollm2  # noqa: E402
+from smollm2 import load_smollm2
 
 
 def config() -> IAPTConfig:

@@ -1,17 +1,5 @@
-# Copyright 2026-present the peft_instance_prompt authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
 """
 IDPG on film reviews: the prompt is computed from a vector of each review.
 
@@ -29,7 +17,6 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
 
-import minilm
 from finetune_iapt import Collator, accuracy, fit, load_base, load_examples, make_parser, save_and_compare
 from peft_instance_prompt import IDPGConfig, InstanceEmbedsCollator, add_instance_embeds
 
@@ -44,11 +31,12 @@ def main(args):
     collator = Collator(tokenizer)
     fields = {"instance_source": args.vectors}
     if args.vectors == "minilm":
+        from minilm import encode  # beside the loaders that finetune_iapt.py takes
+
         # Only what is used is encoded; with your own data, encode all of it once and keep it.
         train_examples = train_examples[: 8 * args.steps]
         train_examples, test_examples = (
-            list(add_instance_embeds(Dataset.from_list(part), minilm.encode))
-            for part in (train_examples, test_examples)
+            list(add_instance_embeds(Dataset.from_list(part), encode)) for part in (train_examples, test_examples)
         )
         collator = InstanceEmbedsCollator(collator)
         # PHM cuts the vectors into n parts, so n must divide their width, 384, as well as the model's.

@@ -1,16 +1,5 @@
-# Copyright 2026-present the peft_instance_prompt authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
 """
 Ask whether the instance mattered to a trained IAPT adapter, and draw what its prompts do.
 
@@ -29,11 +18,9 @@ from matplotlib.figure import Figure
 from peft import PeftModel
 from torch.utils.data import DataLoader
 
-from finetune_iapt import Collator
+from finetune_iapt import Collator, load_base, load_examples
 from peft_instance_prompt import instance_report
 from peft_instance_prompt.plots import plot_activations, plot_prompt_map, plot_reading
-from smollm2 import load_smollm2
-from vader import sentiment_splits
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,8 +46,8 @@ def draw(model, tokenizer, collator, examples, layer):
 
 def main():
     args = parser.parse_args()
-    model, tokenizer = load_smollm2()
-    _, test_examples = sentiment_splits()
+    model, tokenizer = load_base(None)
+    _, test_examples = load_examples(None, seed=0)
     collator = Collator(tokenizer)
     model = PeftModel.from_pretrained(model, args.adapter)
     model.eval()

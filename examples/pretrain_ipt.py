@@ -1,17 +1,5 @@
-# Copyright 2026-present the peft_instance_prompt authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
 """
 Pretrain the table, and the small network, of IPT: tell the domain of a sentence from what is looked up for its tokens.
 
@@ -28,6 +16,7 @@ out of the optimizer, and what is saved as pretrained is the random start. Here 
 
 import argparse
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -36,6 +25,11 @@ from torch import nn
 
 from peft_instance_prompt.nn.pooling import mean_pool, rms_norm
 from peft_instance_prompt.tuners.ipt import ENCODERS, Table
+
+
+# The loaders of model and sentences.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "realdata"))
+
 from smollm2 import load_smollm2
 from vader import FILES, load_sentences
 

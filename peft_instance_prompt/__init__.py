@@ -1,28 +1,17 @@
-# Copyright 2026-present the peft_instance_prompt authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
 
 """Soft prompts that are generated from the input instance, as PEFT adapters. Importing the package registers them."""
 
-from .bilevel import learn_activations
+from importlib import import_module
+from typing import Any
+
+from .calls import warn_of_untested_release
 from .card import teach_peft
 from .config import InstancePromptConfig
-from .embeds import InstanceEmbedsCollator, add_instance_embeds
 from .loading import guard_loading
-from .report import instance_report
 from .saving import guard_saving
 from .scope import instruction_scope
-from .serving import to_prompt_embeds
 from .tuners import (
     Choices,
     DynamicPromptConfig,
@@ -41,6 +30,27 @@ from .tuners import (
 
 __version__ = "0.1.0"
 
+# Tools are imported when they are asked for: they need the Trainer's module, which takes long and itself imports PEFT.
+_TOOLS = {
+    "InstanceEmbedsCollator": ".embeds",
+    "add_instance_embeds": ".embeds",
+    "instance_report": ".report",
+    "learn_activations": ".bilevel",
+    "to_prompt_embeds": ".serving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TOOLS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_TOOLS[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+warn_of_untested_release()
 teach_peft(InstancePromptConfig)
 guard_loading(InstancePromptConfig)
 guard_saving(InstancePromptConfig)

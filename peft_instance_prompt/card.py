@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
+from peft.peft_model import PeftModel
 
 
 if TYPE_CHECKING:

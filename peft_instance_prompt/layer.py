@@ -14,9 +14,9 @@
 
 """The layer that is attached to a transformer stack: it holds the adapters and works by hooks.
 
-    stack forward pre-hook    open:  embed the tokens, insert the slots, widen mask, positions and token types
+    stack forward             open:  embed the tokens, insert the slots, widen mask, positions and token types
     layer forward pre-hook    fill:  write the generated vectors into the slots of this layer's input
-    stack forward hook        close: take the slots out of whatever the stack returns
+    stack forward             close: take the slots out of whatever the stack returns
 
 No module of the base model is replaced. Hooks are bound methods, so that a deep copy of the model calls its own layer.
 What one forward needs between its hooks lies in a context variable, so that threads do not see each other's.
@@ -36,19 +36,42 @@ from torch import nn
 
 from . import slots
 from .cache import SlotCache, SlotTable, length, make_room
+from .calls import FOREIGN_ARGUMENTS, PER_TOKEN_ARGUMENTS, by_name, cache_of
+from .generation import Generate, GenerateBatch
 from .generator import INPUT, Instance, PromptGenerator, Source
 from .groups import group_rows, pick, put
 from .intercept import intercepted
 from .masks import beyond_causal, check_not_packed, pad_to_static_cache, padding_mask, see_beyond_causal
 from .nn.pooling import first_index, last_index
 from .passes import InContext, Pass, current_pass, frozen_stacks, hide_late_slots, keep_context, run_frozen
-from .scope import Request, current_request, end_call, find_scope, note_call, note_encoder_slots
-from .stack import StackInfo, embed, embed_per_layer, find_stacks, forward_args
+from .scope import CallNote, NotedForward, Request, current_request, find_scope, note_encoder_slots
+from .stack import StackInfo, embed, embed_per_layer, find_stacks
+from .wrap import StandIn, stand_ins
 
 
-# What a stack is called with that has a row and a column for each token, or is no business of ours though it looks so.
-_KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
-_FOREIGN = ("encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels")
+class StackForward(StandIn):
+    """The forward of a stack with its slots: opens them, runs the stack, closes them."""
+
+    method = "forward"
+
+    def __init__(self, module: nn.Module, layer: InstancePromptLayer):
+        super().__init__(module)
+        self.layer = layer
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.module in frozen_stacks.get():
+            return self.__wrapped__(*args, **kwargs)
+        outer = current_pass.get()
+        if torch.compiler.is_compiling():  # it cannot part a graph within `try`
+            args, kwargs = self.layer.open(self.module, args, kwargs)
+            output = self.layer.close(self.module, self.__wrapped__(*args, **kwargs))
+            current_pass.set(outer)
+            return output
+        try:
+            args, kwargs = self.layer.open(self.module, args, kwargs)
+            return self.layer.close(self.module, self.__wrapped__(*args, **kwargs))
+        finally:
+            current_pass.set(outer)
 
 
 class InstancePromptLayer(nn.Module, BaseTunerLayer):
@@ -93,13 +116,12 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
 
     def attach(self, model: nn.Module, stack: nn.Module, layers: nn.ModuleList) -> None:
         """Register the hooks on the base model, the stack and its layers."""
-        if note_call not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(note_call, with_kwargs=True, prepend=True)
-            model.register_forward_hook(end_call, always_call=True)
-        self.handles = [
-            stack.register_forward_pre_hook(self._open, with_kwargs=True),
-            stack.register_forward_hook(self._close, with_kwargs=True, always_call=True),
-        ]
+        StackForward(stack, self).install()
+        if not stand_ins(model, NotedForward):
+            CallNote().register(model)
+            for stand_in in (NotedForward, Generate, GenerateBatch):
+                if hasattr(model, stand_in.method):
+                    stand_in(model).install()
         if self.info.encoder_of_pair:
             for name in find_stacks(model).values():
                 if "decoder" in name.split("."):
@@ -114,34 +136,37 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
-        for hooks, ours in ((model._forward_pre_hooks, note_call), (model._forward_hooks, end_call)):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
-                del hooks[key]
+        for stand_in in stand_ins(stack, StackForward):
+            if stand_in.layer is self:
+                stand_in.remove()
+        if not any(isinstance(module, InstancePromptLayer) and module is not self for module in model.modules()):
+            for hook in list(model._forward_pre_hooks.values()):
+                if isinstance(hook, CallNote):
+                    hook.remove()
+            for stand_in in stand_ins(model, StandIn):
+                stand_in.remove()
         for module in layers.modules():
             if isinstance(checkpoint := getattr(module, "_gradient_checkpointing_func", None), InContext):
                 module._gradient_checkpointing_func = checkpoint.checkpoint
 
     @torch.compiler.disable
-    def _open(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def open(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the stack runs: insert the slots, or go on from a cache that holds some."""
-        if stack in frozen_stacks.get():
-            return None
-        kwargs = {**dict(zip(forward_args(stack), args)), **kwargs} if args else dict(kwargs)
+        kwargs = by_name(stack, args, kwargs)
         tokens = (
             kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         )  # (B, S, ...)
-        given, as_dict = kwargs.get("past_key_values"), kwargs.get("return_dict")
+        (name, given), as_dict = cache_of(kwargs), kwargs.get("return_dict")
         cache = SlotCache.find(given)
         if isinstance(given, SlotCache):
-            kwargs["past_key_values"] = given.inner
+            kwargs[name] = given.inner
         step = Pass(
             self,
-            outer=current_pass.get(),
             attention=str(stack.config._attn_implementation),
             cache=cache,
             as_tuple=(stack.config.return_dict if as_dict is None else as_dict) is False,
         )
-        current_pass.set(step)  # also if nothing is to be done: what is above it may be a pass that was broken off
+        current_pass.set(step)
         if cache is not None:
             self._continue(kwargs, step, tokens, counts_slots=given is not cache)
         else:
@@ -152,7 +177,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 else group_rows(self.generators, self.active_adapters, tokens.shape[0], request, tokens.device)
             )
             if not step.groups:
-                return (args, kwargs) if isinstance(given, SlotCache) else None
+                return (), kwargs
             if not self.info.decoder_of_pair:
                 request = request.of_tokens(kwargs.get("input_ids"))
             self._insert(stack, kwargs, step, request, tokens)
@@ -167,10 +192,10 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         B, S = tokens.shape[:2]
         if B == 0 or S == 0:
             raise ValueError(f"The batch is empty: {B} row(s) of {S} token(s).")
-        cache = kwargs.get("past_key_values")
+        name, cache = cache_of(kwargs)
         if cache is not None and length(cache) > 0:
             raise ValueError(
-                f"`past_key_values` holds {length(cache)} tokens but no prompt slots: it was filled without an adapter. "
+                f"`{name}` holds {length(cache)} tokens but no prompt slots: it was filled without an adapter. "
                 "Start from an empty cache, or fill it with the adapter active."
             )
         check_not_packed(kwargs)
@@ -188,7 +213,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             # Counted over tokens and not over columns, so that padding on the left moves nothing.
             positions = (is_token.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
             kwargs["position_ids"] = positions + self.info.position_offset
-        plain = {**kwargs, "attention_mask": mask, "past_key_values": None, "use_cache": False}
+        plain = {**kwargs, "attention_mask": mask, "use_cache": False}
+        plain.pop(name, None)
         per_layer = kwargs.pop("per_layer_inputs", None)
         per_layer = embed_per_layer(stack, ids, embeds) if per_layer is None else per_layer  # (B, S, layers, width)
         frozen_pass = once(partial(run_frozen, stack, plain))
@@ -306,7 +332,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         B, S = is_token.shape
         for name, value in kwargs.items():
             unknown = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (B, S)
-            if unknown and name not in _KNOWN + _FOREIGN:
+            if unknown and name not in PER_TOKEN_ARGUMENTS + FOREIGN_ARGUMENTS:
                 raise ValueError(f"Instance prompts do not know how to give slots a place in `{name}` {(B, S)}.")
         kwargs["attention_mask"] = None
         # Without a mask, position ids that do not count on would be taken for those of several sequences in a row.
@@ -342,8 +368,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         B, S = tokens.shape[:2]
         if counts_slots and not self._goes_on(kwargs.get("position_ids"), kwargs.get("attention_mask"), seen, S):
             raise ValueError(
-                f"`past_key_values` holds {seen} tokens and {table.num_slots} prompt slots, but the text does not go on from "
-                f"these {seen} tokens. Pass the `past_key_values` that the model returned, which counts tokens only, and not "
+                f"The cache holds {seen} tokens and {table.num_slots} prompt slots, but the text does not go on from these "
+                f"{seen} tokens. Pass the cache that the model returned, which counts tokens only, and not "
                 "the cache that went in first."
             )
         mask = padding_mask(kwargs.get("attention_mask"), B, seen + S, from_static_cache=False)  # (B, seen + S)
@@ -404,15 +430,12 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
     @torch.compiler.disable
-    def _close(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def close(self, stack: nn.Module, output: Any) -> Any:
         """After the stack ran: leave what the caller would have got, had there been no slots."""
         step = current_pass.get()
-        if step is None or step.owner is not self or stack in frozen_stacks.get():
-            return None
-        current_pass.set(step.outer)
-        if output is None or step.table is None:  # the stack raised, or there was nothing to do
-            return None
-        cache = step.cache
+        if step.table is None:  # there was nothing to do
+            return output
+        cache, (name, filled) = step.cache, cache_of(output)
         if step.layout is not None:
             layout = step.layout
             last = slots.take(output.last_hidden_state, layout.read_index)  # (B, S, d)
@@ -421,8 +444,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 output.hidden_states = (*inner, last)  # each (B, S, d)
             if output.get("pooler_output") is not None:
                 output.pooler_output = _pool(stack, last)  # (B, d)
-            if output.get("past_key_values") is not None:
-                cache = SlotCache(output.past_key_values, step.table)
+            if filled is not None:
+                cache = SlotCache(filled, step.table)
             if self.info.encoder_of_pair:  # the decoder attends to the slots, so they stay
                 output["slot_order"], output["slot_live"] = layout.order, layout.live
                 note_encoder_slots(layout.order, layout.live)
@@ -430,8 +453,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 output.last_hidden_state = last
         if output.get("attentions") is not None:
             output.attentions = tuple(self._strip(maps, step) for maps in output.attentions)
-        if output.get("past_key_values") is not None:
-            output.past_key_values = cache
+        if filled is not None:
+            output[name] = cache
         return output.to_tuple() if step.as_tuple else output
 
     def _strip(self, attention: torch.Tensor | None, step: Pass) -> torch.Tensor | None:
@@ -463,7 +486,7 @@ def _attend_to_slots(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         found := current_request().encoder_slots
     ) is None or frozen_stacks.get():  # a frozen pass has the widened mask already
         return None
-    kwargs = {**dict(zip(forward_args(decoder), args)), **kwargs} if args else dict(kwargs)
+    kwargs = by_name(decoder, args, kwargs)
     states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
     if states is not None:
         num_tokens = states.shape[1] - found[1].shape[1]

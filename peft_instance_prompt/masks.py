@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from transformers.masking_utils import create_masks_for_generate
 
+from .calls import cache_argument
+
 
 def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_static_cache: bool) -> torch.Tensor | None:
     """The 2-D mask behind `attention_mask`.
@@ -111,7 +113,7 @@ def see_beyond_causal(
         config=config,
         inputs_embeds=embeds,
         attention_mask=mask,
-        past_key_values=cache,
+        **{cache_argument(create_masks_for_generate): cache},
         or_mask_function=lambda b, h, q, k: later[b, q, k],
     )
 

@@ -28,13 +28,13 @@ from peft.utils import AuxiliaryTrainingWrapper, TaskType
 from torch import nn
 
 from .attaching import check_adapter_name, check_memory, check_modules_to_save, check_tensor_names, undone_on_error
-from .cache import SlotCache
+from .calls import check_release, check_understood
 from .config import InstancePromptConfig
 from .generator import PromptGenerator
 from .layer import InstancePromptLayer
 from .loading import check_arrival, names_of, take_config
 from .passes import no_trace
-from .scope import known_of, note
+from .scope import note
 from .stack import StackInfo, describe, find_stacks
 
 
@@ -72,7 +72,10 @@ class InstancePromptModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: InstancePromptConfig, model_config: dict) -> InstancePromptConfig:
         """Find the stacks, and refuse what does not fit before anything of the model is changed."""
+        check_release()
         infos = self._find_targets(peft_config)
+        for info in infos:
+            check_understood(self.model.get_submodule(info.name), info.name, info.causal)
         check_task(peft_config, infos)
         for info in infos:
             check_sizes(peft_config, info)
@@ -164,52 +167,11 @@ class InstancePromptModel(BaseTuner):
                 return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`.
-
-        Args:
-            instruction_mask (`torch.Tensor`, *optional*): Shape (B, S), bool or 0/1: the tokens that the prompt is
-                generated from. Defaults to what `response_template` says, else to all tokens but padding.
-            instance_embeds (`torch.Tensor`, *optional*): Shape (B, k): instance vectors for methods that take them.
-            *args, **kwargs: As for the base model.
-        """
-        fields = {name: kwargs.pop(name, None) for name in ("instruction_mask", "instance_embeds")}
-        config = kwargs.get("generation_config")
-        chunk = kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
-        if chunk or getattr(self.model.generation_config, "prefill_chunk_size", None):
-            raise ValueError(
-                "Instance prompts cannot be used with `prefill_chunk_size`: they are generated from the whole instruction, "
-                "of which a chunk shows only a part."
-            )
-        cache = SlotCache.find(kwargs.get("past_key_values"))
-        if cache is not None:
-            kwargs["past_key_values"] = cache
-        inputs = kwargs.get("inputs_embeds")
-        inputs = next(
-            (x for x in (inputs, *args, kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None
-        )
-        length = inputs.shape[1] if isinstance(inputs, torch.Tensor) and inputs.dim() > 1 else None
-        known = known_of(self.model)
-        for name, value in fields.items():
-            value = getattr(known, name) if value is None else value  # it can be said by `instruction_scope`, too
-            # Inside, a row may have become several beams, and too few rows would be taken for that.
-            if length is not None and isinstance(value, torch.Tensor) and value.shape[:1] != inputs.shape[:1]:
-                raise ValueError(
-                    f"`{name}` must have {inputs.shape[0]} row(s), as the input has; got {tuple(value.shape)}."
-                )
-        names = known.adapter_names
-        if length is not None and names is not None and len(names) != inputs.shape[0]:
-            raise ValueError(
-                f"`adapter_names` must name an adapter for each of the {inputs.shape[0]} rows, got {len(names)}."
-            )
-        fields = {name: value for name, value in fields.items() if value is not None}
-        ids = inputs if length is not None and not inputs.is_floating_point() else None
-        with note(self.model, prompt_length=length, prompt_ids=ids, **fields), no_trace():
-            return self.model.generate(*args, **kwargs)
+        """The base model's `generate`, which takes `instruction_mask` and `instance_embeds`, see [`Generate`]."""
+        return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "Instance prompts cannot be used with continuous batching: it packs several sequences in a row."
-        )
+        return self.model.generate_batch(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

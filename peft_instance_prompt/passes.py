@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Cache
 
 from . import slots
 from .cache import SlotCache, SlotTable, length
+from .calls import forward_args, layer_cache
 from .groups import Group
 from .masks import hide
 from .scope import latest_request
-from .stack import forward_args
 
 
 if TYPE_CHECKING:
@@ -56,7 +55,6 @@ class Pass:
 
     Attributes:
         owner (`InstancePromptLayer`): The layer whose hooks these are.
-        outer (`Pass`, *optional*): The pass within which this one runs.
         attention (`str`): The name of the stack's attention implementation.
         cache (`SlotCache`, *optional*): The cache with the slots of an earlier pass, if this one goes on from it.
         layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
@@ -68,7 +66,6 @@ class Pass:
     """
 
     owner: InstancePromptLayer
-    outer: Pass | None
     attention: str = "eager"
     cache: SlotCache | None = None
     layout: slots.Layout | None = None
@@ -93,7 +90,7 @@ def hide_late_slots(
         raise ValueError(f"Slots cannot be hidden from {type(layer).__name__}, which takes no `attention_mask`.")
     place = names.index("attention_mask")
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    cache = layer_cache(args, kwargs)
     num_queries, seen, start = states.shape[1], 0, 0
     num_keys = num_queries
     if cache is not None:

@@ -39,7 +39,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .stack import forward_args
+from .calls import forward_args
+from .wrap import StandIn
 
 
 CURES = (
@@ -65,6 +66,7 @@ class Request:
         adapter_names (`tuple[str]`, *optional*): One name per row.
         encoder_slots (`tuple`, *optional*): The `order` (B, N) and `live` (B, L) of the slots in the encoder's output that
             a decoder attends to.
+        entered (`bool`): Whether the base model's own forward runs, after its hooks.
         outer (`Request`, *optional*): What stands again when the forward pass is over.
     """
 
@@ -78,6 +80,7 @@ class Request:
     prompt_ids: torch.Tensor | None = None
     adapter_names: tuple[str, ...] | None = None
     encoder_slots: tuple[torch.Tensor, torch.Tensor] | None = None
+    entered: bool = False
     outer: Request | None = None
 
     def of_tokens(self, input_ids: torch.Tensor | None) -> Request:
@@ -138,9 +141,53 @@ def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
         latest_request.reset(token)
 
 
-@torch.compiler.disable
+class CallNote:
+    """The hooks of a base model that note what it is called with, and forget it when the call is over.
+
+    They are hooks and no stand-in for `forward`, since TRL puts one of its own over the base model's that calls the stack itself.
+    """
+
+    def register(self, model: nn.Module) -> None:
+        before = model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
+        self.handles = [before, model.register_forward_hook(end_call, always_call=True)]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return note_call(model, args, kwargs)
+
+
+class NotedForward(StandIn):
+    """The forward of a base model, which notes a call as the hooks do, unless they have done so."""
+
+    method = "forward"
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.__wrapped__(*args, **kwargs)
+        request = before = latest_request.get()
+        by_hooks = request.model is self.module and request.outer is not None and not request.entered
+        if not by_hooks:
+            args, kwargs = note_call(self.module, args, kwargs)
+            request = latest_request.get()
+        latest_request.set(replace(request, entered=True))
+        try:
+            output = self.__wrapped__(*args, **kwargs)
+        except Exception:
+            latest_request.set(before)
+            raise
+        except BaseException:  # after an interrupt torch runs no hooks, which would forget the call
+            latest_request.set(request.outer if by_hooks else before)
+            raise
+        latest_request.set(before)
+        return output
+
+
 def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook of the base model: take out what only this package understands and note what tells the scope."""
+    """Take out of a call of a base model what only this package understands, and note what tells the scope."""
     known = known_of(model)
     kwargs = dict(kwargs)
     fields = {name: kwargs.pop(name) for name in ("instruction_mask", "instance_embeds") if name in kwargs}
@@ -155,6 +202,7 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             labels=named.get("shift_labels" if shifted else "labels"),
             shifted=shifted,
             encoder_slots=slots_of(named.get("encoder_outputs")),
+            entered=False,
             outer=latest_request.get(),
             **fields,
         )
@@ -170,7 +218,9 @@ def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 def note_encoder_slots(order: torch.Tensor, live: torch.Tensor) -> None:
     """Tell the decoder that is run after the encoder."""
-    latest_request.set(replace(latest_request.get(), encoder_slots=(order, live)))
+    request = latest_request.get()
+    if request.outer is not None:  # else nobody but the caller runs the decoder, with what the encoder returns
+        latest_request.set(replace(request, encoder_slots=(order, live)))
 
 
 @torch.compiler.disable

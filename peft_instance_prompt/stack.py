@@ -24,6 +24,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .calls import forward_args, is_causal
+
 
 @dataclass(frozen=True)
 class StackInfo:
@@ -64,11 +66,6 @@ class StackInfo:
     position_offset: int
     sliding_window: int | None
     recurrent_layers: tuple[int, ...] = ()
-
-
-def forward_args(module: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments of a module's forward, in order."""
-    return tuple(inspect.signature(module.forward).parameters)
 
 
 def _walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -151,9 +148,9 @@ def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
     decoder = pair and "decoder" in stack_name.split(".")
     encoder = pair and not decoder
     generates = hasattr(model, "generate") and (model.can_generate() if hasattr(model, "can_generate") else False)
-    # Attention modules say what they are; where they do not (Bloom, MPT, DeBERTa), a decoder is what takes a cache.
-    flags = [module.is_causal for _, module in _walk(stack) if hasattr(module, "is_causal")]
-    causal = decoder or (not encoder and (any(flags) if flags else "past_key_values" in forward_args(stack)))
+    causal = decoder or (
+        not encoder and is_causal(stack, layers_name.removeprefix(f"{stack_name}." if stack_name else ""))
+    )
     max_positions, offset = _learned_positions(stack)
     kinds = enumerate(getattr(config, "layer_types", None) or ())
     return StackInfo(

@@ -79,6 +79,7 @@ def test_saving_again_keeps_one_section_and_what_others_wrote(tmp_path):
     assert path.read_text() == first
 
 
+@pytest.mark.native
 def test_named_adapters_and_native_saving(tmp_path):
     """Each adapter in a folder of its own has a card; so has one that transformers itself saves."""
     model = adapted()

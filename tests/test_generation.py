@@ -401,10 +401,11 @@ def test_classifier_free_guidance(kind: str) -> None:
     assert torch.equal(found, ids)
 
 
+@pytest.mark.native
 def test_own_cache_of_a_model_with_a_native_adapter(kind: str) -> None:
-    """Nobody swaps in the cache that counts tokens: `generate` counts the slots in it, too, and begins the text anew."""
+    """The cache that the caller made holds slots after the first turn, and the second goes on from it."""
     native = causal_lm()
-    native.add_adapter(METHODS[kind](task_type="CAUSAL_LM"))
+    native.add_adapter(METHODS[kind](task_type="CAUSAL_LM", init_weights=False))
     native.eval()
     for lengths in ((9,), (9, 6)):
         inputs, cache = batch(*lengths), DynamicCache()
@@ -412,5 +413,9 @@ def test_own_cache_of_a_model_with_a_native_adapter(kind: str) -> None:
         for more in (3, 4, 5, 8):  # fewer tokens than slots, as many, more
             ids = torch.cat([text, text.new_full((len(lengths), more), 40)], dim=1)
             mask = torch.cat([inputs["attention_mask"], ids.new_ones(len(lengths), NEW + more)], dim=1)
-            with pytest.raises(ValueError, match="Pass the `past_key_values` that the model returned"):
-                native.generate(ids, attention_mask=mask, **GREEDY, past_key_values=copy.deepcopy(cache))
+            goes_on = native.generate(ids, attention_mask=mask, **GREEDY, past_key_values=copy.deepcopy(cache))
+            scope = torch.cat([inputs["attention_mask"], torch.zeros_like(ids[:, 9:])], dim=1)
+            assert torch.equal(goes_on, native.generate(ids, attention_mask=mask, instruction_mask=scope, **GREEDY))
+        with pytest.raises(ValueError, match="Pass the cache that the model returned"):
+            positions = torch.arange(20, 21).expand(len(lengths), -1)  # counted with the slots in the cache
+            native(ids[:, -1:], attention_mask=mask[:, :14], position_ids=positions, past_key_values=cache)

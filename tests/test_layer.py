@@ -31,6 +31,7 @@ from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm, encoder, perturb
 
 from peft_instance_prompt import scope
+from peft_instance_prompt.calls import cache_of
 from peft_instance_prompt.layer import InstancePromptLayer
 from peft_instance_prompt.passes import current_pass
 from peft_instance_prompt.scope import Request, current_request
@@ -263,7 +264,7 @@ def test_interrupts_keep_nothing_alive(kind: str) -> None:
 
     def interrupted() -> None:
         def stop(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-            cache = kwargs["past_key_values"]  # None in a frozen pass
+            cache = cache_of(kwargs)[1]  # None in a frozen pass
             if cache is not None and cache.get_seq_length() > 0:
                 caches.append(weakref.ref(cache))
                 raise KeyboardInterrupt

@@ -339,6 +339,7 @@ def test_classification_head_is_saved(kind: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- transformers' own adapters
 
 
+@pytest.mark.native
 def test_native_adapters(method: str, tmp_path: Path) -> None:
     peft_model = prompted(method)
     peft_model.save_pretrained(tmp_path / "peft")
@@ -369,10 +370,11 @@ def test_native_adapters(method: str, tmp_path: Path) -> None:
     assert not [name for name in model.state_dict() if ".second." in name]
 
 
-def test_native_generate_with_a_template(kind: str) -> None:
-    # Without one, `generate` of the base model cannot be told from a row of calls, so what it is called with is not known.
+@pytest.mark.native
+@pytest.mark.parametrize("template", [[90], None])
+def test_native_generate(kind: str, template: list[int] | None) -> None:
     model = causal_lm()
-    model.add_adapter(config(kind, response_template=[90]))
+    model.add_adapter(config(kind, response_template=template))
     perturb(model)
     ids = torch.tensor([[5, 6, 7, 8, 90], [9, 10, 11, 12, 90]])
     text = model.generate(ids, **GREEDY)
@@ -380,6 +382,7 @@ def test_native_generate_with_a_template(kind: str) -> None:
     assert torch.equal(model.generate(ids[:1], **GREEDY, assistant_model=causal_lm(seed=1)), text[:1])
 
 
+@pytest.mark.native
 def test_native_instruction_mask(kind: str) -> None:
     model = causal_lm()
     model.add_adapter(config(kind))
@@ -391,6 +394,7 @@ def test_native_instruction_mask(kind: str) -> None:
         model(**INPUTS)
 
 
+@pytest.mark.native
 def test_with_lora(kind: str, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     prompt = prompted(kind)

@@ -16,11 +16,21 @@
 
 from __future__ import annotations
 
+import peft
 import torch
 import transformers as tf
+from packaging.version import Version
 from peft import PeftConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+
+def native_refuses() -> str | None:
+    """Why transformers' own `add_adapter` refuses every adapter, LoRA too; None if it does not."""
+    if Version(peft.__version__) >= Version(MIN_PEFT_VERSION):
+        return None
+    return f"transformers {tf.__version__} wants peft >= {MIN_PEFT_VERSION} for its own `add_adapter`"
 
 
 VOCAB = 96

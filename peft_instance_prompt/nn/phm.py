@@ -60,7 +60,7 @@ class PHMLinear(nn.Module):
     Attributes:
         A (`nn.Parameter` of shape `(n, n, n)`): Left factors; None if they are another layer's.
         B (`nn.Parameter` of shape `(n, in_features / n, out_features / n)`): Right factors.
-        bias (`nn.Parameter` of shape `(out_features,)` or `None`).
+        bias (`nn.Parameter` of shape `(out_features,)`): None without `bias`.
 
     Raises:
         ValueError: If a size is below 1, `n` does not divide both sizes, or `share_A_with` has another `n`.

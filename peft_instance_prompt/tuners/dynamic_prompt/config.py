@@ -71,8 +71,9 @@ class DynamicPromptConfig(InstancePromptConfig):
             and the same input gets several answers. Defaults to `False`: the likeliest.
         prompt_position (`str`): Where the vectors that do not go behind the instance stand, `"before"` the first token or
             `"after_first"`. Defaults to the latter, which disturbs a causal model less; the paper has the former.
-        kwargs: The fields that all methods have, see [`InstancePromptConfig`]; `layers_to_transform` is not one of them, and
-            `bottleneck_dim` is not used.
+
+    The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them, and
+    `bottleneck_dim` is not used.
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "The number of prompt vectors per instance."})

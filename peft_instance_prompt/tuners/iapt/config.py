@@ -44,7 +44,8 @@ class IAPTConfig(InstancePromptConfig):
             of it on [-10, 10]; `"tight"` within 1.2e-4 on [-3, 3].
         share_layers (`int`): How many consecutive layers share their two projections; pooling and activation stay each
             layer's own. Defaults to 1: none.
-        kwargs: The fields that all methods have, see [`InstancePromptConfig`].
+
+    The fields that all methods have are those of [`InstancePromptConfig`].
     """
 
     activation: Literal["rational", "gelu", "relu", "silu", "tanh"] = field(

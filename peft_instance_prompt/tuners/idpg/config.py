@@ -76,7 +76,8 @@ class IDPGConfig(InstancePromptConfig):
         instance_embeds_dim (`int`, *optional*): The width k of the given vectors, for `instance_source="instance_embeds"`.
         dropout (`float`): The dropout on u, in training only. Defaults to 0.1.
         prompt_position (`str`): Defaults to `"after_first"`, the paper's.
-        kwargs: The fields that all methods have, see [`InstancePromptConfig`].
+
+    The fields that all methods have are those of [`InstancePromptConfig`].
     """
 
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})

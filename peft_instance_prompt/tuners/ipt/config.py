@@ -68,7 +68,8 @@ class IPTConfig(InstancePromptConfig):
         trainable (`bool`): Whether the table is trained. Defaults to `True`.
         dropout (`float`): The dropout on the encoder's features, in training only. Defaults to 0.1.
         vocab_size (`int`, *optional*): The number of the base model's embeddings. Filled in; a later base model must agree.
-        kwargs: The fields that all methods have, see [`InstancePromptConfig`].
+
+    The fields that all methods have are those of [`InstancePromptConfig`].
     """
 
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})

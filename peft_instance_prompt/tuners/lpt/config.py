@@ -45,7 +45,8 @@ class LPTConfig(InstancePromptConfig):
             positions are counted and the tokens' move; otherwise the tokens keep the positions of the base model.
         dropout (`float`): The rate of the dropout on the generated vectors in training, from 0 to below 1. Defaults to
             0.1, the paper's.
-        kwargs: The fields that all methods have, see [`InstancePromptConfig`]; `layers_to_transform` is not one of them.
+
+    The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them.
     """
 
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})

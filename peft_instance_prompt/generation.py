@@ -1,0 +1,80 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""`generate` of a base model that has adapters: it notes what it was called with, since later passes see longer rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .cache import SlotCache
+from .calls import cache_of, declared
+from .passes import no_trace
+from .scope import known_of, note
+from .wrap import StandIn
+
+
+class Generate(StandIn):
+    """The base model's `generate`.
+
+    Args:
+        instruction_mask (`torch.Tensor`, *optional*): Shape (B, S), bool or 0/1: the tokens that the prompt is generated from.
+            Defaults to what `response_template` says, else to all tokens but padding.
+        instance_embeds (`torch.Tensor`, *optional*): Shape (B, k): instance vectors for methods that take them.
+        *args, **kwargs: As for the base model.
+
+    Raises:
+        ValueError: An argument has another number of rows than the input, or prompts cannot be generated as asked.
+    """
+
+    method = "generate"
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.module
+        fields = {name: kwargs.pop(name, None) for name in ("instruction_mask", "instance_embeds")}
+        config = kwargs.get("generation_config")
+        chunk = kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
+        if chunk or getattr(model.generation_config, "prefill_chunk_size", None):
+            raise ValueError(
+                "Instance prompts cannot be used with `prefill_chunk_size`: they are generated from the whole instruction, "
+                "of which a chunk shows only a part."
+            )
+        kwargs = declared(kwargs, model)
+        name, cache = cache_of(kwargs)
+        if (cache := SlotCache.find(cache)) is not None:
+            kwargs[name] = cache
+        inputs = kwargs.get("inputs_embeds")
+        inputs = next(
+            (x for x in (inputs, *args, kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None
+        )
+        length = inputs.shape[1] if isinstance(inputs, torch.Tensor) and inputs.dim() > 1 else None
+        known = known_of(model)
+        for name, value in fields.items():
+            value = getattr(known, name) if value is None else value  # it can be said by `instruction_scope`, too
+            # Inside, a row may have become several beams, and too few rows would be taken for that.
+            if length is not None and isinstance(value, torch.Tensor) and value.shape[:1] != inputs.shape[:1]:
+                raise ValueError(
+                    f"`{name}` must have {inputs.shape[0]} row(s), as the input has; got {tuple(value.shape)}."
+                )
+        names = known.adapter_names
+        if length is not None and names is not None and len(names) != inputs.shape[0]:
+            raise ValueError(
+                f"`adapter_names` must name an adapter for each of the {inputs.shape[0]} rows, got {len(names)}."
+            )
+        fields = {name: value for name, value in fields.items() if value is not None}
+        ids = inputs if length is not None and not inputs.is_floating_point() else None
+        with note(model, prompt_length=length, prompt_ids=ids, **fields), no_trace():
+            return self.__wrapped__(*args, **kwargs)
+
+
+class GenerateBatch(StandIn):
+    """Continuous batching, which is refused."""
+
+    method = "generate_batch"
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "Instance prompts cannot be used with continuous batching: it packs several sequences in a row."
+        )

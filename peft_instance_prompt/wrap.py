@@ -1,0 +1,93 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Stand-ins for methods of a module: attributes of the object that hide a method of its class, as accelerate's hooks do.
+
+Hooks of torch run in `module(...)` only. Tools such as sentence-transformers call `module.forward(...)`, and would get the
+base model without any sign of it. A stand-in has the signature of what it stands for, survives `copy.deepcopy` and pickle,
+works above and beneath other stand-ins, and leaves the module's class alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+# Under this name a module keeps its stand-ins, since those beneath others cannot be reached through them.
+_KEY = "_instance_prompt_stand_ins"
+
+
+class StandIn:
+    """Stands for a method of a module. A subclass names the method and says in `run` what is done.
+
+    Args:
+        module (`nn.Module`): The module.
+
+    Attributes:
+        method (`str`): The name of the method.
+    """
+
+    method: str
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        # accelerate keeps what its own stand-in for `forward` calls under this name, and puts a new stand-in over it whenever
+        # it dispatches the model again. So ours goes beneath.
+        beneath = self.method == "forward" and "_old_forward" in module.__dict__
+        self.attribute = "_old_forward" if beneath else self.method
+        # What hides the class's method, if anything. The method is looked up at each call: FSDP2 replaces the class.
+        self.hidden = module.__dict__.get(self.attribute)
+        self.removed = False
+        self.__doc__ = self.__wrapped__.__doc__
+
+    def install(self) -> None:
+        """Put the stand-in into its module."""
+        self.module.__dict__.setdefault(_KEY, []).append(self)
+        setattr(self.module, self.attribute, self)
+
+    def remove(self) -> None:
+        """Take the stand-in out of its module. One beneath somebody else's stays there, and does nothing any more."""
+        self.removed = True
+        own = self.module.__dict__
+        own[_KEY].remove(self)
+        if not own[_KEY]:
+            del own[_KEY]
+        for attribute in ("_old_forward", self.method):
+            while isinstance(top := own.get(attribute), StandIn) and top.removed:
+                if top.hidden is None and attribute == self.method:
+                    delattr(self.module, attribute)
+                else:
+                    setattr(self.module, attribute, top.__wrapped__)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What it stands for."""
+        return self.hidden or getattr(type(self.module), self.method).__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__wrapped__)
+
+    @property
+    def __name__(self) -> str:
+        return self.method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (
+            args and args[0] is self.module
+        ):  # accelerate binds what it finds beneath its own stand-in to the module once more
+            args = args[1:]
+        return self.__wrapped__(*args, **kwargs) if self.removed else self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What is done in place of the method, which is `self.__wrapped__`."""
+        raise NotImplementedError
+
+
+def stand_ins(module: nn.Module, kind: type[StandIn]) -> list[StandIn]:
+    """The stand-ins of a kind that a module has."""
+    return [one for one in module.__dict__.get(_KEY, ()) if isinstance(one, kind)]

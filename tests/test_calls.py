@@ -1,0 +1,149 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""How transformers calls a stack: names of either release, causality that is computed, and releases that nobody tested."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as tf
+from peft import get_peft_model
+from tiny import DECODERS, ENCODERS, adapted, batch, causal_lm, encoder
+from torch import nn
+from transformers import DynamicCache
+
+from peft_instance_prompt import IAPTConfig, calls
+
+
+def test_the_cache_is_found_by_what_it_is() -> None:
+    cache = DynamicCache()
+    assert calls.cache_of({"attention_mask": None, "any_name": cache}) == ("any_name", cache)
+    assert calls.cache_of({"past_key_values": None}) == (None, None)
+    assert calls.layer_cache((1, cache), {}) is cache is calls.layer_cache((), {"layer_past": cache})
+
+
+@pytest.mark.parametrize("name", calls.CACHE_ARGUMENTS)
+def test_both_names_of_the_cache_reach_a_stack(name: str) -> None:
+    """Whatever this release calls it, callers of both releases are understood."""
+    model = adapted(causal_lm(), IAPTConfig(task_type="CAUSAL_LM"))
+    inputs, step = batch(9, 6), torch.tensor([[7], [8]])
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        first = model(**inputs, use_cache=True)
+        cache = calls.cache_of(first)[1]
+        stack = model.base_model.model.model
+        found = stack(input_ids=step, attention_mask=mask, **{name: cache}).last_hidden_state
+        ids = torch.cat([inputs["input_ids"], step], dim=1)
+        scope = torch.cat([inputs["attention_mask"], torch.zeros(2, 1, dtype=torch.long)], dim=1)
+        expected = model(ids, attention_mask=mask, instruction_mask=scope, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found[:, 0], expected[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_given_twice() -> None:
+    model = causal_lm()
+    call = dict.fromkeys(calls.CACHE_ARGUMENTS, DynamicCache())
+    with pytest.raises(TypeError, match="LlamaModel got its cache twice, as cache and as past_key_values"):
+        calls.by_name(model.model, (), call)
+
+
+def layers_name(stack: nn.Module) -> str:
+    return next(name for name, module in stack.named_modules() if isinstance(module, nn.ModuleList))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoders_make_a_causal_mask(family: str) -> None:
+    """Also of those that declare `is_causal`, the mask says the same."""
+    stack = causal_lm(family).base_model
+    stack = getattr(stack, "decoder", stack)  # OPT
+    assert calls.is_causal(stack, layers_name(stack))
+    assert calls._makes_causal_mask(stack, layers_name(stack))
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders_make_none(family: str) -> None:
+    stack = encoder(family)
+    assert not calls.is_causal(stack, layers_name(stack))
+    assert not calls._makes_causal_mask(stack, layers_name(stack))
+
+
+def test_reading_the_mask_changes_nothing() -> None:
+    model = causal_lm("bloom")
+    before, modules = model(**batch(5)).logits, list(model.modules())
+    attention = model.config._attn_implementation
+    calls._makes_causal_mask(model.transformer, "h")
+    assert model.config._attn_implementation == attention and list(model.modules()) == modules
+    assert torch.equal(model(**batch(5)).logits, before)
+
+
+def test_causality_that_cannot_be_told() -> None:
+    class Silent(tf.BloomModel):
+        def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, cache=None, **kwargs):
+            return inputs_embeds
+
+    with pytest.raises(ValueError, match="Whether Silent is causal cannot be told: .* the first of 'h' gets no mask"):
+        calls.is_causal(Silent(causal_lm("bloom").config), "h")
+    with torch.device("meta"):
+        nowhere = tf.BloomModel(causal_lm("bloom").config)
+    with pytest.raises(ValueError, match="Whether BloomModel is causal cannot be told: .* its mask could not be read"):
+        calls.is_causal(nowhere, "h")
+
+
+def test_a_stack_that_is_called_in_another_way_is_refused_by_name() -> None:
+    class Other(tf.LlamaModel):
+        def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, memory=None, **kwargs):
+            return super().forward(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+
+    model = causal_lm()
+    other = Other(model.config)
+    other.load_state_dict(model.model.state_dict())
+    model.model = other
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(
+        ValueError, match=r"The forward of Other \('model'\) is not understood: it takes no `cache or past_key"
+    ):
+        get_peft_model(model, IAPTConfig(task_type="CAUSAL_LM"))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_mamba_is_refused() -> None:
+    config = tf.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ValueError, match="Whether MambaModel is causal cannot be told|The forward of MambaModel"):
+        get_peft_model(tf.MambaForCausalLM(config), IAPTConfig(task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize(
+    "version,switch", [("5.24.7", None), ("5.25.0", None), ("6.0.0.dev0", None), ("5.25.0", "1"), ("5.17.2", None)]
+)
+def test_a_release_that_was_not_tested(version: str, switch: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No adapter is put in beside it, unless the user wants to try."""
+    monkeypatch.setattr(tf, "__version__", version)
+    monkeypatch.delenv(calls.SWITCH, raising=False)
+    if switch:
+        monkeypatch.setenv(calls.SWITCH, switch)
+    model, config = causal_lm(), IAPTConfig(task_type="CAUSAL_LM")
+    names = [name for name, _ in model.named_modules()]
+    if version.startswith("5.24") or switch:
+        get_peft_model(model, config)
+        return
+    with pytest.raises(RuntimeError, match=f"5.18 to 5.24; transformers {version} is installed.*{calls.SWITCH}=1"):
+        get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_one_warning_at_import() -> None:
+    code = """
+import transformers, warnings
+transformers.__version__ = "5.25.0"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peft_instance_prompt
+    import peft_instance_prompt
+(one,) = [w for w in caught if "is tested with transformers" in str(w.message)]
+assert one.filename == "<string>", one.filename
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
