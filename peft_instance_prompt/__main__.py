@@ -128,8 +128,12 @@ def make_generator(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_s
     sizes = {"hidden_size": d, "embedding_size": d * e, "output_size": d * o, "vocab_size": vocab_size}
     known = {"name": "", "layers_name": "", "num_layers": config.num_layers, "causal": True}
     info = StackInfo(**{**{field.name: None for field in fields(StackInfo)}, **known, **sizes})
-    with torch.device("meta"):
-        return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
+    try:
+        with torch.device("meta"):
+            return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
+    except RuntimeError as error:  # the product of the sizes is no 64-bit number
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"An adapter of the config's size cannot be made: {reason}.") from error
 
 
 def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor], source: str) -> list[str]:

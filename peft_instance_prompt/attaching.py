@@ -92,7 +92,8 @@ def check_memory(build: Callable[[], nn.Module], config: PeftConfig, width: int)
         with torch.device("meta"):
             generator = build()
     except RuntimeError as error:  # the product of the sizes is no 64-bit number
-        raise ValueError(f"An adapter of this size cannot be made ({fields}): {error}".splitlines()[0]) from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"An adapter of this size cannot be made ({fields}): {reason}.") from error
     prompt = 4 * width * config.num_virtual_tokens
     size = prompt + sum(tensor.nbytes for tensor in chain(generator.parameters(), generator.buffers()))
     if size > (memory := psutil.virtual_memory().total):

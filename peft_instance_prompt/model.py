@@ -217,9 +217,7 @@ class InstancePromptModel(BaseTuner):
         return re.sub(rf"(\.{cls.prefix}generator)\.{re.escape(adapter_name)}\.", r"\1.", key, count=1)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict
-    ) -> dict:
+    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: dict) -> dict:
         check_arrival(cls, model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
