@@ -11,12 +11,11 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-from tiny import adapted, assert_same, batch, causal_lm, encoder, pair
+from tiny import adapted, assert_same, batch, causal_lm, encoder, instances, pair
 from torch import nn
 
 from peft_instance_prompt import LPTConfig
 from peft_instance_prompt.engine.masks import hide
-from peft_instance_prompt.generator import Instance
 from peft_instance_prompt.tuners.lpt import LPTGenerator
 
 
@@ -57,13 +56,13 @@ def test_parameter_counts_of_the_paper(kind: str, fields: dict, count: int) -> N
 def generated(weights: dict, kind: str, states: torch.Tensor, form: str) -> torch.Tensor:
     """The prompt (l, d) of one row from its instruction's states (n, d), as the paper has it."""
     if kind == "none":
-        p = weights["prompt"]
+        p = weights["prompt"][0]
     else:
         inputs = states if form == "paper" else states / states.pow(2).mean(-1, keepdim=True).sqrt()
-        projected = inputs @ weights["down.weight"].T + weights["down.bias"]  # (n, m)
+        projected = inputs @ weights["down"][0] + weights["down_bias"][0]  # (n, m)
         pool = {"appg": nn.AdaptiveAvgPool1d, "mppg": nn.AdaptiveMaxPool1d}.get(kind)
         pooled = projected[-1:] if pool is None else pool(3)(projected.T[None])[0].T
-        p = (pooled.relu() @ weights["up.weight"].T + weights["up.bias"]).reshape(3, -1)
+        p = (pooled.relu() @ weights["up"][0] + weights["up_bias"][0]).reshape(3, -1)
     if form == "paper":
         return p
     return states[0] + states[0].pow(2).mean().sqrt() * p
@@ -96,7 +95,7 @@ def test_against_a_loop_over_the_layers(kind: str, form) -> None:
 
 def test_layer_0_is_prompt_tuning() -> None:
     model = lpt(generator_type="none", insertion_layer=0, init_weights="paper")
-    ids, prompt = batch(7)["input_ids"], generator_of(model).prompt.detach()[None]  # (1, l, d)
+    ids, prompt = batch(7)["input_ids"], generator_of(model).prompt.detach()  # (1, l, d)
     with torch.no_grad():
         actual = model(ids).logits
         base = model.unload()
@@ -112,8 +111,8 @@ def test_fresh_adapter_and_its_gradients(kind: str) -> None:
     """A fresh adapter's vectors are copies of the first token's state; at the second step all weights learn."""
     model = get_peft_model(causal_lm(), config(task_type="CAUSAL_LM", generator_type=kind))
     generator = generator_of(model)
-    states, mask = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
-    prompts = generator(states, Instance(mask, torch.tensor([0, 2])), 1)
+    states, mask = torch.randn(2, 6, 32), torch.arange(6) >= torch.tensor([[0], [2]])
+    prompts = generator(instances(states, mask), 1)
     assert torch.equal(prompts, states[[0, 1], [0, 2]][:, None].expand(-1, 3, -1))
     optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)
     ids = batch(8, 8)["input_ids"]
@@ -130,21 +129,17 @@ def test_dropout_in_training_only() -> None:
     torch.manual_seed(0)
     model = lpt(dropout=0.9)
     generator = generator_of(model)
-    states, instance = (
-        torch.randn(1, 6, 32),
-        Instance(torch.ones(1, 6, dtype=torch.bool), torch.zeros(1, dtype=torch.long)),
-    )
-    plain = generator(states, instance, 2) - states[:, :1]
+    states = torch.randn(1, 6, 32)
+    plain = generator(instances(states), 2) - states[:, :1]
     assert (plain != 0).all()
-    dropped = generator.train()(states, instance, 2) - states[:, :1]
+    dropped = generator.train()(instances(states), 2) - states[:, :1]
     assert (dropped.abs() < 1e-6).float().mean() > 0.6
 
 
 def test_constant_condition_sees_no_instance() -> None:
     for kind in KINDS[:3]:
         generator = generator_of(lpt(condition="constant", generator_type=kind, init_weights="paper"))
-        instance = Instance(torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
-        prompts = generator(torch.randn(2, 6, 32), instance, 2)
+        prompts = generator(instances(torch.randn(2, 6, 32)), 2)
         assert torch.equal(prompts[0], prompts[1])
         assert prompts.shape == (2, 3, 32)
 
