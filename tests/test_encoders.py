@@ -165,7 +165,7 @@ def test_prompt_positions(kind: str, task_type: str) -> None:
         outs.append(out)
     assert len(outs) > 1
     # Where the slots take no place in the count of positions, an encoder cannot tell one place from another.
-    if not injected(model).generators["default"].visible_from:
+    if not injected(model).generators["default"].first_visible_layer:
         assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(outs, 2))
 
 
@@ -262,7 +262,7 @@ def test_shared_layers_have_prompts_of_their_own() -> None:
 def test_sequence_that_does_not_fit(kind: str, family: str) -> None:
     model = prompted(kind, family)
     generator = injected(model).generators["default"]
-    if generator.visible_from:
+    if generator.first_visible_layer:
         pytest.skip("slots that the first layers do not see take no positions")
     room = 64 - (2 if family == "roberta" else 0)  # RoBERTa counts on from the id of padding
     num_slots = generator.num_slots
