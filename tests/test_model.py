@@ -220,7 +220,7 @@ warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 from peft import AutoPeftModelForCausalLM, PeftModel
 from tiny import batch, causal_lm
-import peft_instance_prompt
+import mean_prompt, peft_instance_prompt  # a method of one's own is there when its file is imported
 inputs, out = batch(9, 6), {{}}
 
 def look(model):

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from peft_instance_prompt.generator import Instances
+
 
 def native_refuses() -> str | None:
     """Why transformers' own `add_adapter` refuses every adapter, LoRA too; None if it does not."""
@@ -211,6 +213,15 @@ def batch(*lengths: int, side: str = "left", seed: int = 0) -> dict[str, torch.T
         ids[row, columns] = torch.randint(3, VOCAB, (n,), generator=generator)
         mask[row, columns] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def instances(
+    states: torch.Tensor, mask: torch.Tensor | None = None, vector: torch.Tensor | None = None
+) -> Instances:
+    """What a generator reads of states (G, n, w), all of which count where no mask is given; the base is the first that does."""
+    mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask  # (G, n)
+    first = [row[own.nonzero()[0]] for row, own in zip(states.detach(), mask)]  # (1, w) each
+    return Instances(states, mask, torch.stack(first), vector)
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:

@@ -11,7 +11,7 @@ from tiny import batch, causal_lm
 from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from peft_instance_prompt.engine.masks import check_not_packed, padding_mask
+from peft_instance_prompt.engine.masks import check_not_packed, hide, padding_mask
 
 
 MASK = batch(9, 6)["attention_mask"]
@@ -74,3 +74,31 @@ def test_packed() -> None:
             check_not_packed({name: torch.tensor([0, 3, 6])})
     with pytest.raises(ValueError, match="packing=False"):
         check_not_packed({"position_ids": packed, "attention_mask": None})
+
+
+def test_hiding_keys_in_masks_of_each_form() -> None:
+    hidden = torch.tensor([[True, False, False, False], [False, True, False, False]])
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    expected = causal & ~hidden[:, None, None, :]  # (2, 1, 4, 4)
+    how = {"num_queries": 4, "seen": 0, "start": 0, "causal": True}
+    assert torch.equal(hide(None, hidden, **how, attention="sdpa"), expected)
+    assert torch.equal(hide(None, hidden, **how, attention="eager") == 0, expected)
+    assert torch.equal(hide(causal.expand(2, 1, 4, 4), hidden, **how, attention="sdpa"), expected)
+    biases = torch.where(causal, 0.5, torch.finfo(torch.float32).min).expand(1, 3, 4, 4)
+    lowest = torch.finfo(torch.float32).min
+    assert torch.equal(
+        hide(biases, hidden, **how, attention="eager"), torch.where(expected, 0.5, lowest).expand(2, 3, 4, 4)
+    )
+    # Flash attention knows which keys are there and is causal by itself.
+    assert torch.equal(hide(None, hidden, **how, attention="flash_attention_2"), ~hidden)
+    assert torch.equal(hide(torch.ones(2, 4), hidden, **how, attention="flash_attention_2"), (~hidden).float())
+    # One query behind 5 positions, whose keys begin with the third: a sliding window.
+    step = hide(None, hidden, num_queries=1, seen=5, start=2, causal=True, attention="sdpa")
+    assert torch.equal(step[:, 0, 0], ~hidden)
+    assert torch.equal(hide(None, hidden, 4, 0, 0, False, "sdpa"), (~hidden)[:, None, None, :].expand(2, 1, 4, 4))
+    # MPT's mask says what is hidden.
+    inverted = hide(~causal.expand(2, 1, 4, 4), hidden, **how, attention="eager", true_hides=True)
+    assert torch.equal(~inverted, expected)
+    for mask, attention in ((torch.ones(2, 4, 4), "sdpa"), (torch.ones(2, 3), "sdpa"), ("x", "sdpa")):
+        with pytest.raises(ValueError, match="need a mask of a known form"):
+            hide(mask, hidden, **how, attention=attention)

@@ -14,8 +14,9 @@ from tiny import adapted, batch, causal_lm
 from torch import nn
 
 from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt.engine.intercept import intercept
 from peft_instance_prompt.engine.layer import InstancePromptLayer
-from peft_instance_prompt.generator import Instance
+from peft_instance_prompt.nn.rational import rational
 from peft_instance_prompt.tuners.iapt import IAPTGenerator
 
 
@@ -73,9 +74,10 @@ def test_shared_projections(share_layers: int, groups: int) -> None:
     # Layer 2 reads the last group, and all its layers read the same.
     before = logits(model)
     generator = generator_of(model)
-    assert [generator._numbers(depth) for depth in range(3)] == [(i, i // share_layers) for i in range(3)]
+    for i in range(L):
+        assert generator.rows_at(i) == {"down": i // share_layers, "up": i // share_layers, "pool": i, "activation": i}
     with torch.no_grad():
-        generator.up[groups - 1].weight.add_(1.0)
+        generator.up[groups - 1].add_(1.0)
     assert (logits(model) - before).abs().max() > 1e-3
 
 
@@ -83,7 +85,7 @@ def test_shared_projections(share_layers: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "tanh"])
-def test_fixed_activation(activation: str) -> None:
+def test_fixed_activation(activation: str, monkeypatch) -> None:
     """Against the learned one, bent to be that function: both see the same weights."""
     model = adapted(causal_lm(), config(activation=activation))
     assert count(model, "activation") == 0
@@ -96,8 +98,7 @@ def test_fixed_activation(activation: str) -> None:
             if name in own:
                 parameter.copy_(own[name])
     assert (logits(twin) - logits(model)).abs().max() > 1e-4
-    for module in generator_of(twin).activation:
-        module.forward = fixed
+    monkeypatch.setattr("peft_instance_prompt.tuners.iapt.generator.rational", lambda x, coefficients: fixed(x))
     assert torch.equal(logits(twin), logits(model))
 
 
@@ -105,10 +106,9 @@ def test_fixed_activation(activation: str) -> None:
 def test_rational_activation_starts_at_gelu(fit: str, reach: int, error: float) -> None:
     generator = generator_of(get_peft_model(causal_lm(), config(activation_fit=fit)))
     x = torch.linspace(-reach, reach, 1001)
-    assert len(generator.activation) == L
-    for activation in generator.activation:
-        assert (activation(x) - nn.functional.gelu(x)).abs().max() < error
-    assert len({id(activation) for activation in generator.activation}) == L
+    assert generator.activation.shape == (L, 1, 12) and generator.activation.requires_grad
+    for coefficients in generator.activation:
+        assert (rational(x[:, None], coefficients)[:, 0] - nn.functional.gelu(x)).abs().max() < error
 
 
 def test_fresh_prompts_at_the_end_go_on_from_the_last_token() -> None:
@@ -125,16 +125,9 @@ def test_fresh_prompts_at_the_end_go_on_from_the_last_token() -> None:
 
 @torch.no_grad()
 def prompts(model: PeftModel, ids: torch.Tensor) -> list[torch.Tensor]:
-    generator, seen = generator_of(model), []
-    forward = generator.forward
-
-    def watched(states, instance, depth):
-        seen.append(forward(states, instance, depth))
-        return seen[-1]
-
-    generator.forward = watched
-    model(ids)
-    del generator.forward
+    seen = []
+    with intercept(lambda made: seen.append(made.values)):
+        model(ids)
     return seen
 
 
@@ -170,7 +163,7 @@ def test_layers_to_transform(layers) -> None:
     called = []
     generator = generator_of(model)
     forward = generator.forward
-    generator.forward = lambda states, instance, depth: called.append(depth) or forward(states, instance, depth)
+    generator.forward = lambda instances, depth, weights: called.append(depth) or forward(instances, depth, weights)
     assert (logits(model) - logits(causal_lm())).abs().max() > 1e-2
     assert called == own
 
@@ -204,8 +197,8 @@ def test_fresh_adapter_disturbs_less_than_the_papers() -> None:
 def test_weights_at_the_start() -> None:
     for init_weights, zero in ((True, True), (False, False), ("paper", False)):
         generator = generator_of(get_peft_model(causal_lm(), config(init_weights=init_weights)))
-        assert all((up.weight == 0).all() == zero for up in generator.up)
-        assert all(down.weight.std() > 0.01 for down in generator.down)
+        assert all((up == 0).all() == zero for up in generator.up)
+        assert all(down.std() > 0.01 for down in generator.down)
 
 
 def test_gradient_of_the_papers_form() -> None:
@@ -233,16 +226,14 @@ def test_gradient_of_the_papers_form() -> None:
     torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), norm, rtol=1e-5, atol=0)
 
 
-def test_anchor_gets_no_gradient() -> None:
+def test_base_state_gets_no_gradient() -> None:
     """`p = a + rms(a) * generated` with a detached: with W_up at zero, the embeddings get gradients through the text only."""
-    base = causal_lm()
-    model = get_peft_model(base, config(layers_to_transform=[0], num_virtual_tokens=2))
-    generator = generator_of(model)
-    states = torch.randn(1, 5, d, requires_grad=True)
-    instance = Instance(torch.ones(1, 5, dtype=torch.bool), torch.tensor([0]))
-    out = generator(states, instance, 0)
-    assert torch.equal(out, states[:, :1].expand(-1, 2, -1))
-    (grad,) = torch.autograd.grad(out.sum(), states)
+    model, seen = get_peft_model(causal_lm(), config(layers_to_transform=[0], num_virtual_tokens=2)), []
+    embeds = torch.randn(1, 5, d, requires_grad=True)
+    with intercept(lambda made: seen.append(made.values)):
+        model(inputs_embeds=embeds)
+    assert torch.equal(seen[0], embeds[:, :1].expand(-1, 2, -1))
+    (grad,) = torch.autograd.grad(seen[0].sum(), embeds)
     assert (grad == 0).all()
 
 

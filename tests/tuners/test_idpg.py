@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import adapted, assert_same, batch, causal_lm, encoder, pair, perturb
+from tiny import adapted, assert_same, batch, causal_lm, encoder, instances, pair, perturb
 from torch import nn
 
 from peft_instance_prompt import IDPGConfig
@@ -87,36 +87,41 @@ def test_shared_left_factors_are_one_tensor(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == model.get_nb_trainable_parameters()[0]
-    assert len([name for name in saved if name.endswith(".A")]) == L
+    (left,) = (tensor for name, tensor in saved.items() if ".A" in name)
+    assert left.shape == (L, 4, 4, 4)
     for low in (False, True):
         loaded = PeftModel.from_pretrained(
             causal_lm(), tmp_path, adapter_name="other", is_trainable=True, low_cpu_mem_usage=low
         )
         assert torch.equal(logits(loaded.eval()), expected)
         assert count(generator_of(loaded, "other")) == count(generator_of(model))
-        (bottleneck, *_) = generator_of(loaded, "other").bottleneck
-        before = bottleneck.up(torch.ones(1, 8))
+        generator = generator_of(loaded, "other")
+        states, W1, W2 = torch.randn(1, 5, d), matrix(generator, 1, 1), matrix(generator, 2, 1)
         with torch.no_grad():
-            bottleneck.down.A.mul_(2)
-        assert_same(bottleneck.up(torch.ones(1, 8)), 2 * before)
+            generator.A1[1].mul_(2)
+            x = states[0, -1] / states[0, -1].pow(2).mean().sqrt()
+            expected_here = nn.functional.gelu(x @ (2 * W1) + generator.b1[1]) @ (2 * W2) + generator.b2[1]
+            made = generator.generate(instances(states), 1, generator.weights(1))
+        assert_same(made.flatten(), expected_here.flatten())
 
 
 # --------------------------------------------------------------------------------------------------------------- maths
 
 
-def matrix(linear: nn.Module) -> torch.Tensor:
-    if isinstance(linear, nn.Linear):
-        return linear.weight.T
-    A = linear.A if linear.A is not None else linear._owner_of_A[0].A
-    return sum(torch.kron(a, b) for a, b in zip(A, linear.B))
+@torch.no_grad()
+def matrix(generator: IDPGGenerator, number: int, row: int) -> torch.Tensor:
+    """W1 or W2 of the depths that share a row."""
+    if hasattr(generator, f"W{number}"):
+        return getattr(generator, f"W{number}")[row]
+    A = getattr(generator, f"A{number}", generator.A1)[row]
+    return sum(torch.kron(a, b) for a, b in zip(A, getattr(generator, f"B{number}")[row]))
 
 
 def bottleneck(generator: IDPGGenerator, x: torch.Tensor, number: int, bias: int, paper: bool) -> torch.Tensor:
     """What is generated (l, d) from one vector x (k): `gelu(x W1 + b1) W2 + b2`; x in units of its rms if not as in the paper."""
-    part = generator.bottleneck[number]
     x = x if paper else x / x.pow(2).mean().sqrt()
-    u = nn.functional.gelu(x @ matrix(part.down) + part.down.bias)
-    return (u @ matrix(part.up) + generator.bias[bias]).view(4, -1)
+    u = nn.functional.gelu(x @ matrix(generator, 1, number) + generator.b1[number])
+    return (u @ matrix(generator, 2, number) + generator.b2[bias]).view(4, -1)
 
 
 @pytest.mark.parametrize("projection", ["phm", "dense"])
@@ -197,8 +202,10 @@ def test_what_is_pooled(base, pooling: str, pick) -> None:
 def test_projected_embeddings() -> None:
     """OPT-350m: embeddings of 24, layers of 32; the input has matrices of its own, and M(x) the width of the embeddings."""
     model = adapted(causal_lm("opt"), config())
-    shapes = [(part.down.in_features, part.up.out_features) for part in generator_of(model).bottleneck]
-    assert shapes == [(24, 4 * 24), (32, 4 * 32)]
+    generator, n = generator_of(model), 4
+    assert (generator.B1_input.shape[-2] * n, generator.B2_input.shape[-1] * n) == (24, 4 * 24)
+    assert (generator.B1.shape[-2] * n, generator.B2.shape[-1] * n) == (32, 4 * 32)
+    assert generator.b2_input.shape == (1, 1, 4 * 24) and generator.b2.shape == (L - 1, 1, 4 * 32)
     model(**INPUTS, labels=LABELS).loss.backward()
     assert all(p.grad.any() for p in generator_of(model).parameters())
 
@@ -257,7 +264,7 @@ def test_constant_condition() -> None:
         model(**INPUTS, labels=LABELS).loss.backward()
     assert len(seen) == L and all(torch.equal(made[0], made[1]) for made in seen)
     generator = generator_of(model)
-    assert generator.constant[0].grad.any()
+    assert generator.constant.grad.any()
     assert count(generator) == count(generator_of(get_peft_model(causal_lm(), config()))) + d
 
 

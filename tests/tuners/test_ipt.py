@@ -70,7 +70,7 @@ def test_lookup_against_the_base_model_with_the_prompt_in_its_input(rank, init_w
     for row, start, n in ((0, 0, 6), (1, 5, 2)):
         ids = INPUTS["input_ids"][row, start:]
         found = table[ids[:n]]  # (n, d)
-        found = found if init_weights == "paper" else found / rms(found) * generator.gate
+        found = found if init_weights == "paper" else found / rms(found) * generator.gate[0]
         prompt = torch.cat([found, torch.zeros(6 - n, d)]) + generator.task[0] if task_prompt else found
         embeds = base.get_input_embeddings()(ids)
         prompt = prompt if init_weights == "paper" else embeds[0] + rms(embeds[0]) * prompt
@@ -112,7 +112,7 @@ def test_frozen_table(rank: int | None, tmp_path: Path) -> None:
 def test_mixed_batch_copies_no_table(fields: dict) -> None:
     """What is stacked over the rows of a mixed batch is everything but the table."""
     generator = generator_of(get_peft_model(causal_lm(), config(**fields)))
-    stacked = {name for depth in generator.depths for name in generator.parameters_at(depth)}
+    stacked = {name for depth in generator.depths for name in generator.rows_at(depth)}
     assert stacked == {name for name, _ in generator.named_parameters() if not name.startswith("table.")}
 
 
@@ -160,30 +160,43 @@ def test_embeddings_without_ids(host: str) -> None:
 def test_encoder_on_each_row_alone(kind: str) -> None:
     """Against torch's own modules on the row's tokens without padding; rows of one token and of none among them."""
     torch.manual_seed(3)
-    network, x = ENCODERS[kind](d, 5), torch.randn(5, 7, d)
+    network, x = ENCODERS[kind], torch.randn(5, 7, d)
+    weights = {name.removeprefix("encoder_"): p[0] for name, p in network.parameters(d, 5).items()}
     counts = torch.tensor([7, 4, 2, 1, 0])
-    actual = network(x, counts)
-    assert actual.shape == (5, network.num_features) and actual.isfinite().all()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return network.run(x, counts, {f"encoder_{name}": weight for name, weight in weights.items()})[:, 0]  # (G, f)
+
+    actual = run(x)
+    assert actual.shape == (5, network.features_per_unit * 5) and actual.isfinite().all()
     for row, n in enumerate(counts[:-1]):
         one = x[row : row + 1, :n]
         if kind == "cnn":
             tokens = nn.functional.pad(one.mT, (0, max(5 - int(n), 0)))  # (1, d, n), at least one window
-            windows = [c(tokens[..., : max(int(n), c.kernel_size[0])]) for c in network.convolutions]
-            expected = torch.cat([w.amax(dim=-1) for w in windows], dim=-1).relu()[0]
+            maxima = []
+            for size in (3, 4, 5):
+                kernel = weights[f"kernel_{size}"].view(size, d, 5).permute(2, 1, 0)  # (m, d, size)
+                bias = weights[f"bias_{size}"][0]
+                windows = nn.functional.conv1d(tokens[..., : max(int(n), size)], kernel, bias)  # (1, m, windows)
+                maxima.append(windows.amax(dim=-1)[0])
+            expected = torch.cat(maxima).relu()
         elif kind == "mlp":
-            expected = network.hidden(one.mean(dim=1)).relu()[0]
+            expected = (one[0].mean(dim=0) @ weights["hidden"] + weights["bias"][0]).relu()
         else:
             lstm = nn.LSTM(d, 5, num_layers=2, bidirectional=True, batch_first=True)
-            for layer, cells in enumerate(zip(network.forwards, network.backwards)):
-                for cell, suffix in zip(cells, ("", "_reverse")):
-                    for name, weight in cell.named_parameters():
+            for layer in range(2):
+                for way, suffix in enumerate(("", "_reverse")):
+                    own = {"weight_ih": weights[f"input_{layer}"][way].T, "weight_hh": weights["hidden"][layer, way].T}
+                    own["bias_ih"] = weights["bias_input"][layer, way, 0]
+                    own["bias_hh"] = weights["bias_hidden"][layer, way, 0]
+                    for name, weight in own.items():
                         getattr(lstm, f"{name}_l{layer}{suffix}").copy_(weight)
             last = lstm(one)[1][0]  # (layers * directions, 1, 5)
             expected = torch.cat([last[-2, 0], last[-1, 0]])
         assert_same(actual[row], expected)
     # What stands behind a row's tokens does not matter.
     noise = torch.where(torch.arange(7) < counts[:, None], 0.0, 100.0)[..., None]
-    assert_same(network(x + noise, counts), actual)
+    assert_same(run(x + noise), actual)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -220,7 +233,7 @@ def test_deep_host(init_weights, layers: list[int] | None) -> None:
     model = adapted(causal_lm(), config(host="deep", init_weights=init_weights, layers_to_transform=layers))
     generator, base, ids = generator_of(model), causal_lm(), INPUTS["input_ids"][:1]
     found = generator.table(ids[0, :6])  # (6, d)
-    found = found if init_weights == "paper" else found / rms(found) * generator.gate
+    found = found if init_weights == "paper" else found / rms(found) * generator.gate[0]
 
     def write(number: int):
         def hook(layer, args):
@@ -306,10 +319,10 @@ def test_vocabulary_that_has_changed(resized: int, tmp_path: Path) -> None:
 
 
 def pretrained(kind: str | None, rank: int | None) -> dict[str, torch.Tensor]:
-    parts = nn.ModuleDict({"table": Table(V, d, rank)})
+    tensors = {f"table.{name}": tensor for name, tensor in Table(V, d, rank).state_dict().items()}
     if kind is not None:
-        parts["encoder"] = ENCODERS[kind](d, 5)
-    return {name: tensor + 1 for name, tensor in parts.state_dict().items()}
+        tensors |= ENCODERS[kind].parameters(d, 5)
+    return {name: tensor.detach() + 1 for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(("kind", "rank", "trainable"), [(None, None, True), ("cnn", 4, True), ("lstm", 4, False)])
@@ -348,7 +361,7 @@ def test_bad_init_file(tmp_path: Path) -> None:
     save_file(pretrained(None, 8), file)
     refused(r"table.weight \(96, 4\) \(96, 8\), table.up \(4, 32\) \(8, 32\)")
     save_file(pretrained("cnn", 4), file)
-    refused(r"encoder.hidden.weight \(5, 32\) None", strategy="encoder", encoder="mlp")
+    refused(r"encoder_hidden \(1, 32, 5\) None", strategy="encoder", encoder="mlp")
 
 
 # ------------------------------------------------------------------------------------------------------------- configs

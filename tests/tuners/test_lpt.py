@@ -11,12 +11,10 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-from tiny import adapted, assert_same, batch, causal_lm, encoder, pair
+from tiny import adapted, assert_same, batch, causal_lm, encoder, instances, pair
 from torch import nn
 
 from peft_instance_prompt import LPTConfig
-from peft_instance_prompt.engine.masks import hide
-from peft_instance_prompt.generator import Instance
 from peft_instance_prompt.tuners.lpt import LPTGenerator
 
 
@@ -57,13 +55,13 @@ def test_parameter_counts_of_the_paper(kind: str, fields: dict, count: int) -> N
 def generated(weights: dict, kind: str, states: torch.Tensor, form: str) -> torch.Tensor:
     """The prompt (l, d) of one row from its instruction's states (n, d), as the paper has it."""
     if kind == "none":
-        p = weights["prompt"]
+        p = weights["prompt"][0]
     else:
         inputs = states if form == "paper" else states / states.pow(2).mean(-1, keepdim=True).sqrt()
-        projected = inputs @ weights["down.weight"].T + weights["down.bias"]  # (n, m)
+        projected = inputs @ weights["down"][0] + weights["down_bias"][0]  # (n, m)
         pool = {"appg": nn.AdaptiveAvgPool1d, "mppg": nn.AdaptiveMaxPool1d}.get(kind)
         pooled = projected[-1:] if pool is None else pool(3)(projected.T[None])[0].T
-        p = (pooled.relu() @ weights["up.weight"].T + weights["up.bias"]).reshape(3, -1)
+        p = (pooled.relu() @ weights["up"][0] + weights["up_bias"][0]).reshape(3, -1)
     if form == "paper":
         return p
     return states[0] + states[0].pow(2).mean().sqrt() * p
@@ -96,7 +94,7 @@ def test_against_a_loop_over_the_layers(kind: str, form) -> None:
 
 def test_layer_0_is_prompt_tuning() -> None:
     model = lpt(generator_type="none", insertion_layer=0, init_weights="paper")
-    ids, prompt = batch(7)["input_ids"], generator_of(model).prompt.detach()[None]  # (1, l, d)
+    ids, prompt = batch(7)["input_ids"], generator_of(model).prompt.detach()  # (1, l, d)
     with torch.no_grad():
         actual = model(ids).logits
         base = model.unload()
@@ -112,8 +110,8 @@ def test_fresh_adapter_and_its_gradients(kind: str) -> None:
     """A fresh adapter's vectors are copies of the first token's state; at the second step all weights learn."""
     model = get_peft_model(causal_lm(), config(task_type="CAUSAL_LM", generator_type=kind))
     generator = generator_of(model)
-    states, mask = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
-    prompts = generator(states, Instance(mask, torch.tensor([0, 2])), 1)
+    states, mask = torch.randn(2, 6, 32), torch.arange(6) >= torch.tensor([[0], [2]])
+    prompts = generator(instances(states, mask), 1)
     assert torch.equal(prompts, states[[0, 1], [0, 2]][:, None].expand(-1, 3, -1))
     optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)
     ids = batch(8, 8)["input_ids"]
@@ -130,21 +128,17 @@ def test_dropout_in_training_only() -> None:
     torch.manual_seed(0)
     model = lpt(dropout=0.9)
     generator = generator_of(model)
-    states, instance = (
-        torch.randn(1, 6, 32),
-        Instance(torch.ones(1, 6, dtype=torch.bool), torch.zeros(1, dtype=torch.long)),
-    )
-    plain = generator(states, instance, 2) - states[:, :1]
+    states = torch.randn(1, 6, 32)
+    plain = generator(instances(states), 2) - states[:, :1]
     assert (plain != 0).all()
-    dropped = generator.train()(states, instance, 2) - states[:, :1]
+    dropped = generator.train()(instances(states), 2) - states[:, :1]
     assert (dropped.abs() < 1e-6).float().mean() > 0.6
 
 
 def test_constant_condition_sees_no_instance() -> None:
     for kind in KINDS[:3]:
         generator = generator_of(lpt(condition="constant", generator_type=kind, init_weights="paper"))
-        instance = Instance(torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
-        prompts = generator(torch.randn(2, 6, 32), instance, 2)
+        prompts = generator(instances(torch.randn(2, 6, 32)), 2)
         assert torch.equal(prompts[0], prompts[1])
         assert prompts.shape == (2, 3, 32)
 
@@ -152,19 +146,30 @@ def test_constant_condition_sees_no_instance() -> None:
 # ------------------------------------------------------------------------------------------------- below the prompt
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3", "bloom"])
-@pytest.mark.parametrize("position", ["before", "after_first"])
-def test_layers_below_are_the_base_model(family: str, position: str) -> None:
-    if family in ("gemma3", "bloom") and position == "after_first":
-        pytest.skip("windows and ALiBi biases count columns, so the first token stands farther away")
-    model = lpt(family, insertion_layer=2, prompt_position=position)
+NUMBERED = ("llama", "gpt2", "opt")  # their slots may stand among the tokens
+COLUMNS = ("gemma3", "bloom", "mpt", "falcon")  # windows and ALiBi biases count columns, so a token would stand farther away
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("family", "position"),
+    [
+        *((family, position) for family in NUMBERED for position in ("before", "after_first", "end")),
+        *((family, "before") for family in COLUMNS),
+    ],
+)
+def test_layers_below_are_the_base_model(family: str, position: str, attention: str) -> None:
+    if family in ("bloom", "mpt") and attention == "sdpa":
+        pytest.skip("it has eager attention only")
+    model = lpt(family, insertion_layer=2, prompt_position=position, attn_implementation=attention)
     inputs = batch(9, 6)
+    instruction = inputs["attention_mask"].bool() & (torch.arange(9) < 7)
     with torch.no_grad():
-        actual = model(**inputs, output_hidden_states=True).hidden_states
+        actual = model(**inputs, instruction_mask=instruction, output_hidden_states=True).hidden_states
         with model.disable_adapter():
             # Given, as GPT-2 counts padding on the left as positions where it counts itself.
             positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-            positions = {} if family == "bloom" else {"position_ids": positions}
+            positions = {} if family in ("bloom", "mpt", "falcon") else {"position_ids": positions}
             expected = model(**inputs, **positions, output_hidden_states=True).hidden_states
     real = inputs["attention_mask"].bool()
     for depth in range(3):
@@ -304,31 +309,6 @@ def test_going_on_from_a_cache_whose_rows_were_reordered(family: str) -> None:
     assert_same(torch.cat([middle.logits, last.logits], dim=1), whole[rows, 9:])
 
 
-def test_hiding_keys_in_masks_of_each_form() -> None:
-    hidden = torch.tensor([[True, False, False, False], [False, True, False, False]])
-    causal = torch.ones(4, 4, dtype=torch.bool).tril()
-    expected = causal & ~hidden[:, None, None, :]  # (2, 1, 4, 4)
-    how = {"num_queries": 4, "seen": 0, "start": 0, "causal": True}
-    assert torch.equal(hide(None, hidden, **how, attention="sdpa"), expected)
-    assert torch.equal(hide(None, hidden, **how, attention="eager") == 0, expected)
-    assert torch.equal(hide(causal.expand(2, 1, 4, 4), hidden, **how, attention="sdpa"), expected)
-    biases = torch.where(causal, 0.5, torch.finfo(torch.float32).min).expand(1, 3, 4, 4)
-    lowest = torch.finfo(torch.float32).min
-    assert torch.equal(
-        hide(biases, hidden, **how, attention="eager"), torch.where(expected, 0.5, lowest).expand(2, 3, 4, 4)
-    )
-    # Flash attention knows which keys are there and is causal by itself.
-    assert torch.equal(hide(None, hidden, **how, attention="flash_attention_2"), ~hidden)
-    assert torch.equal(hide(torch.ones(2, 4), hidden, **how, attention="flash_attention_2"), (~hidden).float())
-    # One query behind 5 positions, whose keys begin with the third: a sliding window.
-    step = hide(None, hidden, num_queries=1, seen=5, start=2, causal=True, attention="sdpa")
-    assert torch.equal(step[:, 0, 0], ~hidden)
-    assert torch.equal(hide(None, hidden, 4, 0, 0, False, "sdpa"), (~hidden)[:, None, None, :].expand(2, 1, 4, 4))
-    for mask, attention in ((torch.ones(2, 4, 4), "sdpa"), (torch.ones(2, 3), "sdpa"), ("x", "sdpa")):
-        with pytest.raises(ValueError, match="need a mask of a known form"):
-            hide(mask, hidden, **how, attention=attention)
-
-
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -344,6 +324,35 @@ def test_hiding_keys_in_masks_of_each_form() -> None:
 def test_bad_fields(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LPTConfig(**fields)
+
+
+@pytest.mark.parametrize("position", ["after_first", "end"])
+@pytest.mark.parametrize(
+    ("make", "family", "refused"),
+    [
+        (pair, "t5", True),
+        (causal_lm, "bloom", True),
+        (causal_lm, "falcon", True),  # with ALiBi
+        (causal_lm, "mpt", True),
+        (encoder, "deberta-v2", True),
+        (encoder, "mpnet", True),
+        (causal_lm, "falcon_rotary", False),
+        (causal_lm, "llama", False),
+        (causal_lm, "gpt2", False),
+        (encoder, "bert", False),
+    ],
+)
+def test_slots_among_tokens_where_distances_are_those_of_columns(make, family: str, refused: bool, position: str) -> None:
+    base = make(family)
+    names = set(base.state_dict())
+    if refused:
+        with pytest.raises(ValueError, match=rf"`prompt_position` must be 'before' for late prompts.*'{position}'"):
+            get_peft_model(base, config(insertion_layer=1, prompt_position=position))
+        assert set(base.state_dict()) == names
+        # It is the layers below that must not notice.
+        get_peft_model(base, config(insertion_layer=0, prompt_position=position))
+    else:
+        get_peft_model(base, config(insertion_layer=1, prompt_position=position))
 
 
 def test_a_layer_outside_the_stack_changes_nothing() -> None:

@@ -1,0 +1,68 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where prompts stand if the config leaves that open: behind a first special token, but not behind a first word."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import adapted, assert_same, batch, causal_lm, encoder, pair
+
+from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IPTConfig, LPTConfig
+
+
+OPEN = {"idpg": lambda **kw: IDPGConfig(phm_n=4, **kw), "dynamic_prompt": lambda **kw: DynamicPromptConfig(**kw)}
+
+
+@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.parametrize(
+    ("make", "family", "expected"),
+    [
+        (pair, "t5", "before"),
+        (pair, "mt5", "before"),
+        (pair, "bart", "after_first"),
+        (encoder, "bert", "after_first"),
+        (encoder, "deberta-v2", "after_first"),
+        (causal_lm, "llama", "after_first"),
+    ],
+)
+def test_filled_in(name: str, make, family: str, expected: str, tmp_path) -> None:
+    config = OPEN[name](num_virtual_tokens=4)
+    assert config.prompt_position is None
+    model = get_peft_model(make(family), config)
+    assert model.peft_config["default"].prompt_position == expected
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(family), tmp_path)
+    assert loaded.peft_config["default"].prompt_position == expected
+
+
+def test_causal_model_without_a_first_token() -> None:
+    base = causal_lm(bos_token_id=None)
+    assert get_peft_model(base, IDPGConfig(phm_n=4)).peft_config["default"].prompt_position == "before"
+
+
+@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.parametrize(("make", "family", "decided"), [(pair, "t5", "before"), (encoder, "bert", "after_first")])
+def test_it_is_where_the_slots_stand(name: str, make, family: str, decided: str) -> None:
+    inputs = batch(9, 9)
+    if make is pair:
+        inputs["decoder_input_ids"] = torch.zeros(2, 1, dtype=torch.long)
+    outputs = {}
+    for position in (None, "before", "after_first"):
+        with torch.no_grad():
+            outputs[position] = adapted(make(family), OPEN[name](num_virtual_tokens=4, prompt_position=position))(
+                **inputs
+            )[0]
+    assert_same(outputs[None], outputs[decided])
+    (other,) = {"before", "after_first"} - {decided}
+    assert (outputs[None] - outputs[other]).abs().max() > 1e-3
+
+
+def test_what_a_config_says_stays() -> None:
+    assert get_peft_model(pair("t5"), IDPGConfig(phm_n=4, prompt_position="after_first")).peft_config[
+        "default"
+    ].prompt_position == ("after_first")
+    for config in (IAPTConfig(), IPTConfig(table_rank=4), LPTConfig()):
+        assert config.prompt_position == "before"
