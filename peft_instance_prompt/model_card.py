@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 
 PACKAGE = "peft-instance-prompt"
 
-PAPERS = {
-    "DYNAMIC_PROMPT": ("Dynamic Prompting: A Unified Framework for Prompt Tuning", "2303.02909"),
-    "IAPT": ("IAPT: Instruction-Aware Prompt Tuning for Large Language Models", "2405.18203"),
-    "IDPG": ("IDPG: An Instance-Dependent Prompt Generation Method", "2204.04497"),
-    "IPT": ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958"),
-    "LPT": ("Late Prompt Tuning: A Late Prompt Could Be Better Than Many Prompts", "2210.11292"),
-}
-
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -45,14 +37,14 @@ SECTION = """<!-- {package} -->
 ## How to load this adapter
 
 A soft prompt that is computed from each input, by the method {method}{paper}. PEFT knows the method when
-[{package}](https://pypi.org/project/{package}/) has been imported, and not before:
+`{home}` has been imported, which needs [{package}](https://pypi.org/project/{package}/), and not before:
 
 ```bash
 pip install {package}
 ```
 
 ```python
-import peft_instance_prompt  # before loading: it adds {method} to PEFT
+import {home}  # before loading: it adds {method} to PEFT
 from peft import {auto_class}
 
 model = {auto_class}.from_pretrained("{name}")
@@ -71,12 +63,14 @@ def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDE
     path = Path(folder, "README.md")
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData(library_name='peft')}\n---\n")
     method = getattr(config.peft_type, "value", config.peft_type)
-    title, number = PAPERS.get(method, (None, None))
+    title, number = config.paper or (None, None)
+    home = type(config).__module__.partition(".")[0]  # the package that registers the method
     card.data["tags"] = sorted(
         {*(card.data.tags or []), PACKAGE, method.lower(), *([f"arxiv:{number}"] if number else [])}
     )
     section = SECTION.format(
         package=PACKAGE,
+        home=home,
         method=method,
         paper=f" ([{title}](https://arxiv.org/abs/{number}))" if number else "",
         auto_class=AUTO_CLASSES.get(getattr(config.task_type, "value", config.task_type), "AutoPeftModel"),

@@ -147,7 +147,12 @@ def test_constant_condition_sees_no_instance() -> None:
 
 
 NUMBERED = ("llama", "gpt2", "opt")  # their slots may stand among the tokens
-COLUMNS = ("gemma3", "bloom", "mpt", "falcon")  # windows and ALiBi biases count columns, so a token would stand farther away
+COLUMNS = (
+    "gemma3",
+    "bloom",
+    "mpt",
+    "falcon",
+)  # windows and ALiBi biases count columns, so a token would stand farther away
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -342,7 +347,9 @@ def test_bad_fields(fields: dict, message: str) -> None:
         (encoder, "bert", False),
     ],
 )
-def test_slots_among_tokens_where_distances_are_those_of_columns(make, family: str, refused: bool, position: str) -> None:
+def test_slots_among_tokens_where_distances_are_those_of_columns(
+    make, family: str, refused: bool, position: str
+) -> None:
     base = make(family)
     names = set(base.state_dict())
     if refused:

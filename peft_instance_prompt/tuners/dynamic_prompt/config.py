@@ -66,6 +66,8 @@ class DynamicPromptConfig(InstanceVectorConfig):
     `bottleneck_dim` is not used.
     """
 
+    paper = ("Dynamic Prompting: A Unified Framework for Prompt Tuning", "2303.02909")
+
     num_virtual_tokens: int = field(default=20, metadata={"help": "The number of prompt vectors per instance."})
     prompt_position: Optional[Literal["before", "after_first"]] = field(
         default=None,

@@ -69,6 +69,8 @@ class IDPGConfig(InstanceVectorConfig):
     The fields that all methods have are those of [`InstancePromptConfig`].
     """
 
+    paper = ("IDPG: An Instance-Dependent Prompt Generation Method", "2204.04497")
+
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: Optional[int] = field(
         default=None, metadata={"help": "The width of the bottleneck; None: 16 if `multi_layer`, else 256."}

@@ -59,6 +59,8 @@ class IPTConfig(InstancePromptConfig):
     The fields that all methods have are those of [`InstancePromptConfig`].
     """
 
+    paper = ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958")
+
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
     strategy: Literal["lookup", "encoder"] = field(
         default="lookup", metadata={"help": "A prompt vector per token ('lookup'), or a small network ('encoder')."}

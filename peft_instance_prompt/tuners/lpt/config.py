@@ -38,6 +38,8 @@ class LPTConfig(InstancePromptConfig):
     The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them.
     """
 
+    paper = ("Late Prompt Tuning: A Late Prompt Could Be Better Than Many Prompts", "2210.11292")
+
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: int = field(default=128, metadata={"help": "The width of the generator's bottleneck."})
     generator_type: Literal["npg", "appg", "mppg", "none"] = field(
