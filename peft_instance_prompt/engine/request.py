@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calls import forward_args
+from .calls import declared, forward_args
 from .stand_in import StandIn, stand_ins
 
 
@@ -193,6 +193,7 @@ class NotedForward(StandIn):
             args, kwargs = note_call(self.module, args, kwargs)
             request = latest_request.get()
         latest_request.set(replace(request, entered=True))
+        kwargs = declared(kwargs, self.module)
         try:
             output = self.call_wrapped(*args, **kwargs)
         except Exception:
