@@ -325,3 +325,34 @@ def test_kinds_do_not_mix(kind: str, other: str) -> None:
     assert "other" not in model.peft_config
     with torch.no_grad():
         assert torch.equal(model(**inputs, adapter_names=["a", "b"]).logits, expected)
+
+
+# ------------------------------------------------------------------------------------------------ what neighbours do not do
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_row_of_the_base_model_keeps_its_positions(kind: str, family: str) -> None:
+    """GPT-2 counts columns where it gets no position ids, padding on the left with them; a neighbour's adapter changes nothing."""
+    bare, inputs = causal_lm(family), batch(9, 6)
+    expected = bare(**inputs).logits
+    model = several(causal_lm(family), kind, "CAUSAL_LM")
+    found = model(**inputs, adapter_names=["a", "__base__"]).logits
+    assert_same(found[1, 3:], expected[1, 3:])
+    own = model(input_ids=inputs["input_ids"][:1], adapter_names=["a"]).logits
+    assert_same(found[0], own[0])
+
+
+@torch.no_grad()
+def test_adapters_of_two_precisions_in_one_batch(kind: str) -> None:
+    """They are not computed together: the one in half precision gets what it gets alone, to the bit."""
+    model = several(causal_lm().to(torch.bfloat16), kind, "CAUSAL_LM")
+    for name, parameter in model.named_parameters():
+        if ".b." in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    inputs = batch(9, 9)
+    dtypes = {p.dtype for name, p in model.named_parameters() if ".a." in name}
+    assert dtypes == {torch.float32}
+    mixed = model(**inputs, adapter_names=["a", "b"]).logits
+    pairs = model(**inputs, adapter_names=["b", "b"]).logits
+    assert torch.equal(mixed[1], pairs[1])
