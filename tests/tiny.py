@@ -213,9 +213,7 @@ def batch(*lengths: int, side: str = "left", seed: int = 0) -> dict[str, torch.T
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def instances(
-    states: torch.Tensor, mask: torch.Tensor | None = None, vector: torch.Tensor | None = None
-) -> Instances:
+def instances(states: torch.Tensor, mask: torch.Tensor | None = None, vector: torch.Tensor | None = None) -> Instances:
     """What a generator reads of states (G, n, w), all of which count where no mask is given; the base is the first that does."""
     mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask  # (G, n)
     first = [row[own.nonzero()[0]] for row, own in zip(states.detach(), mask)]  # (1, w) each
