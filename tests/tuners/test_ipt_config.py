@@ -24,7 +24,6 @@ from peft_instance_prompt.tuners.ipt import ENCODERS, IPTGenerator, Table
 
 
 INPUTS = batch(9, 4)
-LABELS = INPUTS["input_ids"].where(torch.arange(9) > 6, -100)  # instructions of 7 and of 2 tokens
 d, L, V = 32, 3, 96
 
 
@@ -41,10 +40,6 @@ def encoder(**fields) -> IPTConfig:
 def generator_of(model: nn.Module, name: str = "default") -> IPTGenerator:
     (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
     return layer.generators[name]
-
-
-def rms(x: torch.Tensor) -> torch.Tensor:
-    return (x.pow(2).mean(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
 @torch.no_grad()

@@ -14,9 +14,6 @@ from peft_instance_prompt import LPTConfig
 from peft_instance_prompt.tuners.lpt import LPTGenerator
 
 
-KINDS = ("npg", "appg", "mppg", "none")
-
-
 def config(**fields) -> LPTConfig:
     return LPTConfig(**{"bottleneck_dim": 8, "dropout": 0.0, "num_virtual_tokens": 3, **fields})
 
