@@ -37,13 +37,13 @@ from .tools import doctor
 
 
 # A rational activation starts at a fit of GELU, whose coefficients lie within 0.5 of zero. The term of degree j weighs
-# x^j, and the bottleneck's values reach well beyond 1: from a coefficient of 1 on, the high terms are no activation but an
-# explosion, which training that has gone wrong, or a file that has been damaged, is the likely cause of.
+# x^j, and the bottleneck's values reach well beyond 1: from a coefficient of 1 on, the high terms explode. The likely
+# cause is training that went wrong, or a damaged file.
 COEFFICIENT_RANGE = (-1.0, 1.0)
 
 
 def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
-    """What an adapter's folder holds, as a dict that JSON can take.
+    """The content of an adapter's folder, as a dict for JSON.
 
     Args:
         folder (`str`): The folder, as `save_pretrained` writes it.
@@ -116,9 +116,9 @@ def read_config(folder: Path) -> InstancePromptConfig:
     return config
 
 
-# What a folder does not tell of the base model: widths e of the input embeddings and o of the last hidden states, in units of
-# the layers' width. Nearly always both are 1. Where they are not, any value will do: two are tried, and where the shapes that
-# come of them differ, a shape is left open.
+# Facts about the base model that a folder does not tell: widths e of the input embeddings and o of the last hidden states, in
+# units of the layers' width. Nearly always both are 1. Otherwise two values are tried, and a shape that differs between them is
+# left open.
 WIDTHS = (((1, 1), (1, 1)), ((2, 2), (3, 3)), ((2, 1), (3, 1)), ((1, 2), (1, 3)))
 
 
@@ -128,8 +128,12 @@ def make_generator(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_s
     sizes = {"hidden_size": d, "embedding_size": d * e, "output_size": d * o, "vocab_size": vocab_size}
     known = {"name": "", "layers_name": "", "num_layers": config.num_layers, "causal": True}
     info = StackInfo(**{**{field.name: None for field in fields(StackInfo)}, **known, **sizes})
-    with torch.device("meta"):
-        return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
+    try:
+        with torch.device("meta"):
+            return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
+    except RuntimeError as error:  # the product of the sizes is no 64-bit number
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"An adapter of the config's size cannot be made: {reason}.") from error
 
 
 def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor], source: str) -> list[str]:
@@ -168,7 +172,7 @@ def is_declared(config: InstancePromptConfig, key: str) -> bool:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """What [`inspect_folder`] found, a line each."""
+    """The dict of [`inspect_folder`] as text, one line for each fact."""
     low, high = found["coefficient_range"]
     lines = [
         f"type           {found['type']}, for {found['task_type'] or 'no particular task'}",

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Before an adapter is attached: what a config and a name must be for the base model. And the way back, if it fails."""
+"""Checks of a config and a name before an adapter is attached, and the way back if attaching fails."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from .config import InstancePromptConfig
     from .engine.stack import StackInfo
 
-# What a config keeps of the stack that the adapter was made for.
+# The sizes of the adapter's stack that a config keeps.
 SIZES = ("hidden_size", "num_layers", "vocab_size")
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT cannot wrap them
 
 
 def check_adapter_name(name: str) -> None:
-    """Raise a ValueError if `name` can be no adapter's name: PEFT uses it as the name of a module and of a folder."""
+    """Raise a ValueError if no adapter can be called `name`: PEFT uses it as the name of a module and of a folder."""
     reserved = name == "__base__" or hasattr(nn.ModuleDict(), name) if isinstance(name, str) else True
     if reserved or not name or any(mark in name for mark in "./\\"):
         raise ValueError(
@@ -41,11 +41,11 @@ def check_adapter_name(name: str) -> None:
 
 
 def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> None:
-    """Raise a ValueError if PEFT would not know whose a new adapter's tensors are.
+    """Raise a ValueError if PEFT could not tell which adapter a tensor belongs to.
 
     Args:
-        adapter_names (`Iterable[str]`): The names of all adapters. PEFT tells whose a tensor is by looking for `.NAME.` in its
-            name, and where that is a part of another's tensor's name, it leaves that out of the other's file in silence.
+        adapter_names (`Iterable[str]`): The names of all adapters. PEFT looks for `.NAME.` in the names
+            of tensors. If the name of another adapter's tensor contains it, PEFT leaves that tensor out of the other file.
         keys (`Iterable[str]`): The new adapter's tensors, by their names in its file.
     """
     parts = {part for key in keys for part in key.split(".")}
@@ -58,7 +58,7 @@ def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> Non
 
 
 def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Raise a ValueError if `modules_to_save` names what PEFT cannot copy.
+    """Raise a ValueError if `modules_to_save` names a module that PEFT cannot copy.
 
     Args:
         config (`PeftConfig`): The config. PEFT takes each module whose name *ends* with one of its `modules_to_save`.
@@ -92,7 +92,8 @@ def check_memory(build: Callable[[], nn.Module], config: PeftConfig, width: int)
         with torch.device("meta"):
             generator = build()
     except RuntimeError as error:  # the product of the sizes is no 64-bit number
-        raise ValueError(f"An adapter of this size cannot be made ({fields}): {error}".splitlines()[0]) from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"An adapter of this size cannot be made ({fields}): {reason}.") from error
     prompt = 4 * width * config.num_virtual_tokens
     size = prompt + sum(tensor.nbytes for tensor in chain(generator.parameters(), generator.buffers()))
     if size > (memory := psutil.virtual_memory().total):
@@ -104,10 +105,10 @@ def check_memory(build: Callable[[], nn.Module], config: PeftConfig, width: int)
 
 @contextmanager
 def undone_on_error(root: nn.Module) -> Iterator[None]:
-    """If the block raises, all modules of `root` have the submodules, parameters, hooks, attributes and `requires_grad`
-    again that they had before. Of modules within an adapter that was there, these are `training` and `requires_grad` only.
-    The numbers in tensors are left as they are, and so is what lies beside modules, such as a model's config. What other
-    threads change on these modules meanwhile is undone, too."""
+    """If the block raises, restore the submodules, parameters, hooks, attributes and `requires_grad` of all modules of `root`;
+    of modules within older adapters, `training` and `requires_grad` only. The numbers in tensors stay as they are, and so do
+    objects that are no modules, such as a model's config. Changes that other threads make to these modules meanwhile are
+    undone, too."""
     before = [(module, *_attributes(module)) for module in _outside_adapters(root)]
     modes = [(module, module.training) for module in root.modules()]
     trainable = [(p, p.requires_grad) for module, _ in modes for p in module._parameters.values() if p is not None]

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the configs of all methods have in common."""
+"""The fields that the configs of all methods have, and their checks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class InstancePromptConfig(PeftConfig):
         bottleneck_dim (`int`):
             The width m of the generator's bottleneck, at least 1. Defaults to 16.
         prompt_position (`str`):
-            Where the prompt stands: `"before"` the first token that is not padding; `"after_first"`, behind that token
-            (BOS or [CLS]); or at the `"end"`, which in a causal model is behind the last instruction token, so that the
+            The place of the prompt: `"before"`, the default, the first token that is not padding; `"after_first"`, behind that
+            token (BOS or [CLS]); or at the `"end"`, which in a causal model is behind the last instruction token, so that the
             next token is predicted at the last slot, and in an encoder before the last token that is not padding ([SEP]
             or </s>).
         layers_to_transform (`int` or `list[int]`, *optional*):
@@ -41,25 +41,26 @@ class InstancePromptConfig(PeftConfig):
             what the layer before them made of them. Defaults to all layers.
         init_weights (`bool` or `"paper"`):
             `True`, the default, starts as a near no-op, as LoRA does: each prompt vector begins as a copy of the state of
-            the row's first token at that depth, the attention sink, and what is generated is added to it in units of its
+            the row's first token at that depth, the attention sink, and the generated part is added to it in units of its
             root mean square. `False` starts from random weights in the same form (used by tests). `"paper"` is the paper's
             own form and start, which disturbs a pretrained causal model badly. It is a property of the trained adapter,
             not only of its start: do not change it afterwards. (At the `"end"` of a causal model, where the next token is
             predicted at the last slot, the copies are of the last instruction token, and no start is a near no-op.)
         condition (`str`):
             `"instance"`, or `"constant"` for the control experiment: the same generator fed a learned constant, so that
-            what is generated is the same for all instances. With `init_weights="paper"` so is the whole prompt; otherwise
-            the state that it is added to is still of the instance's own first token.
+            the generated part is the same for all instances. With `init_weights="paper"` so is the whole prompt; otherwise
+            the generated part is added to the state of the instance's own first token.
         response_template (`str` or `list[int]`, *optional*):
             The token ids that stand between instruction and response in every row; the prompt is then generated from what
             stands up to and including their first occurrence. It is kept with the adapter and serves training, evaluation
             and generation alike. Give it wherever a causal model scores given continuations (evaluation harnesses,
             preference training): without it and without labels, the whole row counts as the instance. A text is turned
             into ids once, by the tokenizer `tokenizer_name_or_path`.
-            `"chat"` is what the chat template of the tokenizer writes before an answer, found once, when the adapter is made.
+            `"chat"` stands for the ids that the chat template of the tokenizer writes before an answer, found once, when the
+            adapter is made.
         missing_template (`str`):
-            What a row without the `response_template` is: `"error"`, the default, refuses it; `"all"` takes the whole row for the
-            instruction, for training rows that were cut off and for plain text that a harness scores.
+            The scope of a row without the `response_template`: `"error"`, the default, refuses it; `"all"` takes the whole row as
+            the instruction, for training rows that were cut off and for plain text that a harness scores.
         instruction_length (`int`, *optional*):
             For plain text, which has no instruction: the prompt is generated from the first n tokens and stands behind them
             (`prompt_position="end"`), so that every later token is predicted from it and none is read by it.
@@ -82,8 +83,8 @@ class InstancePromptConfig(PeftConfig):
             saved them along (its `save_embedding_layers`, which a resized vocabulary switches on). No other tensor of the
             base model is taken from an adapter's file.
         weights_digest (`str`, *optional*):
-            Filled in in the file when an adapter is saved: the digest of the weights, by which weights and config of two
-            saves are told from those of one. Without it they are not compared.
+            Filled in in the file when an adapter is saved: the digest of the weights. Loading compares it, and refuses
+            weights and a config that belong to two saves. Without it nothing is compared.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names the field, its value and what is allowed.
@@ -91,6 +92,7 @@ class InstancePromptConfig(PeftConfig):
     """
 
     method: ClassVar[Optional[str]] = None  # set by `register_method`
+    paper: ClassVar[Optional[tuple[str, str]]] = None  # title and arXiv number, for the model card
 
     num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: int = field(default=16, metadata={"help": "The width of the generator's bottleneck."})

@@ -42,9 +42,9 @@ def read_kind(folder: Path) -> str | None:
 
 
 def check_files(folder: Path) -> None:
-    """Raise a ValueError if an adapter's folder has no weights, or none that can be read. What is no folder is let pass.
+    """Raise a ValueError if an adapter's folder has no weights, or none that can be read. A name that is no folder passes.
 
-    What is no regular file is refused unread: a pipe or a device may never come to an end.
+    A file that is no regular file is refused unread: a pipe or a device may never end.
     """
     if not folder.is_dir():  # a repository on the hub
         return
@@ -63,7 +63,7 @@ def check_files(folder: Path) -> None:
 
 
 def digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the types, shapes and bytes of tensors, whatever they are called and wherever they lie.
+    """SHA-256 over the types, shapes and bytes of tensors; their names and devices do not count.
 
     Loading renames tensors and moves them to another device before this package sees them.
     """
@@ -123,7 +123,7 @@ def check_tensors(
 def is_finite(tensor: torch.Tensor) -> bool:
     return bool(
         (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all()
-    )  # not known of 8-bit floats
+    )  # torch has no `isfinite` for 8-bit floats
 
 
 def as_text(shape: Sequence[int | None]) -> str:
@@ -135,7 +135,7 @@ def fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
 
 
 def embedding_names(model: torch.nn.Module) -> list[str]:
-    """The names of a base model's input embeddings and of its head, as far as they are no adapter's own copies."""
+    """The names of a base model's input embeddings and of its head, without the copies that adapters have of them."""
     layers = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:

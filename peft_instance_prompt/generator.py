@@ -30,14 +30,14 @@ INPUT = -1  # the depth of the input embeddings; layers count from 0
 
 
 class Instances(NamedTuple):
-    """What a generator reads at one depth.
+    """The input of a generator at one depth.
 
     Attributes:
         states (`torch.Tensor`): Shape (G, n, w). The input of the layer, or the input embeddings, at the instruction's tokens.
         mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
         base_state (`torch.Tensor`): Shape (G, 1, w), detached. The state that a fresh prompt copies: the first token's, or,
             behind the instruction of a causal model, the last instruction token's.
-        vector (`torch.Tensor`, *optional*): Shape (G, ...). What [`PromptGenerator.encode`] made of the instances.
+        vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of [`PromptGenerator.encode`].
     """
 
     states: torch.Tensor
@@ -48,13 +48,13 @@ class Instances(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """What [`PromptGenerator.encode`] may read before the stack runs.
+    """The input of [`PromptGenerator.encode`], before the stack runs.
 
     Attributes:
         token_ids (`torch.LongTensor`, *optional*): Shape (G, n). None if the model was called with embeddings.
         embeds (`torch.Tensor`): Shape (G, n, e). The input embeddings.
         mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
-        instance_embeds (`torch.Tensor`, *optional*): Shape (G, k). Vectors that the caller gave.
+        instance_embeds (`torch.Tensor`, *optional*): Shape (G, k). The caller's vectors of the instances.
         frozen_states (`Callable`): Returns the last hidden states (G, n, d) of the stack without prompts, gradient and dropout.
             The pass is run at most once per call of the model.
     """
@@ -88,7 +88,7 @@ class PromptGenerator(nn.Module):
     Every parameter that `generate` reads is an attribute of the generator itself. It has a first dimension over the depths that do
     not share it, and two or more further ones: a matrix (D, a, b), a vector (D, 1, a). [`rows_at`] says which row of each is read
     at a depth. `generate` gets these rows as `weights`, and computes with `@`, `+` and `*`, which broadcast: in a batch of several
-    adapters each weight has a dimension over the instances in front. What only `encode` reads lies in submodules.
+    adapters each weight has a dimension over the instances in front. Parameters that only `encode` reads lie in submodules.
 
     Args:
         config (`InstancePromptConfig`): The adapter's config.
@@ -97,17 +97,18 @@ class PromptGenerator(nn.Module):
 
     Attributes:
         depths (`tuple[int]`): Where prompts are generated: layer numbers, and `INPUT` for the input embeddings.
-        adds (`bool`): Whether the vectors are added to what stands in the slots of a layer's input, and do not replace it. At
-            `INPUT` they always replace.
+        adds (`bool`): Whether the vectors are added to the states in the slots of a layer's input. False: they replace these
+            states. At `INPUT` they always replace.
         first_visible_layer (`int`): The first layer that sees the slots. Those below run as if there were none: the slots are
             hidden from attention there, and take no place in the count of positions.
         num_slots (`int`): l.
         copies_last (`bool`): Whether `base_state` is that of the last instruction token: the slots stand behind it, and the next
             token is predicted at the last of them.
-        paper (`bool`): Whether the prompt is what is generated, without a state that it is added to: `init_weights="paper"`.
+        paper (`bool`): Whether the generated part is the whole prompt, with no state that it is added to: `init_weights="paper"`.
         constant_condition (`bool`): Whether the prompts are to be the same for all instances: `condition="constant"`.
-        feeds_constant (`bool`): Whether the base class sees to that, by l learned states (D, l, w) that `generate` gets in place
-            of an instance's. A method with `encode`, or with a constant that costs less, sets it to False and sees to it itself.
+        feeds_constant (`bool`): Whether the base class provides the constant: l learned states (D, l, w), which `generate`
+            gets in place of an instance's. A method with `encode`, or with a cheaper constant, sets it to False and provides its
+            own.
     """
 
     adds = False
@@ -133,10 +134,10 @@ class PromptGenerator(nn.Module):
             self.constant = nn.Parameter(torch.randn(len(self.depths), self.num_slots, *widths))  # (D, l, w)
 
     def zero_at_start(self, *last: nn.Parameter) -> None:
-        """Let what is generated begin at zero with `init_weights=True`. To be called at the end of `__init__`.
+        """Let the generated part begin at zero, with `init_weights=True`. Call it at the end of `__init__`.
 
         Args:
-            last (`nn.Parameter`): The parameters that make it zero if they are: the last matrix and its bias.
+            last (`nn.Parameter`): The last matrix and its bias: if they are zero, the generated part is.
         """
         if self.config.init_weights is True:
             for parameter in last:
@@ -163,13 +164,13 @@ class PromptGenerator(nn.Module):
 
         Args:
             mask (`torch.BoolTensor`): Shape (G, n). The instruction's tokens.
-            vector (`torch.Tensor`, *optional*): Shape (G, ...). What `encode` returned.
+            vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of `encode`.
         """
         at_end = self.config.prompt_position == "end"
         return Placement(mask.new_full((len(mask), self.num_slots), at_end))  # (G, l)
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
-        """What is generated for one depth, (G, l, w), or (l, w) or (1, l, w) if it is the same for all instances.
+        """The generated part for one depth: (G, l, w); or (l, w) or (1, l, w) if it is the same for all instances.
 
         Args:
             instances (`Instances`): The instances.
@@ -179,16 +180,16 @@ class PromptGenerator(nn.Module):
         raise NotImplementedError
 
     def rows_at(self, depth: int) -> dict[str, int]:
-        """Which row of each parameter `generate` reads at a depth. Default: of D rows the depth's own, of one row that one."""
+        """Which row of each parameter `generate` reads at a depth. Default: the row of the depth, or the only row there is."""
         at = self.depths.index(depth)
         return {name: at if len(p) > 1 else 0 for name, p in self.named_parameters(recurse=False)}
 
     def start(self, instances: Instances, depth: int) -> torch.Tensor | None:
-        """The vector (G, 1, w) to which what is generated is added, in units of its root mean square. None: to nothing."""
+        """The state (G, 1, w) that the generated part is added to, in units of its root mean square. None: there is none."""
         return None if self.paper else instances.base_state
 
     def token_weights(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor | None:
-        """How much each prompt vector takes of each token, (G, l, n), where each row sums to 1; for looking at only.
+        """The share of each token in each prompt vector, (G, l, n), where each row sums to 1. Only tools read it.
 
         None if the vectors of this depth are no weighted means over tokens, as with `condition="constant"`.
         """
@@ -204,18 +205,18 @@ class PromptGenerator(nn.Module):
         front: torch.Tensor,
         end: torch.Tensor,
     ) -> torch.Tensor:
-        """Give gradients to choices that stand in no number of `widened`: where the slots stand.
+        """Give gradients to choices that no number of `widened` shows: the places of the slots.
 
         Called where one adapter has the whole batch, one instance per row.
 
         Args:
             widened (`torch.Tensor`): Shape (B, N, e). The input embeddings with the prompt vectors in their places.
-            prompts (`torch.Tensor`): Shape (B, l, e). What `forward` gave for `INPUT`.
+            prompts (`torch.Tensor`): Shape (B, l, e). The output of `forward` for `INPUT`.
             embeds (`torch.Tensor`): Shape (B, S, e). The input embeddings without them.
-            vector (`torch.Tensor`, *optional*): Shape (B, ...). What `encode` returned.
+            vector (`torch.Tensor`, *optional*): Shape (B, ...). The output of `encode`.
             layout (`Layout`): Where slots and tokens stand.
-            front, end (`torch.LongTensor`): Shape (B,). The token before which the slots before the instruction stand, and the
-                one before which those behind it stand; `front <= end`.
+            front (`torch.LongTensor`): Shape (B,). The token before which the slots before the instruction stand.
+            end (`torch.LongTensor`): Shape (B,). The token before which the slots behind it stand; `front <= end`.
 
         Returns:
             `torch.Tensor`: `widened`, with the same values.
@@ -225,15 +226,16 @@ class PromptGenerator(nn.Module):
     # --------------------------------------------------------------------------------------------- what the engine calls
 
     def forward(self, instances: Instances, depth: int, weights: Weights | None = None) -> torch.Tensor:
-        """The prompt vectors of one depth: `p = start + rms(start) * generated`; without `start +` where they are added to what
-        stands in the slots, as that began with it.
+        """The prompt vectors of one depth: `p = start + rms(start) * generated`. Where they are added to the states in the slots,
+        there is no `start +`, since these states began with it.
 
         The first token is the attention sink of a causal model. A second copy of its state changes next to nothing, so an adapter
         whose `generated` begins at zero begins as a near no-op, where any other vector does great harm. The papers have no such
         term; with `init_weights="paper"` there is none.
 
         Args:
-            instances, depth: As in `generate`.
+            instances (`Instances`): As in `generate`.
+            depth (`int`): As in `generate`.
             weights (`Mapping[str, torch.Tensor]`, *optional*): As in `generate`. Default: the generator's own.
 
         Returns:
@@ -262,7 +264,7 @@ class PromptGenerator(nn.Module):
         return {name: (getattr(self, name) if unbound is None else unbound[name])[row] for name, row in rows}
 
     def unbind(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        """What `generate` reads, taken apart along the depths: backward through `unbind` costs less than an index per depth."""
+        """The parameters that `generate` reads, one tensor per depth. Backward through `unbind` costs less than an index."""
         names = {name for depth in self.depths for name in self.rows_at(depth)}
         return {name: getattr(self, name).unbind(0) for name in names}
 

@@ -3,11 +3,11 @@
 
 """Loading: an adapter's folder is refused whole, or it is loaded whole, and nothing else of the model is changed.
 
-PEFT and transformers load what fits and let the rest pass: tensors that are missing keep their random start, and a tensor
-that is named like one of the base model overwrites it. So [`guard_loading`] extends `PeftModel.from_pretrained`,
+PEFT and transformers load the tensors that fit and ignore the rest: missing tensors keep their random start, and a tensor that
+is named like one of the base model overwrites it. So [`guard_loading`] extends `PeftModel.from_pretrained`,
 `PeftModel.load_adapter` and the `load_adapter` of transformers' models. These look at the folder first and note what its
-config says of its weights; the tuner compares that with the tensors, by [`check_arrival`], when the adapter is in its place
-and nothing has been loaded; and whatever fails is undone. Adapters of other packages are let pass.
+config says of its weights. The tuner compares that with the tensors, by [`check_arrival`], when the adapter is in its place
+and nothing has been loaded. A failed load is undone. Adapters of other packages are loaded as before.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 class Arrival(NamedTuple):
-    """What is known of the weights that are on their way into a model.
+    """Weights that are about to be loaded into a model.
 
     Attributes:
         source (`str`): Where they come from.
-        digest (`str`, *optional*): Their digest, by the config that they were saved with.
-        embeddings (`Sequence[str]`): Which embeddings of the base model are among them, by that config.
-        weights (`Mapping[str, torch.Tensor]`, *optional*): The weights, where they have been read already.
+        digest (`str`, *optional*): Their digest, from the config that they were saved with.
+        embeddings (`Sequence[str]`): The embeddings of the base model among them, from that config.
+        weights (`Mapping[str, torch.Tensor]`, *optional*): The weights, if they have been read already.
     """
 
     source: str
@@ -65,7 +65,7 @@ def announced(arrival: Arrival) -> Iterator[None]:
 
 
 def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstancePromptConfig | None:
-    """The config in a folder or on the hub; None if it is of another package.
+    """The config in a folder or on the hub; None if it belongs to another package.
 
     Args:
         config_cls (`type`): The base class of the configs that are wanted.
@@ -105,10 +105,10 @@ def names_of(
 
 
 def take_config(config: InstancePromptConfig) -> None:
-    """Take out of a config what it says of a file, as an adapter is made from it.
+    """Clear the fields of a config that describe a file, before an adapter is made from it.
 
     Raises:
-        ValueError: It is not the config that belongs to the weights on their way: it was read later, and rewritten.
+        ValueError: It does not belong to the announced weights: it was rewritten before it was read.
     """
     arrival = _arrival.get()
     if arrival is not None and arrival.digest != config.weights_digest:
@@ -119,7 +119,7 @@ def take_config(config: InstancePromptConfig) -> None:
 def check_arrival(
     tuner_cls: type, model: torch.nn.Module, adapter_name: str, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Raise a ValueError if what is about to be loaded into an adapter is not that adapter, whole and nothing else.
+    """Raise a ValueError if the weights for an adapter are not exactly its tensors.
 
     Args:
         tuner_cls (`type`): The tuner.
@@ -148,7 +148,7 @@ def check_arrival(
 
 
 def guard_loading(config_cls: type) -> None:
-    """Make the three ways to load an adapter check those whose config is a `config_cls`, and undo what fails."""
+    """Make the three ways to load an adapter check adapters whose config is a `config_cls`, and undo failures."""
     from peft import PeftModel
     from transformers.integrations.peft import PeftAdapterMixin
 

@@ -45,7 +45,7 @@ class InstancePromptModel(BaseTuner):
 
     generator_cls: type[PromptGenerator]
     tuner_layer_cls = InstancePromptLayer
-    target_module_mapping: dict[str, list[str]] = {}  # stacks are found by looking, not by the name of the model
+    target_module_mapping: dict[str, list[str]] = {}  # stacks are found by their structure, not by the model's type
 
     # -------------------------------------------------------------------------------------------------- injection
 
@@ -60,7 +60,7 @@ class InstancePromptModel(BaseTuner):
                 check_arrival(type(self), model, adapter_name)
         except BaseException:
             del self.peft_config[adapter_name]
-            if not self.peft_config:  # transformers says so beforehand
+            if not self.peft_config:  # transformers sets it before the injection
                 vars(model).pop("_hf_peft_config_loaded", None)
             raise
 
@@ -107,8 +107,8 @@ class InstancePromptModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: InstancePromptConfig, key: str):
-        # `exclude_modules` and `layers_to_transform` have been heeded; PEFT would take the one for names of stacks' parts
-        # and the other for a reason to pass over a stack.
+        # `_find_targets` has applied `exclude_modules`, and the generator applies `layers_to_transform`. PEFT would apply the one
+        # to parts of stacks and pass over a stack because of the other.
         if key in peft_config.target_modules:
             return True
         if peft_config.exclude_modules is None:
@@ -132,7 +132,7 @@ class InstancePromptModel(BaseTuner):
         name = self.prefix.removesuffix("_")
         layer = getattr(stack, name, None)
         info = layer.info if layer is not None else describe(self.model, current_key, stack_name)
-        # In the mode of the stack: what is added to a model in evaluation must not drop anything out.
+        # In the mode of the stack: an adapter of a model in evaluation must not apply dropout.
         generator = self.generator_cls(peft_config, info).train(stack.training)
         weight = stack.get_input_embeddings().weight
         if weight.device.type != "meta" and not any(p.is_meta for p in generator.parameters()):
@@ -155,7 +155,7 @@ class InstancePromptModel(BaseTuner):
     # ------------------------------------------------------------------------------------------ forward, generate
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # PEFT deals with `adapter_names` before it comes here, but not for MPT.
+        # PEFT handles `adapter_names` before this call, except for MPT.
         with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)):
             return super().forward(*args, **kwargs)
 
@@ -217,15 +217,13 @@ class InstancePromptModel(BaseTuner):
         return re.sub(rf"(\.{cls.prefix}generator)\.{re.escape(adapter_name)}\.", r"\1.", key, count=1)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict
-    ) -> dict:
+    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: dict) -> dict:
         check_arrival(cls, model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of a head of which each adapter has its own (`modules_to_save`): tell it which row is whose.
+    """Forward pre-hook of a head that each adapter has a copy of (`modules_to_save`): name the adapter of each row.
 
     The names come from the request, so that calls in several threads do not see each other's. One row may be several beams.
     """

@@ -4,7 +4,7 @@
 """The model card of an adapter: it says how to load it, since PEFT alone gives a bare `KeyError: 'IAPT'`.
 
 PEFT has no way to add to the card that it writes, and transformers' `push_to_hub` puts one of its own in its place. So
-[`teach_peft`] extends two methods of `PeftModel`; adapters of other packages are let pass.
+[`teach_peft`] extends two methods of `PeftModel`; cards of other packages' adapters stay as they are.
 """
 
 from __future__ import annotations
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 
 PACKAGE = "peft-instance-prompt"
 
-PAPERS = {
-    "DYNAMIC_PROMPT": ("Dynamic Prompting: A Unified Framework for Prompt Tuning", "2303.02909"),
-    "IAPT": ("IAPT: Instruction-Aware Prompt Tuning for Large Language Models", "2405.18203"),
-    "IDPG": ("IDPG: An Instance-Dependent Prompt Generation Method", "2204.04497"),
-    "IPT": ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958"),
-    "LPT": ("Late Prompt Tuning: A Late Prompt Could Be Better Than Many Prompts", "2210.11292"),
-}
-
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -45,14 +37,14 @@ SECTION = """<!-- {package} -->
 ## How to load this adapter
 
 A soft prompt that is computed from each input, by the method {method}{paper}. PEFT knows the method when
-[{package}](https://pypi.org/project/{package}/) has been imported, and not before:
+`{home}` has been imported, which needs [{package}](https://pypi.org/project/{package}/), and not before:
 
 ```bash
 pip install {package}
 ```
 
 ```python
-import peft_instance_prompt  # before loading: it adds {method} to PEFT
+import {home}  # before loading: it adds {method} to PEFT
 from peft import {auto_class}
 
 model = {auto_class}.from_pretrained("{name}")
@@ -61,22 +53,24 @@ model = {auto_class}.from_pretrained("{name}")
 
 
 def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDER_OR_REPOSITORY") -> None:
-    """Say in the `README.md` of an adapter's folder how to load it; what else stands there is left.
+    """Say in the `README.md` of an adapter's folder how to load it; the rest of the card stays.
 
     Args:
         folder (`str`): The folder. A card is made if it has none.
         config (`PeftConfig`): The adapter's config.
-        name (`str`): What the adapter is to be loaded from.
+        name (`str`): The folder or repository that the card tells users to load.
     """
     path = Path(folder, "README.md")
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData(library_name='peft')}\n---\n")
     method = getattr(config.peft_type, "value", config.peft_type)
-    title, number = PAPERS.get(method, (None, None))
+    title, number = config.paper or (None, None)
+    home = type(config).__module__.partition(".")[0]  # the package that registers the method
     card.data["tags"] = sorted(
         {*(card.data.tags or []), PACKAGE, method.lower(), *([f"arxiv:{number}"] if number else [])}
     )
     section = SECTION.format(
         package=PACKAGE,
+        home=home,
         method=method,
         paper=f" ([{title}](https://arxiv.org/abs/{number}))" if number else "",
         auto_class=AUTO_CLASSES.get(getattr(config.task_type, "value", config.task_type), "AutoPeftModel"),

@@ -33,7 +33,7 @@ def add_peft_type(name: str) -> PeftType:
 def register_method(
     name: str, config_cls: type[InstancePromptConfig], generator_cls: type[PromptGenerator], doc: str | None = None
 ) -> type[InstancePromptModel]:
-    """Register a method with PEFT, once; stand aside with a warning if PEFT has one of that name itself.
+    """Register a method with PEFT, once. If PEFT has a method of that name itself, warn and leave PEFT's in place.
 
     Args:
         name (`str`): The method's name in lower case, e.g. `"iapt"`. Configs carry it as `peft_type`, in upper case.

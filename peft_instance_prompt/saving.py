@@ -3,10 +3,11 @@
 
 """Saving: whoever reads a folder while it is written, or after the writer was killed, finds whole files that belong together.
 
-PEFT and transformers write an adapter's files where they shall lie, one after the other, and have no hook around that. So
+PEFT and transformers write an adapter's files to their final places, one after the other, and have no hook around that. So
 [`guard_saving`] extends their `save_pretrained`: they write into a folder within the folder, the config gets the digest of
 the weights, and then each file takes the place of the old one, the config last. In the moment between, and for good if the
-writer is killed then, the digest does not match, which `loading` finds. Adapters of other packages are let pass.
+writer is killed then, the digest does not match, and `loading` refuses the folder. Adapters of other packages are
+saved as before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .folder import PREFIX, digest, embedding_names
 
 
 STAGE = ".saving-"
-LEFT_OVER = 3600  # seconds after which what a killed writer has left is removed
+LEFT_OVER = 3600  # seconds after which the files of a killed writer are removed
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def staged(folder: str | os.PathLike, *kept: str) -> Iterator[Path]:
     """A new folder to write into. When the block ends, each of its files replaces that of `folder`, a config after the weights.
 
     Args:
-        folder (`str`): The folder. It is made if need be.
+        folder (`str`): The folder. It is created if it is missing.
         *kept (`str`): Files of `folder` that are to be changed and not written anew; they are copied first.
 
     Raises:
@@ -73,7 +74,7 @@ def _turn(file: Path) -> tuple[Path, bool, bool]:
 
 
 def seal(folder: Path, embeddings: list[str]) -> None:
-    """Write into a config what only the finished weights beside it tell: their digest, and which embeddings are among them.
+    """Write two facts about the finished weights into the config beside them: their digest, and the embeddings among them.
 
     Args:
         folder (`Path`): A folder in which an adapter was just saved.

@@ -16,7 +16,7 @@ def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[in
     """The ids of a `response_template` that was given as text, or as `"chat"`.
 
     Raises:
-        ValueError: No tokenizer is known; the text has no tokens; or the tokenizer's chat template writes nothing before an answer.
+        ValueError: No tokenizer is known, the text has no tokens, or the chat template writes nothing before an answer.
     """
     from transformers import AutoTokenizer
 
@@ -36,7 +36,7 @@ def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[in
 
 
 def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
-    """What a tokenizer's chat template writes between a user's turn and the assistant's answer."""
+    """The ids that a tokenizer's chat template writes between a user's turn and the assistant's answer."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"`response_template` is 'chat', but the tokenizer {name!r} has no chat template.")
     user = [{"role": "user", "content": "1"}]

@@ -39,7 +39,7 @@ WAYS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-@pytest.fixture(params=list(WAYS))
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.native if "native" in name else ()) for name in WAYS])
 def way(request: pytest.FixtureRequest) -> tuple[Callable, Callable]:
     return WAYS[request.param]
 
@@ -79,7 +79,7 @@ def test_modules_to_save_that_cannot_be_copied(way: tuple[Callable, Callable], n
     refuse(way, "modules_to_save|ModulesToSaveWrapper", modules_to_save=names)
 
 
-@pytest.mark.parametrize("way", ["get_peft_model", "native"])
+@pytest.mark.parametrize("way", ["get_peft_model", pytest.param("native", marks=pytest.mark.native)])
 def test_modules_to_save_within_an_adapter(kind: str, way: str) -> None:
     model = get_peft_model(causal_lm(), config(kind))
     modules = {

@@ -61,7 +61,7 @@ def answer(output) -> torch.Tensor:
 @pytest.mark.parametrize(("method", "family"), CASES)
 @torch.no_grad()
 def test_encoder(method: str, family: str) -> None:
-    base = encoder(family, attn_implementation="eager")
+    base = encoder(family, attn_implementation="eager").double()  # what is compared is equal but for rounding
     untouched = copy.deepcopy(base)
     left, right = batch(*LENGTHS, side="left"), batch(*LENGTHS, side="right")
     shown = {"output_hidden_states": True, "output_attentions": True}
@@ -284,6 +284,7 @@ def test_sequence_that_does_not_fit(kind: str, family: str) -> None:
 def test_decoder_as_classifier(method: str, family: str) -> None:
     torch.manual_seed(0)
     base = tf.AutoModelForSequenceClassification.from_config(configure(family, num_labels=3, pad_token_id=0)).eval()
+    base.double()  # what is compared is equal but for rounding
     for name, parameter in base.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.25)

@@ -45,13 +45,15 @@ def test_card_says_how_to_load(tmp_path, kind):
     model = adapted(kind)
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    method = model.peft_config["default"].peft_type.value
+    config = model.peft_config["default"]
+    method, home = config.peft_type.value, type(config).__module__.partition(".")[0]
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
     assert {"peft-instance-prompt", method.lower(), "transformers"} <= set(card.data.tags)
-    assert "pip install peft-instance-prompt" in card.text and f"method {method} ([" in card.text
-    assert re.search(r"https://arxiv.org/abs/\d{4}\.\d{5}\)", card.text)
+    assert "pip install peft-instance-prompt" in card.text and f"by the method {method}" in card.text
+    link = re.search(r" \(\[.*\]\(https://arxiv.org/abs/\d{4}\.\d{5}\)\)", card.text)
+    assert (link is not None) == (home == "peft_instance_prompt"), "the methods of this package come from papers"
     code = python_of(card.text)
-    assert code.index("import peft_instance_prompt") < code.index("from_pretrained(")
+    assert code.index(f"import {home}") < code.index("from_pretrained(")
     assert "# Model Card for" in card.text  # what PEFT writes is there as well
 
 

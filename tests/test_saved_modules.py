@@ -115,7 +115,7 @@ def resized(checkpoint: Path, more: int = 8) -> torch.nn.Module:
 IDS = torch.tensor([[5, VOCAB + 3, 7, VOCAB + 7]])
 
 
-@pytest.mark.parametrize("saved_by", ["PeftModel", "transformers"])
+@pytest.mark.parametrize("saved_by", ["PeftModel", pytest.param("transformers", marks=pytest.mark.native)])
 def test_embeddings_of_a_resized_vocabulary(checkpoint: Path, saved_by: str, tmp_path: Path) -> None:
     """PEFT saves them by itself. That the config says so lets them in again, and nothing else."""
     model, folder = resized(checkpoint), tmp_path / "adapter"

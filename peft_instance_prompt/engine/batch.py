@@ -23,10 +23,10 @@ class Group:
 
     Attributes:
         generators (`list[PromptGenerator]`): The adapters.
-        rows_of (`list[torch.LongTensor]`, *optional*): The rows of the batch that each of them has; None if there is but one
-            adapter and it has all of them.
+        rows_of (`list[torch.LongTensor]`, *optional*): The rows of the batch that each adapter has. None: there is one adapter,
+            and it has all rows.
         selection (`Selection`, *optional*): The instances among the positions of the stack.
-        vector (`torch.Tensor`, *optional*): Shape (G, ...). What the adapters' encoders made of the instances.
+        vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of the adapters' `encode`.
     """
 
     generators: list[PromptGenerator]
@@ -108,7 +108,7 @@ def group_rows(
         active (`Sequence[str]`): The names of the active adapters, for a request that names none.
         num_rows (`int`): B.
         request (`Request`): What the caller said.
-        device (`torch.device`): Where the rows' numbers are to lie.
+        device (`torch.device`): The device of the row numbers.
 
     Raises:
         ValueError: The request names adapters for another number of rows.

@@ -13,15 +13,15 @@ from transformers import Cache
 from .layout import SlotTable
 
 
-# Under this name the slot table lies on the cache that a caller handed in, so that a second turn which is given that
-# cache, and not the returned one, still knows of its slots.
+# The attribute of the caller's cache that holds the slot table. The caller may pass that cache to the second turn, and not the
+# returned one, and its slots must still be known.
 _TABLE = "_instance_prompt_slots"
 
 
 class SlotCache(Cache):
-    """A cache of transformers' that holds slots as well as tokens and counts tokens only.
+    """A transformers cache that holds slots and tokens, and counts tokens only.
 
-    Returned by the model as its cache. It can be passed back in for the next step or the next turn, deep-copied,
+    The model returns it as its cache. It can be passed back in for the next step or the next turn, deep-copied,
     pickled, reordered, cropped and reset like the cache inside it.
 
     Args:
@@ -40,7 +40,7 @@ class SlotCache(Cache):
 
     @staticmethod
     def find(cache: Any) -> SlotCache | None:
-        """`cache` as a `SlotCache` if it holds slots, be it one or the inside of one; else None."""
+        """The `SlotCache` that `cache` is or lies in; None if it holds no slots."""
         if not isinstance(cache, SlotCache):
             table = getattr(cache, _TABLE, None)
             cache = None if table is None else SlotCache(cache, table)
@@ -82,7 +82,7 @@ class SlotCache(Cache):
         return self.inner.update(*args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """How many tokens a mask must span that is made outside of the stack, and from which token on."""
+        """The number of tokens that a mask from outside of the stack must span, and the first of them."""
         return self.get_seq_length() + query_length, 0
 
     def __iter__(self):
@@ -95,7 +95,7 @@ class SlotCache(Cache):
         return f"SlotCache({self.inner!r}, slots={self.table.num_slots})"
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("inner", "table"):  # not there yet: copying and unpickling ask before they set
+        if name in ("inner", "table"):  # copying and unpickling read attributes before they set them
             raise AttributeError(name)
         return getattr(self.inner, name)
 
@@ -121,5 +121,5 @@ def make_room(cache: Cache, num_slots: int, sliding_window: int | None = None) -
             if not bounded:
                 grown = layer.max_cache_len + num_slots - spare
                 layer.max_cache_len = min(grown, sliding_window) if layer.is_sliding and sliding_window else grown
-            layer.is_initialized = False  # what it allocated, if anything, is too short
+            layer.is_initialized = False  # its tensors, if there are any, are too short
         cache._instance_prompt_room = num_slots

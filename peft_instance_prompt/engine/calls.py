@@ -31,7 +31,7 @@ SWITCH = "PEFT_INSTANCE_PROMPT_UNTESTED"
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 # Arguments of a stack with a row and a column for each token, all of which the engine widens.
 PER_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
-# Arguments that can have a row and a column for each token and are not the stack's own.
+# Arguments of the same form that belong to another text or to the loss: they stay as they are.
 FOREIGN_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels")
 
 
@@ -45,7 +45,7 @@ def release() -> tuple[int, int]:
 
 
 def untested_release() -> str | None:
-    """What to say of the installed transformers if it is not among the tested releases; None if it is."""
+    """A complaint about the installed transformers; None if it is one of the tested releases."""
     oldest, newest = TESTED
     if oldest <= release() <= newest:
         return None
@@ -77,7 +77,7 @@ def forward_args(module: nn.Module) -> tuple[str, ...]:
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All that a module is called with, by the names that its forward declares.
+    """All arguments of a call of a module, by the names that its forward declares.
 
     Raises:
         TypeError: The cache is given twice.
@@ -86,7 +86,7 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
 
 
 def declared(call: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """A copy of a call of a module, of its `forward` or its `generate`, in which the cache has the name that forward declares.
+    """A copy of the arguments of `forward` or `generate`, in which the cache has the name that the module's forward declares.
 
     Raises:
         TypeError: The cache is given twice.
@@ -142,11 +142,11 @@ def check_understood(stack: nn.Module, name: str, causal: bool) -> None:
 
 
 class Attention(NamedTuple):
-    """What is to be known of a stack's attention.
+    """Facts about a stack's attention.
 
     Attributes:
         causal (`bool`): Whether a token sees only what stands before it.
-        true_hides (`bool`): Whether True in a mask of bools hides a key, as MPT has it, and does not show it.
+        true_hides (`bool`): Whether True in a mask of bools hides a key, as in MPT; elsewhere it shows the key.
     """
 
     causal: bool
@@ -194,7 +194,7 @@ def _read_mask(stack: nn.Module, layers_name: str) -> Attention:
     """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3)."""
     probe = _without_layers(stack, layers_name.split("."))
     probe.config = copy.deepcopy(stack.config)
-    probe.config._attn_implementation = "eager"  # other kernels are told of causality without a mask
+    probe.config._attn_implementation = "eager"  # other kernels get causality as a flag, without a mask
     embedding = stack.get_input_embeddings().weight
     device = torch.device("cpu") if embedding.is_meta else embedding.device
     dtype = embedding.dtype if embedding.is_floating_point() else torch.float32
@@ -206,7 +206,7 @@ def _read_mask(stack: nn.Module, layers_name: str) -> Attention:
             )
     except _Mask as caught:
         mask = caught.args[0]
-        if mask is None:  # a causal one is not left out here
+        if mask is None:  # a causal mask is never left out here
             return Attention(False)
         if mask.dim() == 4:
             mask = mask.expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
@@ -241,6 +241,6 @@ def _probes(layers: nn.Module) -> nn.ModuleList:
     for name, value in vars(next(layers.children())).items():
         if not name.startswith("_") and not hasattr(
             probe, name
-        ):  # what stacks read off their layers, as `attention_type`
+        ):  # attributes that stacks read from their layers, such as `attention_type`
             setattr(probe, name, value)
     return nn.ModuleList(probe for _ in layers)

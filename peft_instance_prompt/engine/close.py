@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""After a stack ran: leave what the caller would have got, had there been no slots."""
+"""After a stack ran: take the slots out of its output. The caller gets the shapes of a model without slots."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         info (`StackInfo`): Facts about the stack.
         output (`ModelOutput`): What the stack returned, with a state for each of N positions.
     """
-    if running.table is None:  # there was nothing to do
+    if running.table is None:  # no adapter, and no slots in the cache
         return output
     cache, (name, filled) = running.cache, cache_of(output)
     if (layout := running.layout) is not None:
@@ -68,7 +68,7 @@ def _strip(attention: torch.Tensor | None, running: Pass) -> torch.Tensor | None
 
 
 def _pool(stack: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """What the stack's pooler (B, d) makes of `states` (B, S, d), once more: it ran while the slots were there."""
+    """Run the stack's pooler again, on `states` (B, S, d), to (B, d): its first run saw the slots."""
     if isinstance(stack.pooler, nn.Linear):  # ALBERT
         return stack.pooler_activation(stack.pooler(states[:, 0]))
     return stack.pooler(states)

@@ -29,13 +29,13 @@ def fill_slots(
         info (`StackInfo`): Facts about the stack.
         depths (`range`): The depths of the layer: more than one where it is run several times.
         layer (`nn.Module`): The layer.
-        args, kwargs: What it is called with.
+        args, kwargs: Its arguments.
     """
     layout, table = running.layout, running.table
     if table is None or (layout is None and not table.late_layers):
         return None
     run = running.runs[id(layer)] = running.runs.get(id(layer), -1) + 1
-    depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # to compile, a count is no constant
+    depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # a count recompiles the graph
     states = args[0] if args else kwargs["hidden_states"]  # (B, N, d)
     late = table.late_layers
     groups = [group for group in running.groups if depth in group.model.depths]
@@ -77,7 +77,8 @@ def hide_late_slots(
     if cache is not None:
         seen = length(cache, depth)
         num_keys, start = cache.get_mask_sizes(num_queries, depth)
-    # Layers of one kind share their mask. The mask is kept beside the one made of it, so that its id is not used again.
+    # Layers of one kind share their mask, so the new mask is found by the id of the old one. The old one is kept with it, so that
+    # no other mask gets its id.
     stage = sum(depth < late for late in running.table.late_layers)
     key = (id(mask), stage, num_keys, start)
     if key not in running.masks:

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A pass of the stack without prompts, for methods that read what the frozen model makes of the instance."""
+"""A pass of the stack without prompts, for methods that read the frozen model's states."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .stack import walk
 def run_frozen(stack: nn.Module, call: dict[str, Any]) -> torch.Tensor:
     """The last hidden states (B, S, d) of the stack without prompts, gradient and dropout."""
     token = current_pass.set(Pass(stack))
-    # Not the linear layers, which drop nothing: bitsandbytes repacks its own when it sees them in evaluation on a CPU, and no
-    # gradient passes through them any more.
+    # Linear layers stay in training mode; they have no dropout. bitsandbytes repacks its linear layers when they run in
+    # evaluation mode on a CPU, and then no gradient passes through them.
     training = [module for _, module in walk(stack) if module.training and not isinstance(module, nn.Linear)]
     for module in training:
         module.training = False
@@ -32,6 +32,6 @@ def run_frozen(stack: nn.Module, call: dict[str, Any]) -> torch.Tensor:
 
 
 def is_frozen(stack: nn.Module) -> bool:
-    """Whether this stack runs without prompts. A model that a hook of such a stack calls still has its own."""
+    """Whether this stack runs without prompts. Another model, called by a hook of this stack, still runs with its prompts."""
     running = current_pass.get()
     return running is not None and running.owner is None and running.stack is stack

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""`generate` of a base model that has adapters: it notes what it was called with, since later passes see longer rows."""
+"""`generate` of a base model that has adapters: it notes its prompt, since later passes see longer rows."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Generate(StandIn):
         length = inputs.shape[1] if isinstance(inputs, torch.Tensor) and inputs.dim() > 1 else None
         known = known_of(model)
         for name, value in fields.items():
-            value = getattr(known, name) if value is None else value  # it can be said by `instruction_scope`, too
-            # Inside, a row may have become several beams, and too few rows would be taken for that.
+            value = getattr(known, name) if value is None else value  # `instruction_scope` can say it, too
+            # Later, a row may be several beams, and a value with too few rows would look right.
             if length is not None and isinstance(value, torch.Tensor) and value.shape[:1] != inputs.shape[:1]:
                 raise ValueError(
                     f"`{name}` must have {inputs.shape[0]} row(s), as the input has; got {tuple(value.shape)}."
@@ -65,7 +65,7 @@ class Generate(StandIn):
         fields = {name: value for name, value in fields.items() if value is not None}
         ids = inputs if length is not None and not inputs.is_floating_point() else None
         with note(model, prompt_length=length, prompt_ids=ids, adapters=adapters_of(model), **fields):
-            return self.__wrapped__(*args, **kwargs)
+            return self.call_wrapped(*args, **kwargs)
 
 
 class GenerateBatch(StandIn):

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Watch or replace what the generators make, without touching model or adapter: what the analysis tools are built on."""
+"""Look at generated vectors or replace them, without a change to model or adapter. The tools are built on this."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generated:
-    """Something that was made from the instances of one adapter, or of several that ran together. G instances, l slots each.
+    """Vectors that were generated for the instances of one adapter, or of several that ran together. G instances, l slots each.
 
     Attributes:
-        values (`torch.Tensor`): The prompt vectors of one depth, (G, l, d); or what the method's encoder made of the instances,
-            (G, ...), from which the places of the slots and later the prompt vectors are made.
-        depth (`int`, *optional*): The layer, or `INPUT`; None for what the encoder made.
-        generators (`list[PromptGenerator]`): What made it: one, or in a batch of several adapters those that ran together.
+        values (`torch.Tensor`): The prompt vectors of one depth, (G, l, d); or the output of the method's `encode`,
+            (G, ...), which decides the places of the slots and later the prompt vectors.
+        depth (`int`, *optional*): The layer, or `INPUT`; None for the output of `encode`.
+        generators (`list[PromptGenerator]`): The generator, or in a batch of several adapters those that ran together.
         rows (`torch.LongTensor`, *optional*): Shape (G,). The rows of the batch that the instances are; None: all.
-        instances (`Instances`, *optional*): What the prompt vectors were made from.
+        instances (`Instances`, *optional*): The input of the generator.
         selection (`Selection`, *optional*): Where these tokens stand in the stack.
         layout (`Layout`, *optional*): Where slots and tokens of the batch stand.
     """

@@ -37,7 +37,7 @@ from .stand_in import StandIn, stand_ins
 
 
 class InstancePromptLayer(nn.Module, BaseTunerLayer):
-    """Holds one generator per adapter and inserts what they make into a transformer stack.
+    """Holds one generator per adapter, and inserts their vectors into a transformer stack.
 
     Args:
         info (`StackInfo`): The stack.
@@ -61,7 +61,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         self.generators[adapter_name] = generator
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate an adapter. Names of other methods' adapters are let pass; of one's own only one can be active."""
+        """Activate an adapter. Names of other methods' adapters are ignored; of this layer's adapters only one can be active."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(own := [name for name in names if name in self.generators]) > 1:
             raise ValueError(f"Only one instance-prompt adapter can be active at a time, got {own}.")
@@ -71,7 +71,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         raise ValueError("Prompts that are generated from the instance cannot be merged into the base weights.")
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[None, None]:
-        # There is no base layer, and PEFT's search for its weight would not end: what is loaded stays where it is.
+        # There is no base layer, and PEFT's search for its weight would not end. None: loaded tensors stay on their device.
         return None, None
 
     # ------------------------------------------------------------------------------------------------------ hooks
@@ -114,7 +114,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def open(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Before the stack runs. What it is to be called with; the pass becomes the current one."""
+        """Before the stack runs: make this the current pass, and return the arguments for the stack."""
         call = by_name(stack, args, kwargs)
         (name, given), as_dict = cache_of(call), call.get("return_dict")
         running = Pass(
@@ -158,7 +158,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def close(self, output: Any) -> Any:
-        """After the stack ran. What it is to return."""
+        """After the stack ran: return its output without slots."""
         return close_slots(current_pass.get(), self.info, output)
 
 
@@ -172,22 +172,22 @@ class StackForward(StandIn):
         self.layer = layer
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # it cannot part a graph within `try`
+        if torch.compiler.is_compiling():  # torch.compile cannot break a graph within `try`
             return self._compiled(args, kwargs)
         if is_frozen(self.module):
-            return self.__wrapped__(*args, **kwargs)
+            return self.call_wrapped(*args, **kwargs)
         outer = current_pass.get()
         try:
             call = self.layer.open(self.module, args, kwargs)
-            return self.layer.close(self.__wrapped__(**call))
+            return self.layer.close(self.call_wrapped(**call))
         finally:
             current_pass.set(outer)
 
     def _compiled(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if is_frozen(self.module):
-            return self.__wrapped__(*args, **kwargs)
+            return self.call_wrapped(*args, **kwargs)
         outer = current_pass.get()
         call = self.layer.open(self.module, args, kwargs)
-        output = self.layer.close(self.__wrapped__(**call))
+        output = self.layer.close(self.call_wrapped(**call))
         current_pass.set(outer)
         return output

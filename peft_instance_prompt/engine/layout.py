@@ -3,9 +3,9 @@
 
 """Slots: extra positions that exist only inside the transformer stack. Pure tensor functions.
 
-Slot k of row b stands before token `before_token[b, k]`; S puts it behind the last token. Rows need not agree: a row with fewer
-prompt vectors than its neighbours has dead slots, hidden from attention. They stand at the row's left edge, like padding on the
-left; in encoders at its right edge.
+Slot k of row b stands before token `before_token[b, k]`; the number S puts it behind the last token. Rows may differ: a row with
+fewer prompt vectors than its neighbours has dead slots, hidden from attention. They stand at the row's left edge, like padding on
+the left; in encoders at its right edge.
 
 Shapes: B rows, S tokens, L slots, N = S + L positions in the stack, d the width.
 """
@@ -18,17 +18,17 @@ import torch
 
 
 class SlotTable:
-    """Which positions of a row are slots. This much is kept with a filled cache.
+    """Which positions of a row are slots. A filled cache keeps it.
 
     Attributes:
-        order (`torch.LongTensor`): Shape (B, N). What stands at the first N positions: slot k if it is k < L, token t if it is
-            L + t. Whatever follows them are tokens.
+        order (`torch.LongTensor`): Shape (B, N). The content of the first N positions: a number k < L is slot k, and
+            L + t is token t. Later positions hold tokens.
         live (`torch.BoolTensor`): Shape (B, L). False for slots that are hidden from attention.
         all_live (`bool`): Whether no slot is dead.
         first_visible_layer (`torch.LongTensor`): Shape (B, L). The first layer that sees each slot.
         late_layers (`tuple[int]`): The values other than 0 in `first_visible_layer`, in order.
         num_counted (`torch.LongTensor`): Shape (B, 1). How many slots take a place in the count of positions: live ones that
-            every layer sees. If one that is hidden from some layers took a place, their tokens would not be the base model's.
+            every layer sees. If a slot that is hidden from the first layers took a place, it would move the tokens there.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ def arrange(
         predicts (`torch.BoolTensor`, *optional*): Shape (B, L). Slots behind a causal model's last instruction token: that
             token's output is read at the last of them. Default: none.
         first_visible_layer, late_layers: As in [`SlotTable`]. Default: every layer sees every slot.
-        dead_at_end (`bool`): Whether dead slots stand behind the last token, as in stacks without position ids, which count from
-            the left edge; of no use where text is to follow.
+        dead_at_end (`bool`): Whether dead slots stand behind the last token and not before the first. For encoders, of which
+            some count positions from the left edge; not for causal models, where text follows.
     """
     B, L = before_token.shape
     live = torch.ones_like(before_token, dtype=torch.bool) if live is None else live

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The forms in which transformers hands an attention mask to a stack, brought back to which tokens are padding."""
+"""Attention masks in the forms in which transformers gives them to a stack, and the padding that they stand for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_stati
         return None
     shape = tuple(attention_mask.shape)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        if from_static_cache and shape[1] > num_tokens:  # Bloom's comes as long as the cache
+        if from_static_cache and shape[1] > num_tokens:  # Bloom gets a mask as long as the cache
             return attention_mask[:, :num_tokens]
         if shape != (num_rows, num_tokens):
             raise ValueError(f"`attention_mask` must have the shape {(num_rows, num_tokens)}, got {shape}.")
@@ -64,7 +64,7 @@ def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_stati
 
 
 def _full(attention_mask: Any) -> Any:
-    """Of masks by layer type, the one of full attention, or what there is."""
+    """Of a dict of masks by layer type, that of full attention, or the first; any other mask as it is."""
     if not isinstance(attention_mask, dict) or not attention_mask:
         return attention_mask or None if isinstance(attention_mask, dict) else attention_mask
     return attention_mask.get("full_attention", next(iter(attention_mask.values())))
@@ -146,7 +146,7 @@ def hide(
         causal (`bool`): Whether the layer is causal.
         attention (`str`): The name of the attention implementation.
         dtype (`torch.dtype`): The dtype of biases, where there was no mask.
-        true_hides (`bool`): Whether True in a 4-D mask of bools hides a key, as MPT has it.
+        true_hides (`bool`): Whether True in a 4-D mask of bools hides a key, as in MPT.
 
     Raises:
         ValueError: The mask has another form.

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Before a stack runs: open the slots, or go on from a cache that holds some.
+"""Before a stack runs: open the slots.
 
 Shapes: B rows, S tokens, L slots, N = S + L positions in the stack, e the width of the embeddings, d that of the layers.
 """
@@ -80,14 +80,14 @@ def read_text(stack: nn.Module, call: Mapping[str, Any], request: Request) -> Te
 def open_slots(
     stack: nn.Module, info: StackInfo, groups: list[Group], request: Request, call: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Group], Layout]:
-    """Change what a stack is called with from S tokens to N = S + L positions.
+    """Change the arguments of a stack from S tokens to N = S + L positions.
 
     Args:
         stack (`nn.Module`): The stack.
         info (`StackInfo`): Facts about it.
         groups (`list[Group]`): The rows that have an adapter.
         request (`Request`): What the caller said.
-        call (`dict`): What the stack is called with.
+        call (`dict`): The arguments of the stack.
 
     Returns:
         The new call, the groups with their instances among the stack's positions, and the layout.
@@ -151,7 +151,7 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
 def encode(
     group: Group, text: Text, selection: Selection, request: Request, frozen_states: Callable[[], torch.Tensor]
 ) -> Group:
-    """The group with what its adapters' encoders make of its instances, adapter by adapter."""
+    """The group with the output of `encode` of each of its adapters."""
     vectors = []
     for generator, rows in group:
         own = selection.pick(rows)
@@ -211,7 +211,7 @@ def embed_slots(
 ) -> torch.Tensor:
     """The input embeddings (B, N, e) with the slots in their places."""
     B, L = layout.before_token.shape
-    # What no generator writes to begins as a copy of the first token, the least that a slot can disturb.
+    # Slots that no generator writes to begin as copies of the first token, which disturbs the model least.
     vectors = selection.state_at(text.embeds, selection.first).expand(B, L, -1)  # (B, L, e)
     for group in groups:
         if INPUT in group.model.depths:
@@ -229,7 +229,7 @@ def embed_slots(
 def widen(
     stack: nn.Module, info: StackInfo, call: dict[str, Any], text: Text, selection: Selection, layout: Layout
 ) -> dict[str, Any]:
-    """The call with a place for the slots in all that it has per token."""
+    """The call with a place for the slots in each argument that has a column per token."""
     (B, S), L = text.tokens.shape, layout.num_slots
     for name, value in call.items():
         unknown = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (B, S)

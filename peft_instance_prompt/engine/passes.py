@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What one forward pass of a stack needs between its hooks, kept in a context variable: threads do not see each other's."""
+"""The state of one forward pass of a stack, in a context variable: threads do not see each other's passes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Pass:
         attention (`str`): The name of the stack's attention implementation.
         cache (`SlotCache`, *optional*): The cache with the slots of an earlier pass, if this one goes on from it.
         layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
-        table (`SlotTable`, *optional*): Which positions are slots, be they opened in this pass or before it.
+        table (`SlotTable`, *optional*): Which positions are slots, opened in this pass or in an earlier one.
         groups (`list[Group]`): The rows that have an adapter.
         as_tuple (`bool`): Whether the caller wants a tuple.
         runs (`dict`): How often each layer has run, for layers that are run several times.
@@ -77,7 +77,7 @@ def keep_context(stack: nn.Module) -> None:
 
 
 def release_context(layers: nn.Module) -> None:
-    """Give the layers their own checkpoint functions back."""
+    """Restore the layers' checkpoint functions."""
     for module in layers.modules():
         if isinstance(checkpoint := getattr(module, "_gradient_checkpointing_func", None), InContext):
             module._gradient_checkpointing_func = checkpoint.checkpoint

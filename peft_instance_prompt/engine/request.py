@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the caller of `forward` or `generate` said, beyond what reaches the transformer stack. One context variable."""
+"""What the caller of `forward` or `generate` said and the stack's arguments do not tell. One context variable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Adapters = dict[nn.Module, tuple[list[str], dict[str, nn.Module]]]
 
 @dataclass(frozen=True)
 class Request:
-    """What is known of a call of `forward` or `generate` beyond what reaches the transformer stack.
+    """Facts about a call of `forward` or `generate` that the arguments of the transformer stack do not tell.
 
     Attributes:
         model (`nn.Module`, *optional*): The base model that is called; None stands for any.
@@ -40,10 +40,10 @@ class Request:
             layer that holds them: others may be added and deleted meanwhile.
         encoder_slots (`tuple`, *optional*): The `order` (B, N) and `live` (B, L) of the slots in the encoder's output that
             a decoder attends to.
-        opened (`Callable`, *optional*): Called with what the stack is called with, when its slots are open.
-        note (`Note`, *optional*): The context in which this was said.
+        opened (`Callable`, *optional*): Called with the arguments of the stack when its slots are open.
+        note (`Note`, *optional*): The context that added the newest fields.
         entered (`bool`): Whether the base model's own forward runs, after its hooks.
-        outer (`Request`, *optional*): What stands again when the forward pass is over.
+        outer (`Request`, *optional*): The request that holds again when the forward pass is over.
     """
 
     model: nn.Module | None = None
@@ -95,15 +95,15 @@ latest_request: ContextVar[Request] = ContextVar("instance_prompt_request", defa
 
 
 def current_request() -> Request:
-    """What is known of the call that is going on."""
+    """The request of the running call."""
     return latest_request.get()
 
 
 def known_of(model: nn.Module | None) -> Request:
-    """What was said of calls of `model` by those who are about to call it."""
+    """The request for the next call of `model`."""
     # While a model generates, another may be called, as the assistant of assisted decoding is.
     request = latest_request.get()
-    # What was said of a call that is going on, or that an interrupt broke off, is not said of the next one.
+    # The request of a running call, or of one that an interrupt broke off, does not hold for the next call.
     while request.outer is not None:
         request = request.outer
     return Request() if model is not None and request.model not in (None, model) else request
@@ -111,10 +111,10 @@ def known_of(model: nn.Module | None) -> Request:
 
 @contextmanager
 def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
-    """Add `fields` to what is known of calls of `model` for the time of the context.
+    """Add `fields` to the request for calls of `model`, within the context.
 
-    Contexts may end in another order than they began, as those of two generators that take turns do: each takes back what it said,
-    and nothing else.
+    Contexts may end in another order than they began, as those of two generators that take turns do: each takes back its
+    own fields only.
     """
     known, entry = known_of(model), Note(latest_request.get())
     latest_request.set(replace(known, model=known.model if model is None else model, note=entry, **fields))
@@ -128,17 +128,17 @@ def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
             while before.note is not None and before.note.ended:
                 before = before.note.before
             latest_request.set(before)
-        else:  # what a later context said stays, but for what it took over from this one
+        else:  # the fields of a later context stay, except those that it took over from this one
             own = {name: getattr(known, name) for name, value in fields.items() if getattr(current, name) is value}
             latest_request.set(replace(current, **own))
 
 
 @dataclass
 class Note:
-    """A context in which something is said of calls.
+    """A context that adds fields to requests.
 
     Attributes:
-        before (`Request`): What stood before it.
+        before (`Request`): The request before it.
         ended (`bool`): Whether the context is over.
     """
 
@@ -186,7 +186,7 @@ class NotedForward(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self.__wrapped__(*args, **kwargs)
+            return self.call_wrapped(*args, **kwargs)
         request = before = latest_request.get()
         by_hooks = request.model is self.module and request.outer is not None and not request.entered
         if not by_hooks:
@@ -194,7 +194,7 @@ class NotedForward(StandIn):
             request = latest_request.get()
         latest_request.set(replace(request, entered=True))
         try:
-            output = self.__wrapped__(*args, **kwargs)
+            output = self.call_wrapped(*args, **kwargs)
         except Exception:
             latest_request.set(before)
             raise
@@ -206,7 +206,7 @@ class NotedForward(StandIn):
 
 
 def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Take out of a call of a base model what only this package understands, and note what tells the scope."""
+    """Take this package's own arguments out of a call of a base model, and note everything that tells the scope."""
     known = known_of(model)
     kwargs = dict(kwargs)
     fields = {name: kwargs.pop(name) for name in ("instruction_mask", "instance_embeds") if name in kwargs}
@@ -238,7 +238,7 @@ def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 def note_encoder_slots(order: torch.Tensor, live: torch.Tensor) -> None:
     """Tell the decoder that is run after the encoder."""
     request = latest_request.get()
-    if request.outer is not None:  # else nobody but the caller runs the decoder, with what the encoder returns
+    if request.outer is not None:  # else the caller passes the encoder's output to the decoder
         latest_request.set(replace(request, encoder_slots=(order, live)))
 
 
@@ -253,7 +253,8 @@ def instruction_scope(mask: torch.Tensor) -> Iterator[None]:
     """Say which tokens are the instruction, around trainers and tools that cannot pass `instruction_mask` on.
 
     Args:
-        mask (`torch.Tensor`): Shape (B, S), bool or 0/1. It stands for every forward pass inside the context.
+        mask (`torch.Tensor`): Shape (B, S), bool or 0/1. It holds for every forward pass inside the context, in
+            this thread. An executor's threads need `contextvars.copy_context().run`.
 
     Example:
 

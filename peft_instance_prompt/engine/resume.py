@@ -23,9 +23,9 @@ def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots
 
     Args:
         info (`StackInfo`): Facts about the stack.
-        call (`dict`): What the stack is called with.
+        call (`dict`): The arguments of the stack.
         cache (`SlotCache`): Its cache.
-        counts_slots (`bool`): Whether the caller handed in the cache inside, which counts slots as well.
+        counts_slots (`bool`): Whether the caller passed the inner cache, which counts slots, too.
 
     Raises:
         ValueError: The text does not go on from the tokens in the cache.
@@ -56,7 +56,7 @@ def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots
 def _goes_on(info: StackInfo, positions: Any, mask: Any, seen: int, num_new: int) -> bool:
     """Whether positions (B, S) and mask (B, seen + S) go on from the tokens in a cache that counts slots as well.
 
-    Whoever reads from it how far the text has come takes the slots for tokens. False if that can be told.
+    A caller who takes the length of the text from that cache counts slots as tokens. False if positions or mask show this.
     """
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or (mask is not None and mask.dim() != 2):
         return True

@@ -203,7 +203,7 @@ def find_scope(
 
     Args:
         tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
-        request (`Request`): What is known of the call, for these rows.
+        request (`Request`): The request, for these rows.
         template (`list[int]`, *optional*): The adapter's `response_template`.
         missing_template (`str`): The adapter's field: what a row without the template is.
         instruction_length (`int`, *optional*): The adapter's field: how many tokens of plain text are its instruction.
@@ -217,7 +217,7 @@ def find_scope(
         `torch.BoolTensor`: Shape (B, S).
 
     Raises:
-        ValueError: The scope cannot be told, or what it is told by does not fit.
+        ValueError: The scope cannot be told, or mask, template or labels do not fit.
     """
     if pair_decoder:
         return tokens & (tokens.cumsum(dim=1) == 1)  # (B, S)

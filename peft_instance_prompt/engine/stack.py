@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Find the transformer stacks of a model, their layers and what their forward takes."""
+"""Find the transformer stacks of a model, their layers and the arguments of their forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .calls import Attention, forward_args, read_attention
 
 @dataclass(frozen=True)
 class StackInfo:
-    """What the rest of the package needs to know of a stack; it holds no module, so that it can be copied and pickled.
+    """Facts about a stack. It holds no module, so that it can be copied and pickled.
 
     Attributes:
         name (`str`): The stack's name in the base model; `""` if the base model is the stack.
@@ -66,7 +66,7 @@ class StackInfo:
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without what lies in adapters: that is no one's stack, and a thousand of them are many modules.
+    """`named_modules` without the modules inside adapters: no stack is among them, and a thousand adapters are many modules.
 
     Another thread may add an adapter meanwhile.
     """
@@ -124,7 +124,7 @@ def embed(stack: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def embed_per_layer(stack: nn.Module, input_ids: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor | None:
-    """What Gemma 3n and 4 look up for each layer, (B, S, layers, width), by ids (B, S); None for stacks that do not."""
+    """The embeddings that Gemma 3n and 4 look up for each layer, (B, S, layers, width), by ids (B, S); None for other stacks."""
     if input_ids is None or getattr(stack, "embed_tokens_per_layer", None) is None:
         return None
     known = {"input_ids": input_ids, "inputs_embeds": embeds}

@@ -17,12 +17,12 @@ from typing import Any
 from torch import nn
 
 
-# Under this name a module keeps its stand-ins, since those beneath others cannot be reached through them.
+# The attribute of a module that lists its stand-ins. One beneath another cannot be reached through it.
 _KEY = "_instance_prompt_stand_ins"
 
 
 class StandIn:
-    """Stands for a method of a module. A subclass names the method and says in `run` what is done.
+    """Stands for a method of a module. A subclass names the method and defines `run`.
 
     Args:
         module (`nn.Module`): The module.
@@ -35,11 +35,11 @@ class StandIn:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        # accelerate keeps what its own stand-in for `forward` calls under this name, and puts a new stand-in over it whenever
-        # it dispatches the model again. So ours goes beneath.
+        # accelerate's own stand-in for `forward` calls `_old_forward`, and accelerate puts a new one over it whenever it
+        # dispatches the model again. So ours goes beneath.
         beneath = self.method == "forward" and "_old_forward" in module.__dict__
         self.attribute = "_old_forward" if beneath else self.method
-        # What hides the class's method, if anything. The method is looked up at each call: FSDP2 replaces the class.
+        # The attribute that hides the class's method, if any. The method is looked up at each call: FSDP2 replaces the class.
         self.hidden = module.__dict__.get(self.attribute)
         self.removed = False
         self.__doc__ = self.__wrapped__.__doc__
@@ -50,7 +50,7 @@ class StandIn:
         setattr(self.module, self.attribute, self)
 
     def remove(self) -> None:
-        """Take the stand-in out of its module. One beneath somebody else's stays there, and does nothing any more."""
+        """Take the stand-in out of its module. One beneath a stand-in of another package stays, and only calls the method."""
         self.removed = True
         own = self.module.__dict__
         own[_KEY].remove(self)
@@ -65,7 +65,7 @@ class StandIn:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """What it stands for."""
+        """The method that it stands for."""
         return self.hidden or getattr(type(self.module), self.method).__get__(self.module)
 
     @property
@@ -79,12 +79,18 @@ class StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
             args and args[0] is self.module
-        ):  # accelerate binds what it finds beneath its own stand-in to the module once more
+        ):  # accelerate binds a method beneath its own stand-in to the module once more
             args = args[1:]
-        return self.__wrapped__(*args, **kwargs) if self.removed else self.run(*args, **kwargs)
+        return self.call_wrapped(*args, **kwargs) if self.removed else self.run(*args, **kwargs)
+
+    def call_wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method that it stands for."""
+        if self.hidden is not None:
+            return self.hidden(*args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)  # torch.compile binds no methods
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What is done in place of the method, which is `self.__wrapped__`."""
+        """Called in place of the method, which is `call_wrapped`."""
         raise NotImplementedError
 
 

@@ -10,7 +10,7 @@ import torch
 
 def kron_sum(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """
-    The matrix `W = sum_i A_i kron B_i` in full, to look at or to merge; [`phm_linear`] itself never builds it.
+    The matrix `W = sum_i A_i kron B_i` in full, for looking at it; [`phm_linear`] never builds it.
 
     Args:
         A (`torch.Tensor` of shape `(n, p, r)`): Left factors.

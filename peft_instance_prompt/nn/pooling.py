@@ -5,7 +5,7 @@
 From the instance's token states to one or a few vectors per row.
 
 Shapes: B rows, S tokens, d features, l output vectors. `mask` (B, S) is bool, True where a token is part of the
-instance. What stands at the other positions never reaches the result or a gradient, not even as 0 * NaN: attention
+instance. The states at other positions never reach the result or a gradient, not even as 0 * NaN: attention
 kernels may leave NaN at padding. Each result has the dtype of the states; sums and softmaxes run in float32 at least.
 """
 

@@ -22,7 +22,7 @@ class SamplingSwitch(nn.Dropout):
     """
     Whether choices are drawn at random: `on` while the module is in training mode, or always, and `p` is above 0.
 
-    It is a `torch.nn.Dropout`, since what holds for dropout holds for sampling: a trainer that sets `p = 0`, so that a text has
+    It is a `torch.nn.Dropout`, so that sampling goes off with dropout: a trainer that sets `p = 0`, so that a text has
     the same probability in each pass, must not get another choice in each.
 
     Args:

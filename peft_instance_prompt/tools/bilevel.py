@@ -43,13 +43,13 @@ def learn_activations(
             active, trainable adapter with `activation="rational"`.
         dataset (`Dataset` or `str`, *optional*): The held-out data, in the form in which `trainer.get_eval_dataloader` takes
             it: a map-style data set ready for the collator, or the name of one of several evaluation data sets. Defaults to
-            the trainer's `eval_dataset`, as in the paper; data on which a result is to be reported should be others.
+            the trainer's `eval_dataset`, as in the paper; report results on other data.
         learning_rate (`float`): The learning rate of the coefficients. Defaults to 1e-6, reported by the same authors for
             MiLoRA.
         kwargs: The other arguments of [`BilevelCallback`].
 
     Returns:
-        [`BilevelCallback`]: What has been added to the trainer.
+        [`BilevelCallback`]: The callback, which has been added to the trainer.
 
     Example:
 
@@ -82,7 +82,7 @@ class BilevelCallback(TrainerCallback):
         optimizer_kwargs (`dict`, *optional*): Its other arguments.
 
     Attributes:
-        coefficients (`list[nn.Parameter]`): What is learned on held-out data.
+        coefficients (`list[nn.Parameter]`): The parameters that are learned on held-out data.
         num_steps (`int`): How many steps have been taken.
         loss (`float`, *optional*): The held-out loss at the last of them, of this process.
 
@@ -188,7 +188,7 @@ class BilevelCallback(TrainerCallback):
         return self.collate([self.dataset[_order(len(self.dataset), seed + turn)[place]] for turn, place in rounds])
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, as JSON can: a dozen numbers per layer and moment."""
+        """The state that a checkpoint holds, as JSON: a dozen numbers per layer and moment."""
         state = self.optimizer.state_dict()["state"]
         moments = {
             str(number): {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
@@ -232,7 +232,7 @@ def find_coefficients(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_trainer(trainer: Trainer, coefficients: list[nn.Parameter]) -> None:
-    """Raise a ValueError if a trainer works in a way that held-out steps cannot be put between its own."""
+    """Raise a ValueError if held-out steps cannot be put between the steps of a trainer."""
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(
             "Bi-level learning needs the whole adapter in each process, which DeepSpeed and FSDP do not leave there. Use "

@@ -49,7 +49,7 @@ def add_instance_embeds(
         `datasets.Dataset` or `datasets.DatasetDict`: The data with the new column, lists of k 32-bit floats.
 
     Raises:
-        TypeError: The data set or the encoder is of no such kind.
+        TypeError: The data set or the encoder is of another type.
         ValueError: A column is missing or there already, or the encoder gives something of another shape.
 
     Example:
@@ -88,7 +88,7 @@ def add_instance_embeds(
 
     options: dict[str, Any] = {"batched": True, "batch_size": batch_size, "input_columns": text_column}
     names = inspect.signature(dataset.map).parameters
-    # A name of our own for the result: else the encoder with all its weights would be pickled to find one.
+    # A fingerprint of our own: otherwise `datasets` pickles the encoder with all its weights to compute one.
     options.update({"new_fingerprint": uuid.uuid4().hex[:16]} if "new_fingerprint" in names else {})
     options.update({"desc": f"Computing {column}"} if "desc" in names else {})
     return dataset.map(of_batch, **options)
@@ -118,7 +118,7 @@ def encode_with_model(model: nn.Module, tokenizer: Any, texts: Sequence[str], po
     if pooling == "auto":
         pooling = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
     stack = model.get_submodule(info.name)
-    # On the right, where a causal model does not see it and no position is moved by it.
+    # Padding on the right: a causal model does not see it, and it moves no position.
     inputs = tokenizer(list(texts), padding=True, truncation=True, padding_side="right", return_tensors="pt")
     inputs = inputs.to(stack.get_input_embeddings().weight.device)
     wanted = {name: value for name, value in inputs.items() if name in info.forward_args}

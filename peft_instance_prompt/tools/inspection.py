@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an adapter makes of instances: the vectors, the tokens that they read, the places where they stand."""
+"""The vectors that an adapter generates, the tokens that they read, and the places where they stand."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def active_generator(model: nn.Module) -> tuple[InstancePromptLayer, PromptGener
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """No gradient, and the model in evaluation mode; its modules are given their modes back."""
+    """No gradient, and the model in evaluation mode; afterwards its modules have their modes back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -56,7 +56,7 @@ def evaluating(model: nn.Module):
 
 
 def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, Generated]:
-    """All that the active adapter generates for a batch, by depth; under None, what its encoder says of the instance.
+    """Everything that the active adapter generates for a batch, by depth; under None, the output of its `encode`.
 
     Args:
         model (`nn.Module`): The model with the adapter, e.g. a [`~peft.PeftModel`].
@@ -123,8 +123,8 @@ def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
 
     Returns:
-        `tuple[torch.LongTensor, torch.LongTensor]`: Each of shape (instances,). Behind the text stands what has more than
-            half of the instruction's tokens before it.
+        `tuple[torch.LongTensor, torch.LongTensor]`: Each of shape (instances,). A vector stands behind the text if more than
+            half of the instruction's tokens stand before it.
     """
     lengths, behind = [], []
     for batch in batches:

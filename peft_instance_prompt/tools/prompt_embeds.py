@@ -25,14 +25,14 @@ def to_prompt_embeds(
 ) -> list[torch.Tensor]:
     """The input embeddings of each request, with the generated prompt vectors in their places and without padding.
 
-    The bare base model continues them as the model with the adapter continues the tokens. Nothing of the stack is run but what
-    the method itself needs.
+    The bare base model continues them as the model with the adapter continues the tokens. The stack runs only if the
+    method itself needs a pass.
 
     Args:
         model (`nn.Module`): The model with the active adapter, in evaluation mode.
         input_ids (`torch.LongTensor`): Shape (B, S). The whole prompts, as `generate` takes them.
         attention_mask (`torch.Tensor`, *optional*): Shape (B, S). 0 where there is padding.
-        kwargs: What else the model takes that bears on the prompts: `instruction_mask`, `instance_embeds`.
+        kwargs: Other arguments of the model that bear on the prompts: `instruction_mask`, `instance_embeds`.
 
     Returns:
         `list[torch.Tensor]`: One of shape (positions, e) for each row, in the dtype of the base model.

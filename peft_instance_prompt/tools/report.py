@@ -27,7 +27,7 @@ PROMPTS = ("own", "shuffled", "mean", "none")
 
 @dataclass
 class InstanceReport:
-    """What [`instance_report`] found; `print` it for a table.
+    """The result of [`instance_report`]; `print` it for a table.
 
     Attributes:
         values (`dict[str, dict[str, torch.Tensor]]`): By measure (`"loss"`, `"accuracy"` or the metric's name) and prompt
@@ -99,8 +99,8 @@ def instance_report(
     Four times over the same data, the model gets
     - `own`: each instance's own prompt;
     - `shuffled`: that of another instance of the same batch, never its own. All of it is the other's: every vector at
-      every depth as it stood in the slots (anchor included, see `init_weights`) when the other instance was run with its own
-      prompt, and what the method's encoder says of it, from which places and lengths are made;
+      every depth as it stood in the slots (base state included, see `init_weights`) when the other instance was run with its own
+      prompt, and the output of the method's `encode`, which decides places and lengths;
     - `mean`: the mean over all instances of these vectors, the same for each;
     - `none`: no prompt. Everything else that was trained, such as a classification head, stays.
 
@@ -118,7 +118,7 @@ def instance_report(
             likeliest, given what stands before them; nothing for regression.
         level (`float`): The share of bootstrap resamples that an interval covers. Defaults to 0.95.
         resamples (`int`): The number of bootstrap resamples over instances. Defaults to 1000.
-        seed (`int`): For who gets whose prompt and for the resampling. Defaults to 0.
+        seed (`int`): For the exchange of prompts and for the resampling. Defaults to 0.
 
     Returns:
         [`InstanceReport`]: Means over instances (an instance's loss is that of its labelled tokens' mean), their intervals,
@@ -155,7 +155,7 @@ def instance_report(
                 total[depth] = total.get(depth, 0) + values.double().sum(dim=0)
             measure("own", batch)
             order = torch.randperm(rows, generator=generator)
-            donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: nobody gets its own
+            donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: none gets its own
             others = own
             if rows == 1:  # the batch before it lends its first row
                 others, donors = recorded(model, batches[number - 1]), torch.tensor([0])
@@ -175,13 +175,13 @@ def instance_report(
 
 
 def recorded(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, torch.Tensor]:
-    # What IPT's encoders read is as long as the batch's longest row. The vectors that come of it are exchanged anyway.
+    # The input of IPT's encoders is as long as the batch's longest row. Their prompt vectors are exchanged anyway.
     made = record(model, batch)
     return {depth: m.values for depth, m in made.items() if depth is not None or m.values.dim() == 2}
 
 
 def lent(others: Mapping[int | None, torch.Tensor], made: Generated, donors: torch.Tensor) -> torch.Tensor | None:
-    """What was generated for the donors (B,); None, which changes nothing, if that is not exchanged."""
+    """What was generated for the donors (B,); None, which changes nothing, if it is not exchanged."""
     return others[made.depth][donors.to(made.values.device)] if made.depth in others else None
 
 

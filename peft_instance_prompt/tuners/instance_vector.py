@@ -26,7 +26,7 @@ class InstanceVectorConfig(InstancePromptConfig):
     """Base class of the configs of methods that read a vector of the instance.
 
     Args:
-        instance_source (`str`): What the vector is made of: `"frozen"`, the default, the last hidden states of a pass of the base
+        instance_source (`str`): The source of the vector: `"frozen"`, the default, the last hidden states of a pass of the base
             model without prompts, gradient and dropout, before the actual one; `"embeddings"`, the mean of the input embeddings,
             which costs next to nothing; or `"instance_embeds"`, a vector that is given to `forward` and `generate` under this name.
         instance_embeds_dim (`int`, *optional*): The width of the given vectors, for `instance_source="instance_embeds"`.
@@ -64,7 +64,7 @@ def instance_vector(
 
     Args:
         config (`InstanceVectorConfig`): The config.
-        source (`Source`): What there is to read.
+        source (`Source`): The input of the generator's `encode`.
         pool (`Callable`): From the frozen states (G, n, d) and the mask (G, n) to (G, d). Defaults to the mean.
 
     Raises:

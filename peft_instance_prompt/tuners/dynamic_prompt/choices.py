@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Look at what was chosen for each instance."""
+"""Look at the choices for each instance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .generator import Choices, DynamicPromptGenerator
 
 @contextmanager
 def record_choices() -> Iterator[list[Choices]]:
-    """Collect what dynamic prompts choose inside the context, in this thread.
+    """Collect the choices of dynamic prompts inside the context, in this thread.
 
     Gives a list to which each forward pass that generates prompts adds a [`Choices`] per adapter that has something to choose; in
     `generate` with a cache that is the pass over the prompt.

@@ -44,11 +44,11 @@ class DynamicPromptConfig(InstanceVectorConfig):
         num_pool (`int`): The number k of prompts that are mixed. Defaults to 4.
         order (`str`): Which vectors go behind the instance when j of them do: `"paper"`, the default, the last j;
             `"dpt"`, the first j, as in the released code.
-        instance_source (`str`): What the instance vector is made of: `"frozen"`, the default, the mean of the last hidden
+        instance_source (`str`): The source of the instance vector: `"frozen"`, the default, the mean of the last hidden
             states of a pass of the base model without prompts; `"embeddings"`, the mean of the input embeddings, which costs
             next to nothing; or `"instance_embeds"`, a vector that is given to `forward` and `generate` under this name.
         instance_embeds_dim (`int`, *optional*): The width of the given vectors, for `instance_source="instance_embeds"`.
-        relu_logits (`bool`): Whether the logits of the choices per instance go through a ReLU, as in the released code; a
+        relu_logits (`bool`): Whether the logits of position and length per instance go through a ReLU, as in the released code; a
             row whose logits are all negative then has no gradient. Defaults to `False`.
         temperature (`float`): The temperature of the Gumbel-softmax at the start of training, above 0. Defaults to 1.
         min_temperature (`float`): Its temperature at the end, above 0. Defaults to 0.5.
@@ -56,14 +56,17 @@ class DynamicPromptConfig(InstanceVectorConfig):
             `temperature * (min_temperature / temperature) ** (t / n) ** 2`. Defaults to 680, which is the schedule of the
             released code.
         sample_at_eval (`bool`): Whether choices are drawn at random in evaluation too, as in the released code, so that one
-            and the same input gets several answers. Defaults to `False`: the likeliest.
-        prompt_position (`str`, *optional*): Where the vectors that do not go behind the instance stand, `"before"` the first token or
-            `"after_first"`. Defaults to the latter, which disturbs a causal model less (the paper has the former), or to `"before"`
+            and the same input gets several answers. Defaults to `False`: the likeliest. In training they are drawn while dropout
+            is on: a trainer that sets every dropout to 0 gets the likeliest, too.
+        prompt_position (`str`, *optional*): The place of the vectors that do not go behind the instance: `"before"` the first token
+            or `"after_first"`. Defaults to the latter, which disturbs a causal model less (the paper has the former), or to `"before"`
             where the text does not begin with a special token (T5). Filled in when the adapter is made.
 
     The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them, and
     `bottleneck_dim` is not used.
     """
+
+    paper = ("Dynamic Prompting: A Unified Framework for Prompt Tuning", "2303.02909")
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "The number of prompt vectors per instance."})
     prompt_position: Optional[Literal["before", "after_first"]] = field(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choices:
-    """What one adapter chose for its instances in one forward pass. G instances, l prompt vectors, k prompts in the pool.
+    """The choices of one adapter for its instances in one forward pass. G instances, l prompt vectors, k prompts in the pool.
 
     Attributes:
         rows (`torch.LongTensor`): Shape (G,). The rows of the batch that these instances are.
@@ -47,7 +47,7 @@ class Choices:
 class DynamicPromptGenerator(PromptGenerator):
     """The generator of dynamic prompting (https://arxiv.org/abs/2303.02909).
 
-    All choices are made in `encode`, once per forward pass. What it returns, (G, K), holds side by side the weights of the
+    All choices are made in `encode`, once per forward pass. Its output (G, K) holds side by side the weights of the
     candidates of each choice: one-hot in value, and with the gradient of the Gumbel-softmax, for position and length (l + 1
     each); the softmax for the mixture (k). A choice per task has as many logits as candidates, one per instance a linear head
     on the instance vector, `(d + 1) * (l + 1)` or `(d + 1) * k` weights; the prompts have `l * e` or `k * l * e`.
@@ -89,7 +89,7 @@ class DynamicPromptGenerator(PromptGenerator):
     def _start_at_no_choice(self) -> None:
         """Let the plain prompt, none of it behind the instance and all of it used, begin as the likeliest choice.
 
-        One half of the draws take it, the others are spread evenly; evaluation takes it until training has another view.
+        One half of the draws take it, the others are spread evenly; evaluation takes it until training changes that.
         """
         for name, plain in (("position", 0), ("length", self.num_slots)):
             if name in self.heads:
@@ -131,7 +131,7 @@ class DynamicPromptGenerator(PromptGenerator):
         return torch.cat(weights, dim=-1)  # (G, K)
 
     def _vector(self, source: Source) -> torch.Tensor:
-        """What the heads read of each instance, (G, width)."""
+        """The vector of each instance that the heads read, (G, width)."""
         if self.constant_condition:
             return self.constant.expand(len(source.mask), -1)  # (G, width)
         vector = instance_vector(self.config, source)  # (G, width)
@@ -140,16 +140,16 @@ class DynamicPromptGenerator(PromptGenerator):
         return vector if self.paper else F.normalize(vector.float(), dim=-1).to(vector.dtype)
 
     def _weights(self, vector: torch.Tensor | None, name: str) -> torch.Tensor | None:
-        """The weights (G, candidates) of a choice in what `encode` returned, None if there is no such choice."""
+        """The weights (G, candidates) of a choice in the output of `encode`, None if there is no such choice."""
         if name not in self.sizes:
             return None
         return vector.split(list(self.sizes.values()), dim=-1)[list(self.sizes).index(name)]
 
     def choices(self, vector: torch.Tensor, rows: torch.Tensor | None = None) -> Choices:
-        """What was chosen.
+        """The choices in an output of `encode`.
 
         Args:
-            vector (`torch.Tensor`): Shape (G, K). What `encode` returned.
+            vector (`torch.Tensor`): Shape (G, K). The output of `encode`.
             rows (`torch.LongTensor`, *optional*): Shape (G,). The rows of the batch. Default: the first G.
         """
         position, length, mixture = (self._weights(vector, n) for n in ("position", "length", "representation"))
@@ -172,7 +172,7 @@ class DynamicPromptGenerator(PromptGenerator):
         return Placement(behind, slot < length.argmax(dim=-1, keepdim=True).to(slot.device))  # (G, l) each
 
     def start(self, instances: Instances, depth: int) -> torch.Tensor | None:
-        # The opposite of the first token, which is the attention sink: what attends to that turns away from these.
+        # The opposite of the first token, which is the attention sink: a query that turns to the sink turns away from these.
         # Copies of it, as in the other methods, take too much attention where there are many.
         return None if self.paper else -instances.base_state
 

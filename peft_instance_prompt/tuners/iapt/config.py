@@ -35,6 +35,8 @@ class IAPTConfig(InstancePromptConfig):
     The fields that all methods have are those of [`InstancePromptConfig`].
     """
 
+    paper = ("IAPT: Instruction-Aware Prompt Tuning for Large Language Models", "2405.18203")
+
     activation: Literal["rational", "gelu", "relu", "silu", "tanh"] = field(
         default="rational", metadata={"help": "'rational' (learned), or a fixed 'gelu', 'relu', 'silu' or 'tanh'."}
     )

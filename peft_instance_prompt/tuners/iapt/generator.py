@@ -81,5 +81,5 @@ class IAPTGenerator(PromptGenerator):
         """z (G, n, m) of the states (G, n, d)."""
         dtype = weights["down"].dtype
         z = states.to(dtype) @ weights["down"]  # (G, n, m)
-        # Residual streams hold huge activations. To divide behind the projection saves a copy of the states.
+        # Residual streams hold huge activations. Division after the projection saves a copy of the states.
         return z if self.paper else z / rms(states).to(dtype)

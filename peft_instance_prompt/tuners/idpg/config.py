@@ -48,14 +48,14 @@ class IDPGConfig(InstanceVectorConfig):
         projection (`str`): `"phm"`, the default: W1 and W2 are sums of Kronecker products; or `"dense"`, the paper's DNN.
         phm_n (`int`): The number n of Kronecker products. It must divide the widths of all vectors that are multiplied.
             Defaults to 16.
-        phm_share_A (`bool`, *optional*): Whether W1 and W2 have the same left factors. Defaults to what explains the
+        phm_share_A (`bool`, *optional*): Whether W1 and W2 have the same left factors. Defaults to the values that give the
             paper's parameter counts: `False` if `multi_layer`, else `True`.
         layer_sharing (`str`): What the depths of M-IDPG share: `"bias"`, the default, everything but the output bias b2;
             `"all"` everything; `"none"` nothing. Depths at which the vectors have other widths (the input of a model with
             projected embeddings, or with `instance_embeds` of another width) have matrices of their own.
         depth_input (`str`): What the generator reads between the layers: `"previous"`, the default, the instance's state
             there, pooled as M(x) is; or `"instance"`, M(x) again.
-        instance_source (`str`): What M(x) is: `"frozen"`, the default, the last hidden states of a pass of the base model
+        instance_source (`str`): The source of M(x): `"frozen"`, the default, the last hidden states of a pass of the base model
             without prompts, gradient and dropout, before the actual one; `"embeddings"`, the mean of the input embeddings,
             which costs nothing; or `"instance_embeds"`, a vector that is given to `forward` and `generate` under this name.
         instance_pooling (`str`): Which of the states: the `"first"` or the `"last"` instruction token's, or the `"mean"`.
@@ -68,6 +68,8 @@ class IDPGConfig(InstanceVectorConfig):
 
     The fields that all methods have are those of [`InstancePromptConfig`].
     """
+
+    paper = ("IDPG: An Instance-Dependent Prompt Generation Method", "2204.04497")
 
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: Optional[int] = field(

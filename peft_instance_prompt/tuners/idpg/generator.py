@@ -128,7 +128,7 @@ def depths_of(config: IDPGConfig, info: StackInfo) -> list[int]:
 
 
 def widths_of(config: IDPGConfig, info: StackInfo, depth: int) -> tuple[int, int]:
-    """The width of what the generator reads at a depth, and of the l vectors together that it makes there."""
+    """The width of the generator's input at a depth, and that of its l vectors together."""
     previous = depth != INPUT and config.depth_input == "previous"
     read = info.hidden_size if previous else vector_width(config, info)
     return read, config.num_virtual_tokens * (info.embedding_size if depth == INPUT else info.hidden_size)

@@ -43,14 +43,14 @@ class IPTConfig(InstancePromptConfig):
         task_prompt (`bool`, *optional*): Whether there is a learned task prompt that the instance's part is added to.
             Defaults to the paper's: `False` for `host="prompt"`, `True` for `"deep"`. A `"deep"` host without one writes to the
             first layer only.
-        instance_scale (`float`): What the instance's part is multiplied by with `host="deep"`. Defaults to 0.05.
+        instance_scale (`float`): The factor of the instance's part with `host="deep"`. Defaults to 0.05.
         table_rank (`int`, `None` or `"auto"`): The rank of the table; `None` for a full one. Defaults to `"auto"`: 64, and a
             full table with `init="embeddings"`.
-        init (`str`): What the table starts from: `"random"`, the default, uniform in [-0.5, 0.5] (of a
+        init (`str`): The start of the table: `"random"`, the default, uniform in [-0.5, 0.5] (of a
             low-rank table, the first factor); `"pretrained"`, the table (and the encoder) in `init_file`; `"embeddings"`, a
             copy of the base model's input embeddings. With the last and `trainable=False`, the base model's embeddings are
             read and no copy is made.
-        init_file (`str`, *optional*): A safetensors file with `table.*` (and `encoder.*`), as `examples/pretrain_ipt.py` in
+        init_file (`str`, *optional*): A safetensors file with `table.*` (and `encoder_*`), as `examples/pretrain_ipt.py` in
             the project's repository writes it. It is not needed any more to load the saved adapter, and not kept in it.
         trainable (`bool`): Whether the table is trained. Defaults to `True`.
         dropout (`float`): The dropout on the encoder's features, in training only. Defaults to 0.1.
@@ -58,6 +58,8 @@ class IPTConfig(InstancePromptConfig):
 
     The fields that all methods have are those of [`InstancePromptConfig`].
     """
+
+    paper = ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958")
 
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
     strategy: Literal["lookup", "encoder"] = field(

@@ -119,7 +119,7 @@ def lstm_parameters(w: int, m: int) -> dict[str, nn.Parameter]:
 def run_lstm(vectors: torch.Tensor, counts: torch.Tensor, weights: Weights) -> torch.Tensor:
     """The last states of both directions of a two-layer LSTM with m units each: (G, T, w) to (G, 1, 2m).
 
-    Written as a loop, since torch's own cannot skip padding without a detour over the host, nor have weights per instance.
+    A loop, since torch's own LSTM cannot skip padding without a copy to the host, nor have weights per instance.
     """
     G, T = vectors.shape[:2]
     counted = counted_tokens(vectors, counts)  # (G, T)

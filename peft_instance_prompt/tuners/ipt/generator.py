@@ -35,11 +35,11 @@ class IPTGenerator(PromptGenerator):
 
     Attributes:
         table (`Table`, *optional*): The table. None if the base model's embeddings are read, or a constant is.
-        gate (`nn.Parameter`): Shape (1, 1, w). What is looked up is multiplied by it, but with `init_weights="paper"`.
+        gate (`nn.Parameter`): Shape (1, 1, w). The factor of the looked-up vectors; none with `init_weights="paper"`.
         encoder_... (`nn.Parameter`): The parameters of the encoder, see `encoders.py`.
         out, out_bias (`nn.Parameter`): Shapes (1, f, P*w) and (1, 1, P*w): W and b behind the encoder.
         task (`nn.Parameter`): Shape (D, P, w). The task prompts.
-        constant (`nn.Parameter`): Shape (1, T, w). With `condition="constant"`: what is looked up.
+        constant (`nn.Parameter`): Shape (1, T, w). With `condition="constant"`: in place of the looked-up vectors.
     """
 
     feeds_constant = False
@@ -69,7 +69,7 @@ class IPTGenerator(PromptGenerator):
             self.out, self.out_bias = fan_in_uniform(1, f, P * width), fan_in_uniform(1, 1, P * width, fan_in=f)
             last = [self.out, self.out_bias]
         elif not self.paper:
-            # A table that is all zeros could not differ between tokens: what is zero at the start is a gate behind it.
+            # The zero at the start is a gate behind the table: a table of zeros would be the same for all tokens.
             self.gate = nn.Parameter(torch.zeros(1, 1, width))
             last = [self.gate]
         if config.task_prompt:

@@ -32,9 +32,13 @@ class LPTConfig(InstancePromptConfig):
             positions are counted and the tokens' move; otherwise the tokens keep the positions of the base model.
         dropout (`float`): The rate of the dropout on the generated vectors in training, from 0 to below 1. Defaults to
             0.1, the paper's.
+        prompt_position (`str`): As for all methods. Where a model reads distances off the columns of its input (ALiBi, tables of
+            relative distances) and the prompt is late, it must be `"before"`.
 
     The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them.
     """
+
+    paper = ("Late Prompt Tuning: A Late Prompt Could Be Better Than Many Prompts", "2210.11292")
 
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: int = field(default=128, metadata={"help": "The width of the generator's bottleneck."})

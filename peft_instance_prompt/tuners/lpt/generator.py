@@ -99,7 +99,7 @@ class LPTGenerator(PromptGenerator):
         one_hot = torch.eye(n, device=instances.mask.device).expand(G, -1, -1)  # (G, n, n)
         if self.kind == "npg":
             return self._choose(one_hot, instances.mask).expand(-1, self.num_slots, -1)  # (G, l, n)
-        # Features differ in the token of a bin that has their maximum: what is shown are the bins.
+        # Of `mppg`, each feature has its maximum at another token of the bin, so the whole bins are shown.
         return adaptive_avg_pool(one_hot, instances.mask, self.num_slots)  # (G, l, n)
 
     def _pool(self, instances: Instances, weights: Weights) -> torch.Tensor:
