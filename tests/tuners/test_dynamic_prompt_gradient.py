@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dynamic_prompts import ORDERS, L, choose, dynamic, generator_of, labels_for
 from peft import PeftModel
-from test_dynamic_prompt import ORDERS, L, choose, dynamic, generator_of, labels_for
 from tiny import assert_same, batch, encoder
 from torch.nn import functional as F
 

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import adapted, assert_same, batch, causal_lm, encoder, instances, pair, perturb
+from tiny import adapted, assert_same, batch, causal_lm, encoder, instances, pair
 from torch import nn
 
 from peft_instance_prompt import IDPGConfig
@@ -210,64 +210,6 @@ def test_projected_embeddings() -> None:
     assert all(p.grad.any() for p in generator_of(model).parameters())
 
 
-# ----------------------------------------------------------------------------------------------------- the frozen pass
-
-
-@pytest.mark.parametrize(
-    ("fields", "extra"),
-    [
-        ({}, 1),
-        ({"depth_input": "instance"}, 1),
-        ({"multi_layer": False, "bottleneck_dim": 8}, 1),
-        ({"instance_source": "embeddings"}, 0),
-        ({"condition": "constant"}, 0),
-    ],
-)
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
-def test_frozen_pass_runs_once(fields: dict, extra: int, how: dict) -> None:
-    model = adapted(causal_lm(), config(**fields))
-    calls = []
-    model.base_model.model.model.layers[0].register_forward_hook(lambda *_: calls.append(None))
-    model.generate(**INPUTS, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0, **how)
-    assert len(calls) == 5 + extra
-    calls.clear()
-    model.train()(**INPUTS, labels=LABELS).loss.backward()
-    assert len(calls) == 1 + extra
-
-
-def test_frozen_pass_has_no_dropout_and_no_gradient() -> None:
-    model, seen = get_peft_model(causal_lm(attention_dropout=0.5), config()), []
-    for train in (False, True, True):
-        model.train(train)
-        modes = [module.training for module in model.modules()]
-        with intercept(lambda made: seen.append(made.values) if made.depth is None else None):
-            model(**INPUTS, labels=LABELS)
-        assert modes == [module.training for module in model.modules()]
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
-    assert not seen[1].requires_grad
-
-
-def test_dropout_in_training_only() -> None:
-    model = adapted(causal_lm(), config(dropout=0.5))
-    assert torch.equal(logits(model), logits(model))
-    model.train()
-    assert not torch.equal(logits(model, labels=LABELS), logits(model, labels=LABELS))
-    model.add_adapter("later", config(dropout=0.5))
-    model.eval().add_adapter("latest", config(dropout=0.5))
-    assert generator_of(model, "latest").training is False
-
-
-def test_constant_condition() -> None:
-    """All instances get one prompt, the constant is trained, and nothing else of the generator changes."""
-    model, seen = adapted(causal_lm(), config(condition="constant", init_weights="paper")), []
-    with intercept(lambda made: seen.append(made.values)):
-        model(**INPUTS, labels=LABELS).loss.backward()
-    assert len(seen) == L and all(torch.equal(made[0], made[1]) for made in seen)
-    generator = generator_of(model)
-    assert generator.constant.grad.any()
-    assert count(generator) == count(generator_of(get_peft_model(causal_lm(), config()))) + d
-
-
 # ------------------------------------------------------------------------------------------------- places of the slots
 
 
@@ -306,116 +248,6 @@ def test_end_of_an_encoder_is_before_its_end_token() -> None:
         embeds = torch.cat([embeds[:-1], seen[1][row], embeds[-1:]])
         expected = base(inputs_embeds=embeds[None]).last_hidden_state[0]
         assert_same(actual[row, :n], expected[[*range(n - 1), n + 3]])
-
-
-# -------------------------------------------------------------------------------------------------------- given vectors
-
-
-def test_given_vectors_in_generate() -> None:
-    """Beams included; another vector gives another text; and it is what forward says with the same vectors."""
-    model = adapted(causal_lm(), given())
-    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    texts = [model.generate(**INPUTS, instance_embeds=v, num_beams=2, **how) for v in (VECTORS, VECTORS, -VECTORS)]
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-    text = model.generate(**INPUTS, instance_embeds=VECTORS, **how)
-    mask = torch.cat([INPUTS["attention_mask"], torch.ones(2, 5, dtype=torch.long)], dim=1)
-    instruction = mask.clone()
-    instruction[:, 9:] = 0
-    kwargs = {"attention_mask": mask, "instruction_mask": instruction, "instance_embeds": VECTORS}
-    assert torch.equal(model(text[:, :-1], **kwargs).logits[:, 8:].argmax(-1), text[:, 9:])
-
-
-@pytest.mark.parametrize(
-    ("vectors", "error", "says"),
-    [
-        (None, ValueError, r"needs `instance_embeds`.*\(2, 12\)"),
-        (torch.randn(2, 13), ValueError, r"`instance_embeds`.*\(2, 12\).*\(2, 13\)"),
-        (torch.randn(3, 12), ValueError, r"`instance_embeds`.*\(2, 12\).*\(3, 12\)"),
-        (torch.randn(12), ValueError, r"`instance_embeds`.*\(2, 12\).*\(12,\)"),
-        (torch.ones(2, 12, dtype=torch.long), TypeError, "`instance_embeds` must be a tensor of floats.*int64"),
-        ([[0.0] * 12] * 2, TypeError, "`instance_embeds` must be a tensor of floats.*list"),
-    ],
-)
-def test_bad_instance_embeds(vectors, error: type, says: str) -> None:
-    model = get_peft_model(causal_lm(), given()).eval()
-    with pytest.raises(error, match=says):
-        model(**INPUTS, instance_embeds=vectors)
-    if not isinstance(vectors, list):
-        with pytest.raises(error, match="`instance_embeds`"):
-            model.generate(**INPUTS, instance_embeds=vectors, max_new_tokens=2, pad_token_id=0)
-    assert model(**INPUTS, instance_embeds=VECTORS).logits.isfinite().all()
-
-
-def test_instance_embeds_that_are_not_used() -> None:
-    model = get_peft_model(causal_lm(), config()).eval()
-    expected = logits(model)
-    with pytest.warns(UserWarning, match="`instance_embeds` are not used.*'frozen'"):
-        assert torch.equal(logits(model, instance_embeds=VECTORS), expected)
-
-
-def test_mixed_batch_of_sources() -> None:
-    """One row's adapter takes the vectors, the other's makes its own."""
-    model = adapted(causal_lm(), given())
-    model.add_adapter("own", config())
-    perturb(model, 1, adapter="own")
-    rows = {}
-    for name in ("default", "own"):
-        model.set_adapter(name)
-        rows[name] = logits(model, instance_embeds=VECTORS)
-    mixed = logits(model, instance_embeds=VECTORS, adapter_names=["own", "default"])
-    assert_same(mixed[0], rows["own"][0])
-    assert_same(mixed[1, 3:], rows["default"][1, 3:])
-
-
-# ------------------------------------------------------------------------------------------------------------- configs
-
-
-def test_presets() -> None:
-    fields = {name: IDPGConfig.preset(name) for name in ("s-phm", "s-dnn", "m-phm", "m-dnn", "m-phm-glove")}
-    assert [c.bottleneck_dim for c in fields.values()] == [256, 256, 16, 16, 16]
-    assert [c.phm_share_A for c in fields.values()] == [True, True, False, False, False]
-    assert fields["m-phm"].to_dict() == IDPGConfig().to_dict()
-    assert IDPGConfig.preset("m-phm-glove", instance_embeds_dim=100).instance_embeds_dim == 100
-    with pytest.raises(ValueError, match=r"no preset 'l-phm'.*'s-phm', 's-dnn', 'm-phm', 'm-dnn', 'm-phm-glove'"):
-        IDPGConfig.preset("l-phm")
-
-
-@pytest.mark.parametrize(
-    ("fields", "error", "says"),
-    [
-        ({"projection": "lowrank"}, ValueError, r"`projection`.*'phm', 'dense'.*'lowrank'"),
-        ({"phm_n": 0}, ValueError, "`phm_n` must be at least 1, got 0"),
-        ({"layer_sharing": "some"}, ValueError, "`layer_sharing`.*'some'"),
-        ({"depth_input": "next"}, ValueError, "`depth_input`.*'next'"),
-        ({"instance_source": "glove"}, ValueError, "`instance_source`.*'glove'"),
-        ({"instance_pooling": "max"}, ValueError, "`instance_pooling`.*'max'"),
-        ({"multi_layer": "yes"}, ValueError, "`multi_layer`.*'yes'"),
-        ({"dropout": 1.0}, ValueError, r"`dropout`.*\[0, 1\).*1.0"),
-        ({"instance_source": "instance_embeds"}, ValueError, "`instance_embeds_dim`.*None with 'instance_embeds'"),
-        ({"instance_embeds_dim": 12}, ValueError, "`instance_embeds_dim`.*12 with 'frozen'"),
-        ({"multi_layer": False, "layers_to_transform": [1]}, ValueError, r"`layers_to_transform`.*\[1\]"),
-        ({"prompt_position": "middle"}, ValueError, "`prompt_position`.*'end'.*'middle'"),
-    ],
-)
-def test_bad_field(fields: dict, error: type, says: str) -> None:
-    with pytest.raises(error, match=says):
-        IDPGConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"phm_n": 16, "bottleneck_dim": 8}, r"`phm_n`.*`bottleneck_dim` 8.*\[32, 128\].*got 16.*\[1, 2, 4, 8\]"),
-        ({"phm_n": 3}, r"got 3.*\[1, 2, 4, 8, 16\]"),
-        ({"phm_n": 8, "instance_source": "instance_embeds", "instance_embeds_dim": 12}, r"12.*got 8.*\[1, 2, 4\]"),
-    ],
-)
-def test_width_that_n_does_not_divide(fields: dict, says: str) -> None:
-    base = causal_lm()
-    with pytest.raises(ValueError, match=says):
-        get_peft_model(base, config(**fields))
-    assert not any("idpg" in name for name, _ in base.named_modules()) and not base._forward_pre_hooks
-    get_peft_model(base, config(**{**fields, "phm_n": 4}))
 
 
 # ----------------------------------------------------------------------------------------------------- a trained model
