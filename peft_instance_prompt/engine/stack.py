@@ -197,12 +197,14 @@ def _shares_layers(layers: nn.ModuleList) -> bool:
 
 
 def _counts_columns(stack: nn.Module, config) -> bool:
-    """Whether distances are those of columns: there are no position ids (T5, Bloom, MPT), or there are but ALiBi (Falcon) or a table
-    of relative distances (DeBERTa, MPNet) does not read them."""
+    """Whether distances are those of columns: there are no position ids (T5, Bloom, MPT), or there are but ALiBi (Falcon), a table of
+    relative distances (DeBERTa, MPNet) or a sliding window (Mistral, Gemma 3) does not read them."""
     relative = any(name.endswith("relative_attention_bias") for name, _ in walk(stack))
     declared = any(getattr(config, name, False) for name in ("alibi", "relative_attention"))
+    kinds = getattr(config, "layer_types", None)
+    windows = getattr(config, "sliding_window", None) and (kinds is None or any("sliding" in kind for kind in kinds))
     numbered = "position_ids" in forward_args(stack) or _learned_positions(stack)[0] is not None
-    return declared or relative or not numbered
+    return bool(declared or relative or windows or not numbered)
 
 
 def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:

@@ -170,6 +170,9 @@ def test_bad_fields(fields: dict, message: str) -> None:
         (causal_lm, "mpt", True),
         (encoder, "deberta-v2", True),
         (encoder, "mpnet", True),
+        (causal_lm, "mistral", True),  # with a sliding window
+        (causal_lm, "gemma3", True),
+        (causal_lm, "qwen2", False),
         (causal_lm, "falcon_rotary", False),
         (causal_lm, "llama", False),
         (causal_lm, "gpt2", False),
