@@ -42,11 +42,15 @@ class Generate(StandIn):
             )
         kwargs = declared(kwargs, model)
         name, cache = cache_of(kwargs)
-        if (cache := SlotCache.find(cache)) is not None:
+        if name is not None and (cache := SlotCache.find(cache)) is not None:
             kwargs[name] = cache
-        inputs = kwargs.get("inputs_embeds")
-        inputs = next(
-            (x for x in (inputs, *args, kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None
+        inputs: Any = next(
+            (
+                x
+                for x in (kwargs.get("inputs_embeds"), *args, kwargs.get("inputs"), kwargs.get("input_ids"))
+                if x is not None
+            ),
+            None,
         )
         length = inputs.shape[1] if isinstance(inputs, torch.Tensor) and inputs.dim() > 1 else None
         known = known_of(model)
