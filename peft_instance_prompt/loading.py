@@ -97,7 +97,7 @@ def names_of(
 
     Args:
         tuner_cls (`type[BaseTuner]`): The tuner.
-        model (`nn.Module`): The model, on its own or in a `PeftModel`.
+        model (`PreTrainedModel` or `PeftModel`): The model.
         adapter_name (`str`): The adapter's name.
         keys (`Iterable[str]`, *optional*): The names of the model's tensors, if they are known already.
     """
@@ -133,7 +133,7 @@ def check_arrival(
 
     Args:
         tuner_cls (`type[BaseTuner]`): The tuner.
-        model (`nn.Module`): The model with the adapter in its place, on its own or in a `PeftModel`.
+        model (`PreTrainedModel` or `PeftModel`): The model with the adapter in its place.
         adapter_name (`str`): The adapter's name.
         weights (`Mapping[str, torch.Tensor]`, *optional*): The weights. Defaults to those that were announced; nothing is
             checked if none were, or if no folder is being loaded.

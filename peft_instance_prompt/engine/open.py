@@ -160,13 +160,13 @@ def encode(
             embeds=own.take(text.embeds),  # (G, n, e)
             mask=own.mask,
             instance_embeds=request.of_rows(len(text.tokens), rows).instance_embeds,
-            frozen_states=partial(_take_made, own, frozen_states),  # (G, n, d)
+            frozen_states=partial(_take_states, own, frozen_states),  # (G, n, d)
         )
         vectors.append(intercepted(generator.encode(source), depth=None, generators=[generator], rows=rows))
     return replace(group, vector=None if vectors[0] is None else torch.cat(vectors))  # (G, ...)
 
 
-def _take_made(selection: Selection, states: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _take_states(selection: Selection, states: Callable[[], torch.Tensor]) -> torch.Tensor:
     return selection.take(states())  # (G, n, d)
 
 
