@@ -126,7 +126,7 @@ def make_generator(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_s
     """The adapter's generator, without values, for a stack of which only what the config says is known."""
     d = config.hidden_size
     sizes = {"hidden_size": d, "embedding_size": d * e, "output_size": d * o, "vocab_size": vocab_size}
-    known = {"name": "", "layers_name": "", "num_layers": config.num_layers, "causal": True}
+    known: dict[str, Any] = {"name": "", "layers_name": "", "num_layers": config.num_layers, "causal": True}
     info = StackInfo(**{**{field.name: None for field in fields(StackInfo)}, **known, **sizes})
     try:
         with torch.device("meta"):

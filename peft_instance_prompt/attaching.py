@@ -138,7 +138,7 @@ def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
 def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """A module's attributes, and copies of those that are containers and not empty: hooks, submodules, parameters."""
     attributes = dict(vars(module))
-    kinds = {dict: dict, OrderedDict: dict, list: list, set: set}
+    kinds: dict[type, type] = {dict: dict, OrderedDict: dict, list: list, set: set}
     return attributes, {name: kinds[type(v)](v) for name, v in attributes.items() if type(v) in kinds and v}
 
 

@@ -71,7 +71,7 @@ def digest(weights: Mapping[str, torch.Tensor]) -> str:
     for tensor in weights.values():
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # (bytes,)
         part = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        part.update(data)
+        part.update(data.data)
         parts.append(part.hexdigest())
     return hashlib.sha256(" ".join(sorted(parts)).encode()).hexdigest()
 

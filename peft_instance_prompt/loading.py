@@ -29,6 +29,10 @@ from .folder import PREFIX, check_files, check_tensors, digest, embedding_names,
 
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+    from transformers import PreTrainedModel
+
     from .config import InstancePromptConfig
 
 
@@ -84,13 +88,16 @@ def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstancePromp
 
 
 def names_of(
-    tuner_cls: type, model: torch.nn.Module, adapter_name: str, keys: Iterable[str] | None = None
+    tuner_cls: type[BaseTuner],
+    model: PeftModel | PreTrainedModel,
+    adapter_name: str,
+    keys: Iterable[str] | None = None,
 ) -> dict[str, str]:
     """The tensors of an adapter: `{its name in the model: its name in the adapter's file}`.
 
     Args:
-        tuner_cls (`type`): The tuner.
-        model (`nn.Module`): The model, on its own or in a `PeftModel`.
+        tuner_cls (`type[BaseTuner]`): The tuner.
+        model (`PreTrainedModel` or `PeftModel`): The model.
         adapter_name (`str`): The adapter's name.
         keys (`Iterable[str]`, *optional*): The names of the model's tensors, if they are known already.
     """
@@ -117,13 +124,16 @@ def take_config(config: InstancePromptConfig) -> None:
 
 
 def check_arrival(
-    tuner_cls: type, model: torch.nn.Module, adapter_name: str, weights: Mapping[str, torch.Tensor] | None = None
+    tuner_cls: type[BaseTuner],
+    model: PeftModel | PreTrainedModel,
+    adapter_name: str,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Raise a ValueError if the weights for an adapter are not exactly its tensors.
 
     Args:
-        tuner_cls (`type`): The tuner.
-        model (`nn.Module`): The model with the adapter in its place, on its own or in a `PeftModel`.
+        tuner_cls (`type[BaseTuner]`): The tuner.
+        model (`PreTrainedModel` or `PeftModel`): The model with the adapter in its place.
         adapter_name (`str`): The adapter's name.
         weights (`Mapping[str, torch.Tensor]`, *optional*): The weights. Defaults to those that were announced; nothing is
             checked if none were, or if no folder is being loaded.

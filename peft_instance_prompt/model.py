@@ -109,11 +109,11 @@ class InstancePromptModel(BaseTuner):
     def _check_target_module_exists(peft_config: InstancePromptConfig, key: str):
         # `_find_targets` has applied `exclude_modules`, and the generator applies `layers_to_transform`. PEFT would apply the one
         # to parts of stacks and pass over a stack because of the other.
-        if key in peft_config.target_modules:
+        if key in (peft_config.target_modules or ()):
             return True
         if peft_config.exclude_modules is None:
             return False
-        plain = type(peft_config)(**{"target_modules": [], "exclude_modules": peft_config.exclude_modules})
+        plain = type(peft_config)(target_modules=[], exclude_modules=peft_config.exclude_modules)
         return check_target_module_exists(plain, key)
 
     def _create_and_replace(

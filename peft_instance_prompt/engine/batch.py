@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -41,7 +42,8 @@ class Group:
 
     def __iter__(self) -> Iterator[tuple[PromptGenerator, torch.Tensor | None]]:
         """Each adapter with its rows."""
-        return iter(zip(self.generators, self.rows_of or [None]))
+        rows_of: Sequence[torch.Tensor | None] = self.rows_of or [None]
+        return iter(zip(self.generators, rows_of))
 
     def run(self, states: torch.Tensor, depth: int, selection: Selection, layout: Layout) -> torch.Tensor:
         """The prompt vectors (G, l, w) of one depth.
@@ -71,6 +73,7 @@ class Group:
             # FSDP, DeepSpeed and accelerate's offloading put a module's parameters in place when the module is called.
             managed = self.model._forward_pre_hooks or "_hf_hook" in self.model.__dict__
             return None if managed else self._of(0, depth)
+        assert self.rows_of is not None  # several adapters share the rows of the batch
         each = [self._of(number, depth) for number in range(len(self.generators))]
         return stack_weights(weights for weights, rows in zip(each, self.rows_of) for _ in rows)
 
@@ -81,7 +84,10 @@ class Group:
         return generator.weights(depth, self.unbound[number])
 
 
-def pick(values: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+Values = TypeVar("Values", torch.Tensor, torch.Tensor | None)
+
+
+def pick(values: Values, rows: torch.Tensor | None) -> Values:
     """Some rows of `values`; None for all."""
     return values if values is None or rows is None else values[rows.to(values.device)]
 

@@ -15,12 +15,13 @@ import copy
 import inspect
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 
 # The first and the last minor release that the test suite passes on.
@@ -94,12 +95,13 @@ def declared(call: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     given = [name for name in CACHE_ARGUMENTS if call.get(name) is not None]
     if len(given) > 1:
         raise TypeError(f"{type(module).__name__} got its cache twice, as {' and as '.join(given)}.")
-    if not given or (name := cache_argument(module.forward)) in (None, *given):
+    name = cache_argument(module.forward) if given else None
+    if name is None or name in given:
         return dict(call)
     return {**{key: value for key, value in call.items() if key not in CACHE_ARGUMENTS}, name: call[given[0]]}
 
 
-def cache_of(call: dict[str, Any]) -> tuple[str | None, Cache | None]:
+def cache_of(call: Mapping[str, Any]) -> tuple[str | None, Cache | None]:
     """The cache among the arguments of a stack or layer, or in its output, and the name that it has there."""
     return next(((name, value) for name, value in call.items() if isinstance(value, Cache)), (None, None))
 
@@ -190,9 +192,9 @@ class _Probe(nn.Module):
         raise _Mask({**dict(zip(self.names, args)), **kwargs}.get("attention_mask"))
 
 
-def _read_mask(stack: nn.Module, layers_name: str) -> Attention:
+def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
     """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3)."""
-    probe = _without_layers(stack, layers_name.split("."))
+    probe: PreTrainedModel = _without_layers(stack, layers_name.split("."))
     probe.config = copy.deepcopy(stack.config)
     probe.config._attn_implementation = "eager"  # other kernels get causality as a flag, without a mask
     embedding = stack.get_input_embeddings().weight
@@ -230,12 +232,12 @@ def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:
     for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
         twin.__dict__[name] = type(module.__dict__[name])()
     twin.__dict__.pop("forward", None)
-    child = module._modules[path[0]]
+    child: Any = module._modules[path[0]]
     twin._modules[path[0]] = _without_layers(child, path[1:]) if len(path) > 1 else _probes(child)
     return twin
 
 
-def _probes(layers: nn.Module) -> nn.ModuleList:
+def _probes(layers: nn.ModuleList) -> nn.ModuleList:
     """As many layers as there are, since some stacks count them."""
     probe = _Probe(forward_args(next(layers.children())))
     for name, value in vars(next(layers.children())).items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .cache import SlotCache
 from .calls import by_name, cache_of
@@ -58,6 +59,7 @@ def _strip(attention: torch.Tensor | None, running: Pass) -> torch.Tensor | None
     if running.layout is not None:
         attention = take(attention, running.layout.token_index, dim=2)  # (B, heads, S, keys)
     table = running.table
+    assert table is not None  # a pass without slots is not changed
     keys = table.token_positions(max(attention.shape[-1], table.order.shape[1]))  # (B, keys - L)
     if attention.shape[-1] < table.order.shape[1]:
         raise ValueError(
@@ -67,7 +69,7 @@ def _strip(attention: torch.Tensor | None, running: Pass) -> torch.Tensor | None
     return take(attention, keys, dim=3)  # (B, heads, S, keys - L)
 
 
-def _pool(stack: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def _pool(stack: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """Run the stack's pooler again, on `states` (B, S, d), to (B, d): its first run saw the slots."""
     if isinstance(stack.pooler, nn.Linear):  # ALBERT
         return stack.pooler_activation(stack.pooler(states[:, 0]))

@@ -47,6 +47,7 @@ def fill_slots(
     if late and (depth < late[-1] or running.attention.startswith("flash_attention")):
         args, kwargs = hide_late_slots(running, info, layer, depth, states, args, kwargs)
     for group in groups:
+        assert layout is not None and group.selection is not None  # the pass opened the slots of its groups
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
         if group.rows is not None:
             standing = take(states, layout.slot_index)  # (B, L, d)
@@ -71,7 +72,8 @@ def hide_late_slots(
         raise ValueError(f"Slots cannot be hidden from {type(layer).__name__}, which takes no `attention_mask`.")
     place = names.index("attention_mask")
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-    cache = layer_cache(args, kwargs)
+    cache, table = layer_cache(args, kwargs), running.table
+    assert table is not None  # it says that there are late slots
     num_queries, seen, start = states.shape[1], 0, 0
     num_keys = num_queries
     if cache is not None:
@@ -79,10 +81,10 @@ def hide_late_slots(
         num_keys, start = cache.get_mask_sizes(num_queries, depth)
     # Layers of one kind share their mask, so the new mask is found by the id of the old one. The old one is kept with it, so that
     # no other mask gets its id.
-    stage = sum(depth < late for late in running.table.late_layers)
+    stage = sum(depth < late for late in table.late_layers)
     key = (id(mask), stage, num_keys, start)
     if key not in running.masks:
-        hidden = running.table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
+        hidden = table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
         made = hide(
             mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype, info.true_hides
         )

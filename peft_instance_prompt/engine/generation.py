@@ -42,12 +42,10 @@ class Generate(StandIn):
             )
         kwargs = declared(kwargs, model)
         name, cache = cache_of(kwargs)
-        if (cache := SlotCache.find(cache)) is not None:
+        if name is not None and (cache := SlotCache.find(cache)) is not None:
             kwargs[name] = cache
-        inputs = kwargs.get("inputs_embeds")
-        inputs = next(
-            (x for x in (inputs, *args, kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None
-        )
+        given = (kwargs.get("inputs_embeds"), *args, kwargs.get("inputs"), kwargs.get("input_ids"))
+        inputs: Any = next((x for x in given if x is not None), None)
         length = inputs.shape[1] if isinstance(inputs, torch.Tensor) and inputs.dim() > 1 else None
         known = known_of(model)
         for name, value in fields.items():

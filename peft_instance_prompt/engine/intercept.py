@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -74,7 +74,10 @@ def intercept(function: Interceptor) -> Iterator[None]:
         _interceptors.reset(token)
 
 
-def intercepted(values: torch.Tensor | None, **fields) -> torch.Tensor | None:
+Values = TypeVar("Values", torch.Tensor, torch.Tensor | None)
+
+
+def intercepted(values: Values, **fields: Any) -> Values:
     """`values`, or what the interceptors put in their place; `fields` are the other fields of [`Generated`]."""
     functions = _interceptors.get()
     if not functions or values is None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..generator import PromptGenerator
 from .batch import group_rows
@@ -44,6 +45,10 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         prefix (`str`): The method's prefix, e.g. `"iapt_"`.
     """
 
+    # Properties of PEFT's base class.
+    active_adapters: list[str]
+    disable_adapters: bool
+
     def __init__(self, info: StackInfo, prefix: str):
         super().__init__()
         self.info = info
@@ -53,7 +58,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         self.handles: list[Any] = []
 
     @property
-    def generators(self) -> nn.ModuleDict:
+    def generators(self) -> Any:  # an `nn.ModuleDict`, which has no type for its values
         return getattr(self, self.adapter_layer_names[0])
 
     def update_layer(self, adapter_name: str, generator: PromptGenerator) -> None:
@@ -99,9 +104,9 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         """Remove the hooks; those of the base model with the last layer of this kind."""
         for handle in self.handles:
             handle.remove()
-        for stand_in in stand_ins(stack, StackForward):
-            if stand_in.layer is self:
-                stand_in.remove()
+        for forward in stand_ins(stack, StackForward):
+            if forward.layer is self:
+                forward.remove()
         (noted,) = stand_ins(model, NotedForward)
         noted.layers.remove(self)
         if not noted.layers:
@@ -113,7 +118,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         release_context(layers)
 
     @torch.compiler.disable
-    def open(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def open(self, stack: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Before the stack runs: make this the current pass, and return the arguments for the stack."""
         call = by_name(stack, args, kwargs)
         (name, given), as_dict = cache_of(call), call.get("return_dict")
@@ -125,7 +130,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             as_tuple=(stack.config.return_dict if as_dict is None else as_dict) is False,
         )
         current_pass.set(running)
-        if isinstance(given, SlotCache):
+        if name is not None and isinstance(given, SlotCache):
             call[name] = given.inner
         if running.cache is not None:
             running.table = running.cache.table
@@ -153,13 +158,16 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     def _fill(self, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Before a layer runs."""
         running = current_pass.get()
-        mine = running is not None and running.owner is self
-        return fill_slots(running, self.info, depths, layer, args, kwargs) if mine else None
+        if running is None or running.owner is not self:
+            return None
+        return fill_slots(running, self.info, depths, layer, args, kwargs)
 
     @torch.compiler.disable
     def close(self, output: Any) -> Any:
         """After the stack ran: return its output without slots."""
-        return close_slots(current_pass.get(), self.info, output)
+        running = current_pass.get()
+        assert running is not None  # `open` has set it
+        return close_slots(running, self.info, output)
 
 
 class StackForward(StandIn):

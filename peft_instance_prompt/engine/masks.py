@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,11 +99,13 @@ def see_beyond_causal(
     """
     room = 0 if cache is None or not cache.is_compileable else cache.get_max_length() - later.shape[2]
     later = torch.nn.functional.pad(later, (0, max(room, 0)))  # (B, N, keys)
+    name = cache_argument(create_masks_for_generate)
+    assert name is not None  # it has one in each tested release
     return create_masks_for_generate(
         config=config,
         inputs_embeds=embeds,
         attention_mask=mask,
-        **{cache_argument(create_masks_for_generate): cache},
+        **{name: cache},
         or_mask_function=lambda b, h, q, k: later[b, q, k],
     )
 
@@ -174,7 +177,7 @@ def hide(
     if hasattr(mask, "mask_mod"):
         from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
-        size = {"B": hidden.shape[0], "H": None, "Q_LEN": num_queries, "KV_LEN": hidden.shape[1]}
+        size: dict[str, Any] = {"B": hidden.shape[0], "H": None, "Q_LEN": num_queries, "KV_LEN": hidden.shape[1]}
         return create_block_mask(
             and_masks(mask.mask_mod, lambda b, h, q, k: ~hidden[b, k]), **size, device=hidden.device
         )
@@ -184,7 +187,7 @@ def hide(
     )
 
 
-def check_not_packed(kwargs: dict[str, Any]) -> None:
+def check_not_packed(kwargs: Mapping[str, Any]) -> None:
     """Refuse rows that hold several sequences, each of which would need prompts of its own.
 
     Raises:

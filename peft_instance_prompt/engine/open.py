@@ -69,7 +69,7 @@ def read_text(stack: nn.Module, call: Mapping[str, Any], request: Request) -> Te
     check_not_packed(call)
     ids = request.input_ids if call.get("input_ids") is None else call["input_ids"]
     ids = ids if ids is not None and ids.shape == (B, S) else None
-    embeds = embed(stack, ids) if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, e)
+    embeds = embed(stack, given) if call.get("inputs_embeds") is None else given  # (B, S, e)
     static = cache is not None and cache.is_compileable
     mask = padding_mask(call.get("attention_mask"), B, S, static)  # (B, S)
     mask = None if mask is None else mask.to(embeds.device)
@@ -96,8 +96,8 @@ def open_slots(
     name, cache = cache_of(call)
     if "position_ids" in info.forward_args and call.get("position_ids") is None:
         call = {**call, "position_ids": count_positions(text, groups, info)}  # (B, S)
-    plain = {**call, "attention_mask": text.mask, "use_cache": False}
-    plain.pop(name, None)
+    plain = {key: value for key, value in call.items() if key != name}
+    plain.update(attention_mask=text.mask, use_cache=False)
     frozen_states = once(partial(run_frozen, stack, plain))
 
     scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
@@ -152,7 +152,7 @@ def encode(
     group: Group, text: Text, selection: Selection, request: Request, frozen_states: Callable[[], torch.Tensor]
 ) -> Group:
     """The group with the output of `encode` of each of its adapters."""
-    vectors = []
+    vectors: list[Any] = []  # a tensor of each, or None: the generators are of one class
     for generator, rows in group:
         own = selection.pick(rows)
         source = Source(
@@ -160,10 +160,14 @@ def encode(
             embeds=own.take(text.embeds),  # (G, n, e)
             mask=own.mask,
             instance_embeds=request.of_rows(len(text.tokens), rows).instance_embeds,
-            frozen_states=lambda own=own: own.take(frozen_states()),  # (G, n, d)
+            frozen_states=partial(_take_states, own, frozen_states),  # (G, n, d)
         )
         vectors.append(intercepted(generator.encode(source), depth=None, generators=[generator], rows=rows))
     return replace(group, vector=None if vectors[0] is None else torch.cat(vectors))  # (G, ...)
+
+
+def _take_states(selection: Selection, states: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return selection.take(states())  # (G, n, d)
 
 
 def place_slots(groups: list[Group], text: Text, selection: Selection, info: StackInfo) -> Layout:

@@ -73,7 +73,7 @@ def keep_context(stack: nn.Module) -> None:
     for _, module in walk(stack):
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if checkpoint is not None and not isinstance(checkpoint, InContext):
-            module._gradient_checkpointing_func = InContext(checkpoint)
+            setattr(module, "_gradient_checkpointing_func", InContext(checkpoint))
 
 
 def release_context(layers: nn.Module) -> None:

@@ -9,17 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..generator import PromptGenerator
 from .calls import declared, forward_args
 from .stand_in import StandIn, stand_ins
 
 
+if TYPE_CHECKING:
+    from .layer import InstancePromptLayer
+
+
 # {layer: (names of the active adapters, {name: generator})}
-Adapters = dict[nn.Module, tuple[list[str], dict[str, nn.Module]]]
+Adapters = dict[nn.Module, tuple[list[str], dict[str, PromptGenerator]]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Request:
 
     def of_rows(self, num_rows: int, rows: torch.Tensor | None) -> Request:
         """The request for some rows of a batch of `num_rows`; in `generate`, one row may have become several beams."""
-        picked = {}
+        picked: dict[str, Any] = {}
         for name in ("instruction_mask", "instance_embeds", "labels"):
             value = getattr(self, name)
             if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] > 0:
@@ -175,21 +180,22 @@ class NotedForward(StandIn):
     """The forward of a base model, which notes a call as the hooks do, unless they have done so.
 
     Attributes:
-        layers (`list[nn.Module]`): The layers that hold the base model's adapters.
+        layers (`list[InstancePromptLayer]`): The layers that hold the base model's adapters.
     """
 
     method = "forward"
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
-        self.layers: list[nn.Module] = []
+        self.layers: list[InstancePromptLayer] = []
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.call_wrapped(*args, **kwargs)
         request = before = latest_request.get()
-        by_hooks = request.model is self.module and request.outer is not None and not request.entered
-        if not by_hooks:
+        # What holds after the call, if the hooks have noted it.
+        outer = request.outer if request.model is self.module and not request.entered else None
+        if outer is None:
             args, kwargs = note_call(self.module, args, kwargs)
             request = latest_request.get()
         latest_request.set(replace(request, entered=True))
@@ -200,7 +206,7 @@ class NotedForward(StandIn):
             latest_request.set(before)
             raise
         except BaseException:  # after an interrupt torch runs no hooks, which would forget the call
-            latest_request.set(request.outer if by_hooks else before)
+            latest_request.set(outer or before)
             raise
         latest_request.set(before)
         return output

@@ -60,7 +60,8 @@ def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_lengt
         kind = getattr(instruction_mask, "dtype", type(instruction_mask).__name__)
         raise TypeError(f"`instruction_mask` must be a tensor of bools or 0/1 integers, got {kind}.")
     (B, S), shape = tokens.shape, tuple(instruction_mask.shape)
-    if shape != (B, S) and not (shape == (B, prompt_length) and prompt_length < S):
+    grown = prompt_length is not None and shape == (B, prompt_length) and prompt_length < S
+    if shape != (B, S) and not grown:
         raise ValueError(f"`instruction_mask` must have the shape of the tokens, {(B, S)}, got {shape}.")
     mask = instruction_mask.to(tokens.device, torch.bool)
     mask = nn.functional.pad(mask, (0, S - shape[1])) & tokens  # (B, S)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from .calls import Attention, forward_args, read_attention
 
@@ -110,10 +111,10 @@ def _find_layers(stack: nn.Module) -> str | None:
     lists = {name: module for name, module in walk(stack) if isinstance(module, nn.ModuleList)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
-    return max(sizes, key=sizes.get) if sizes and max(sizes.values()) > 0 else None
+    return max(sizes, key=sizes.__getitem__) if sizes and max(sizes.values()) > 0 else None
 
 
-def embed(stack: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+def embed(stack: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """The input embeddings (B, S, e) that a stack makes of `input_ids` (B, S), in the form in which it takes them."""
     embeds = stack.get_input_embeddings()(input_ids)  # (B, S, e)
     # The encoders of Pegasus and Marian scale what they look up themselves but not what they are given.
@@ -123,7 +124,9 @@ def embed(stack: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     )
 
 
-def embed_per_layer(stack: nn.Module, input_ids: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor | None:
+def embed_per_layer(
+    stack: PreTrainedModel, input_ids: torch.Tensor | None, embeds: torch.Tensor
+) -> torch.Tensor | None:
     """The embeddings that Gemma 3n and 4 look up for each layer, (B, S, layers, width), by ids (B, S); None for other stacks."""
     if input_ids is None or getattr(stack, "embed_tokens_per_layer", None) is None:
         return None
@@ -132,11 +135,11 @@ def embed_per_layer(stack: nn.Module, input_ids: torch.Tensor | None, embeds: to
     return stack.get_per_layer_inputs(**{name: value for name, value in known.items() if name in names})
 
 
-def describe(model: nn.Module, layers_name: str, stack_name: str) -> StackInfo:
+def describe(model: PreTrainedModel, layers_name: str, stack_name: str) -> StackInfo:
     """Gather a [`StackInfo`].
 
     Args:
-        model (`nn.Module`): The base model.
+        model (`PreTrainedModel`): The base model.
         layers_name (`str`): The name of the list of layers.
         stack_name (`str`): The name of the stack that it lies in.
     """
@@ -216,8 +219,8 @@ def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:
             "embed_positions",
         ):
             # OPT and BART skip the head of the table by themselves; RoBERTa and MPNet count on from the padding id.
-            if hasattr(module, "offset"):
-                return module.num_embeddings - module.offset, 0
+            if (skipped := getattr(module, "offset", None)) is not None:
+                return module.num_embeddings - skipped, 0
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - offset, offset
     return None, 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -94,6 +94,9 @@ class StandIn:
         raise NotImplementedError
 
 
-def stand_ins(module: nn.Module, kind: type[StandIn]) -> list[StandIn]:
+Kind = TypeVar("Kind", bound=StandIn)
+
+
+def stand_ins(module: nn.Module, kind: type[Kind]) -> list[Kind]:
     """The stand-ins of a kind that a module has."""
     return [one for one in module.__dict__.get(_KEY, ()) if isinstance(one, kind)]

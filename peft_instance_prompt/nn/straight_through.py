@@ -158,7 +158,8 @@ class _AttachPositionGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         scores = None
         if ctx.needs_input_grad[1]:
-            scores = _candidate_scores(grad, *ctx.saved_tensors, ctx.order).to(ctx.dtype)
+            prompts, tokens, start, end, used = ctx.saved_tensors
+            scores = _candidate_scores(grad, prompts, tokens, start, end, used, ctx.order).to(ctx.dtype)
         return grad, scores, None, None, None, None, None, None
 
 

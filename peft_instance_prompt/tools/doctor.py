@@ -34,7 +34,7 @@ from packaging.requirements import Requirement
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from .. import __version__
 from ..config import InstancePromptConfig
@@ -86,7 +86,7 @@ def registered_methods() -> dict[str, type[InstancePromptConfig]]:
     return {peft_type.value: cls for peft_type, cls in methods if issubclass(cls, InstancePromptConfig)}
 
 
-def tiny_model(model_type: str) -> nn.Module:
+def tiny_model(model_type: str) -> PreTrainedModel:
     """A model in eval mode, the same one at each call, with weights that are large enough for prompts to matter."""
     config = AutoConfig.for_model(model_type, **_common, **MODELS[model_type][1])
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -115,7 +115,7 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def padded_batch(side: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def padded_batch(side: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Rows of 7, 4 and 1 tokens, and their ids and mask (3, 7)."""
     rows = [random_tokens(n, seed=n) for n in (7, 4, 1)]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0, padding_side=side)  # (3, 7)
@@ -260,7 +260,7 @@ def versions() -> list[str]:
         wanted = [Requirement(text) for text in metadata.requires(PACKAGE)]
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed
         wanted = []
-    specifiers = {wish.name: wish.specifier for wish in wanted if wish.marker is None}
+    specifiers: dict[str, Any] = {wish.name: wish.specifier for wish in wanted if wish.marker is None}
     lines = [f"{'python':22}{platform.python_version()}", f"{PACKAGE:22}{__version__}"]
     for name in ("torch", "transformers", "peft", "accelerate"):
         version, specifier = metadata.version(name), specifiers.get(name, "")

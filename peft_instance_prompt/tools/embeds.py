@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..engine.frozen import run_frozen
 from ..engine.stack import describe, find_stacks
@@ -66,8 +67,14 @@ def add_instance_embeds(
     ```
     """
     if isinstance(dataset, Mapping):  # a DatasetDict
-        known = {"text_column": text_column, "column": column, "batch_size": batch_size, "pooling": pooling}
-        return type(dataset)({name: add_instance_embeds(part, encoder, **known) for name, part in dataset.items()})
+        known: dict[str, Any] = {
+            "text_column": text_column,
+            "column": column,
+            "batch_size": batch_size,
+            "pooling": pooling,
+        }
+        kind: Any = type(dataset)
+        return kind({name: add_instance_embeds(part, encoder, **known) for name, part in dataset.items()})
     if not hasattr(dataset, "map") or not hasattr(dataset, "column_names"):
         raise TypeError(f"`dataset` must be a `datasets.Dataset` or a `DatasetDict`, got {type(dataset).__name__}.")
     if text_column not in dataset.column_names:
@@ -117,7 +124,7 @@ def encode_with_model(model: nn.Module, tokenizer: Any, texts: Sequence[str], po
         raise ValueError(f"No transformer stack was found in {type(model).__name__}.")
     if pooling == "auto":
         pooling = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
-    stack = model.get_submodule(info.name)
+    stack: PreTrainedModel = model.get_submodule(info.name)
     # Padding on the right: a causal model does not see it, and it moves no position.
     inputs = tokenizer(list(texts), padding=True, truncation=True, padding_side="right", return_tensors="pt")
     inputs = inputs.to(stack.get_input_embeddings().weight.device)

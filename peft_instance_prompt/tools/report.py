@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def instance_report(
             others = own
             if rows == 1:  # the batch before it lends its first row
                 others, donors = recorded(model, batches[number - 1]), torch.tensor([0])
-            with intercept(lambda made, o=others, d=donors: lent(o, made, d)):
+            with intercept(partial(lent, others, donors=donors)):
                 measure("shuffled", batch)
             with note(adapter_names=("__base__",) * rows):
                 measure("none", batch)
@@ -170,8 +171,8 @@ def instance_report(
         ):
             for batch in batches:
                 measure("mean", batch)
-    values = {m: {prompts: torch.cat(by_prompt[prompts]) for prompts in PROMPTS} for m, by_prompt in found.items()}
-    return InstanceReport(values, level, resamples, seed)
+    by_measure = {m: {name: torch.cat(lists[name]) for name in PROMPTS} for m, lists in found.items()}
+    return InstanceReport(by_measure, level, resamples, seed)
 
 
 def recorded(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, torch.Tensor]:

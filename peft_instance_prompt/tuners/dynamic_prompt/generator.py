@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -61,6 +61,7 @@ class DynamicPromptGenerator(PromptGenerator):
     """
 
     feeds_constant = False
+    step: torch.Tensor
 
     def __init__(self, config: DynamicPromptConfig, info: StackInfo):
         super().__init__(config, info, depths=[INPUT])
@@ -93,9 +94,9 @@ class DynamicPromptGenerator(PromptGenerator):
         """
         for name, plain in (("position", 0), ("length", self.num_slots)):
             if name in self.heads:
-                self.heads[name].weight.zero_()
+                nn.init.zeros_(self.heads.get_parameter(f"{name}.weight"))
             if name in self.sizes:
-                logits = self.heads[name].bias if name in self.heads else self.logits[name]
+                logits = self.heads.get_parameter(f"{name}.bias") if name in self.heads else self.logits[name]
                 logits.zero_()
                 logits[plain] = torch.tensor(float(self.num_slots)).log()
 
@@ -116,7 +117,7 @@ class DynamicPromptGenerator(PromptGenerator):
         for name in self.sizes:
             mixes = name == "representation"
             if name in self.heads:
-                head = self.heads[name]
+                head: Any = self.heads[name]  # `nn.Linear`
                 logits = head(vector.to(head.weight.device, head.weight.dtype))  # (G, candidates)
                 # The released code has a ReLU before its choices, and none before its softmax over the pool.
                 logits = torch.relu(logits) if self.config.relu_logits and not mixes else logits

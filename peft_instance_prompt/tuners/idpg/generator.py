@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,7 +74,7 @@ class IDPGGenerator(PromptGenerator):
             for parameter in self.parameters():
                 nn.init.normal_(parameter, std=0.3)
 
-    def _add(self, role: str, shapes: dict[int, tuple[int, ...]], keys: dict[int, Hashable], std: float) -> None:
+    def _add(self, role: str, shapes: Mapping[int, tuple[int, ...]], keys: Mapping[int, Hashable], std: float) -> None:
         """Add a role's parameters ~ N(0, std^2): a tensor for each shape among the depths, with a row for each key among those."""
         for shape in dict.fromkeys(shapes.values()):
             depths = [depth for depth in self.depths if shapes[depth] == shape]

@@ -33,6 +33,9 @@ class Table(nn.Module):
         trainable (`bool`): Whether it is trained. If not, its tensors are buffers: PEFT trains all of an adapter's parameters.
     """
 
+    weight: torch.Tensor
+    up: torch.Tensor
+
     def __init__(self, vocab_size: int, width: int, rank: int | None = None, trainable: bool = True):
         super().__init__()
         tensors = {"weight": torch.empty(vocab_size, rank or width).uniform_(-0.5, 0.5)}
@@ -107,7 +110,7 @@ def run_mlp(vectors: torch.Tensor, counts: torch.Tensor, weights: Weights) -> to
 
 
 def lstm_parameters(w: int, m: int) -> dict[str, nn.Parameter]:
-    shapes = {"input_0": (1, 2, w), "input_1": (1, 2, 2 * m)}  # (1, directions, width)
+    shapes: dict[str, tuple[int, ...]] = {"input_0": (1, 2, w), "input_1": (1, 2, 2 * m)}  # (1, directions, width)
     shapes |= {
         "hidden": (1, 2, 2, m),
         "bias_input": (1, 2, 2, 1),

@@ -43,6 +43,7 @@ class IPTGenerator(PromptGenerator):
     """
 
     feeds_constant = False
+    table: Table | None
 
     def __init__(self, config: IPTConfig, info: StackInfo):
         deep, P = config.host == "deep", config.num_virtual_tokens
@@ -58,6 +59,7 @@ class IPTGenerator(PromptGenerator):
         if self.constant_condition:
             self.constant = nn.Parameter(torch.empty(1, self.num_read, read_width).uniform_(-0.5, 0.5))
         elif config.trainable or config.init != "embeddings":
+            assert config.table_rank != "auto"  # the config has replaced it by a number or None
             self.table = Table(info.vocab_size, read_width, config.table_rank, config.trainable)
         last = []
         if not self.looks_up:
