@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import DECODER_NAMES, any_model, attach, damage, make_config, near, refusal_names, rows, said
+from cases import DECODER_NAMES, any_model, attach, damage, make_config, near, precise, refusal_names, rows, said
 from folders import assert_unchanged, picture
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -70,7 +70,7 @@ def config_is_refused_by_name_or_works(data: st.DataObject) -> None:
 def row_of_a_padded_batch_equals_the_row_alone(data: st.DataObject) -> None:
     """A row of a padded batch, on either side, has the logits and states of the row alone."""
     base, task = any_model(data)
-    model = attach(base, make_config(data, task)).double()
+    model = precise(attach(base, make_config(data, task)))
     lengths = data.draw(st.lists(st.integers(2, 10), min_size=2, max_size=4), "lengths")
     right = task != "CAUSAL_LM" or data.draw(st.booleans(), "right")
     inputs = batch(*lengths, side="right" if right else "left")
@@ -80,17 +80,17 @@ def row_of_a_padded_batch_equals_the_row_alone(data: st.DataObject) -> None:
         found = together[row : row + 1]  # (1, S, ...)
         if task != "SEQ_2_SEQ_LM":  # whose decoder has no padding
             found = found[:, :n] if right else found[:, -n:]  # (1, n, ...)
-        near(found, alone)
+        near(found, alone, model)
 
 
 @torch.no_grad()
 def generate_with_cache_equals_without(data: st.DataObject) -> None:
     """`generate` gives the same text and logits with a cache as without one."""
-    model = attach(causal_lm(data.draw(st.sampled_from(DECODER_NAMES), "family")), make_config(data)).double()
+    model = precise(attach(causal_lm(data.draw(st.sampled_from(DECODER_NAMES), "family")), make_config(data)))
     inputs = batch(*data.draw(st.lists(st.integers(2, 10), min_size=1, max_size=3), "lengths"))
     kwargs = {**inputs, **GREEDY, "return_dict_in_generate": True, "output_logits": True}
     found, expected = (model.generate(**kwargs, use_cache=cached) for cached in (True, False))
-    near(torch.stack(found.logits), torch.stack(expected.logits))
+    near(torch.stack(found.logits), torch.stack(expected.logits), model)  # float32, as `generate` returns them
     assert torch.equal(found.sequences, expected.sequences)
 
 
@@ -98,13 +98,13 @@ def generate_with_cache_equals_without(data: st.DataObject) -> None:
 def mixed_batch_equals_each_adapter_alone(data: st.DataObject) -> None:
     """A row of a mixed batch equals the row with its adapter alone, and a `__base__` row the bare model."""
     family = data.draw(st.sampled_from(DECODER_NAMES), "family")
-    bare, first = causal_lm(family).double(), make_config(data)
+    bare, first = precise(causal_lm(family)), make_config(data)
     model = attach(causal_lm(family), first, "a")
     model.add_adapter("b", make_config(data, cls=type(first)))
-    perturb(model, seed=5, adapter="b").double().eval()
+    precise(perturb(model, seed=5, adapter="b")).eval()
     names = data.draw(st.lists(st.sampled_from(["a", "b", "__base__"]), min_size=2, max_size=4), "adapter_names")
     lengths = [data.draw(st.integers(2, 10), "length") for _ in names]
-    inputs, right = batch(*lengths), data.draw(st.booleans(), "right")
+    right = data.draw(st.booleans(), "right")
     inputs = batch(*lengths, side="right" if right else "left")
     together = model(**inputs, adapter_names=names).logits
     for row, (name, n) in enumerate(zip(names, lengths)):
@@ -114,7 +114,7 @@ def mixed_batch_equals_each_adapter_alone(data: st.DataObject) -> None:
         else:
             model.set_adapter(name)
             expected = model(**alone).logits
-        near(together[row : row + 1, :n] if right else together[row : row + 1, -n:], expected)
+        near(together[row : row + 1, :n] if right else together[row : row + 1, -n:], expected, bare)
 
 
 @torch.no_grad()
@@ -123,7 +123,8 @@ def logits_do_not_depend_on_later_response_tokens(data: st.DataObject) -> None:
     how = data.draw(st.sampled_from(["labels", "instruction_mask", "response_template"]), "how")
     template = [7, 8] if how == "response_template" else None
     family = data.draw(st.sampled_from(DECODER_NAMES), "family")
-    model = attach(causal_lm(family), make_config(data, response_template=template)).double()
+    model = attach(causal_lm(family), make_config(data, response_template=template))
+    precise(model)
     model.train(data.draw(st.booleans(), "training"))
     instruction, response = data.draw(st.integers(3, 8), "instruction"), data.draw(st.integers(2, 5), "response")
     changed = instruction + data.draw(st.integers(0, response - 1), "first token that changes")
@@ -134,7 +135,7 @@ def logits_do_not_depend_on_later_response_tokens(data: st.DataObject) -> None:
     for one in ids.split(1):  # apart, so that dropout and random choices are the same
         torch.manual_seed(0)
         logits.append(model(input_ids=one, **said(how, one, instruction)).logits[:, :changed])
-    near(*logits, family)
+    near(*logits, model)
 
 
 @torch.no_grad()
