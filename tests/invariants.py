@@ -20,7 +20,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from methods import METHODS
 from peft import PeftConfig, PeftModel
-from tiny import VOCAB, batch, causal_lm, perturb
+from tiny import VOCAB, adapted, batch, causal_lm, perturb
 
 from peft_instance_prompt.engine.passes import current_pass
 from peft_instance_prompt.engine.request import Request, current_request
@@ -32,7 +32,7 @@ JUNK = st.one_of(
     st.booleans(),
     st.integers(-2, 12),
     st.sampled_from([2**31 - 1, 2**31, 10**30, "", "first", "mean", "layers(", [], [0], [0, 0], [3, -1], ["lm_head"], [""]]),
-    st.floats(),
+    st.floats(width=16),  # with those that float32 cannot hold, any model overflows
     st.lists(st.integers(-1, 4), max_size=3),
     st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
 )
@@ -52,7 +52,7 @@ def config_is_refused_by_name_or_works(data: st.DataObject) -> None:
     base = causal_lm()
     before = picture(base)
     try:
-        model = attach(base, METHODS[method](task_type="CAUSAL_LM", **values))
+        model = adapted(base, METHODS[method](task_type="CAUSAL_LM", **values))
     except (ValueError, TypeError) as error:
         assert refusal_names(error, names), f"the message names none of {names}: {error}"
         assert_unchanged(base, before)
@@ -96,7 +96,7 @@ def generate_with_cache_equals_without(data: st.DataObject) -> None:
 
 @torch.no_grad()
 def mixed_batch_equals_each_adapter_alone(data: st.DataObject) -> None:
-    """A row of a mixed batch equals the row with its adapter alone, and a `__base__` row the bare model."""
+    """A row of a mixed batch equals the row with its adapter alone, and a `__base__` row the bare model in the same batch."""
     family = data.draw(st.sampled_from(DECODER_NAMES), "family")
     bare, first = precise(causal_lm(family)), make_config(data)
     model = attach(causal_lm(family), first, "a")
@@ -109,12 +109,13 @@ def mixed_batch_equals_each_adapter_alone(data: st.DataObject) -> None:
     together = model(**inputs, adapter_names=names).logits
     for row, (name, n) in enumerate(zip(names, lengths)):
         alone = {"input_ids": inputs["input_ids"][row : row + 1, inputs["attention_mask"][row].bool()]}
-        if name == "__base__":
-            expected = bare(**alone).logits
+        own = slice(0, n) if right else slice(-n, None)
+        if name == "__base__":  # some models count padding as positions if they are left to themselves
+            expected = bare(**inputs).logits[row : row + 1, own]
         else:
             model.set_adapter(name)
             expected = model(**alone).logits
-        near(together[row : row + 1, :n] if right else together[row : row + 1, -n:], expected, bare)
+        near(together[row : row + 1, own], expected, bare)
 
 
 @torch.no_grad()
@@ -153,7 +154,7 @@ def saved_and_loaded_gives_the_same(data: st.DataObject) -> None:
 
 @torch.no_grad()
 def damaged_folder_is_refused_whole_or_loads_right(data: st.DataObject) -> None:
-    """A damaged folder is refused with a ValueError and leaves the model as it was, or it loads right."""
+    """A damaged folder is refused with an error that says what is wrong and leaves the model as it was, or it loads right."""
     config = make_config(data)
     good, inputs = attach(causal_lm(), config), batch(9, 6)
     route = data.draw(st.sampled_from(["from_pretrained", "load_adapter", "native"]), "route")
@@ -168,14 +169,15 @@ def damaged_folder_is_refused_whole_or_loads_right(data: st.DataObject) -> None:
             else:
                 loaded = model
                 model.load_adapter(name, adapter_name="loaded")
-        except ValueError:
+        except (ValueError, TypeError) as error:
+            assert isinstance(error, ValueError) or (changed and refusal_names(error, [changed])), error
             assert_unchanged(model, before)
             return
     if route != "from_pretrained":
         loaded.set_adapter("loaded")
     found = loaded.eval()(**inputs).logits
     # Another value of a field may make another adapter of the same tensors.
-    assert found.isfinite().all() if changed == "config" else torch.equal(found, good(**inputs).logits)
+    assert found.isfinite().all() if changed else torch.equal(found, good(**inputs).logits)
 
 
 @torch.no_grad()
