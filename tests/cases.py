@@ -20,7 +20,9 @@ from tiny import DECODERS, ENCODERS, PAIRS, adapted, assert_same, causal_lm, enc
 
 DECODER_NAMES = list(DECODERS)
 # The others compute norms, softmax or biases in float32 (or bfloat16) whatever their weights are.
-FLOAT64 = "gpt2 opt gpt_neox stablelm bert roberta deberta-v2 modernbert electra albert bart mbart pegasus marian".split()
+FLOAT64 = (
+    "gpt2 opt gpt_neox stablelm bert roberta deberta-v2 modernbert electra albert bart mbart pegasus marian".split()
+)
 # Experts' kernels know no float64; the softmax of the rest takes the lowest float64 of a mask for -inf, and gives NaN.
 FLOAT32 = "mixtral qwen3_moe gemma2 bloom mpt".split()
 FIELDS = {
@@ -32,9 +34,7 @@ FIELDS = {
 }
 
 
-def make_config(
-    data: st.DataObject, task: str = "CAUSAL_LM", cls: type | None = None, **fixed: Any
-) -> PeftConfig:
+def make_config(data: st.DataObject, task: str = "CAUSAL_LM", cls: type | None = None, **fixed: Any) -> PeftConfig:
     """A valid config of any method, or of the methods of a class."""
     names = [name for name in METHODS if cls is None or type(METHODS[name]()) is cls]
     method = data.draw(st.sampled_from(names), "method")
@@ -104,7 +104,9 @@ def said(how: str, ids: torch.Tensor, instruction: int) -> dict[str, torch.Tenso
 
 def damage(data: st.DataObject, folder: Path) -> str | None:
     """Damage a saved folder in one way, and name the field if it is one of its config."""
-    how = data.draw(st.sampled_from(["drop", "rename", "reshape", "NaN", "surplus", "values", "bytes", "config"]), "damage")
+    how = data.draw(
+        st.sampled_from(["drop", "rename", "reshape", "NaN", "surplus", "values", "bytes", "config"]), "damage"
+    )
     if how == "bytes":
         whole = bytearray((folder / WEIGHTS).read_bytes())
         at = data.draw(st.integers(0, len(whole) - 1), "byte")
@@ -134,7 +136,7 @@ def damage(data: st.DataObject, folder: Path) -> str | None:
             weights[name] = weights[name].unsqueeze(0) if number % 2 else weights[name].flatten()[:-1]
         elif how == "surplus":
             weights["base_model.model.lm_head.weight"] = torch.ones(96, 32)
-        else:
+        elif weights[name].is_floating_point():
             weights[name].view(-1)[0] = torch.nan
 
     old = json.loads((folder / CONFIG).read_text())["weights_digest"]

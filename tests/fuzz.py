@@ -45,13 +45,16 @@ class Found(NamedTuple):
     seed: int
 
 
-def search(invariant: Callable[[st.DataObject], None], seed: int = SEED, seconds: float | None = None) -> Found:
+def search(
+    invariant: Callable[[st.DataObject], None], seed: int = SEED, seconds: float | None = None, shrink: bool = True
+) -> Found:
     """Try an invariant on cases that follow from the seed, in rounds whose seeds count upwards, until one of them fails.
 
     Args:
         invariant (`Callable`): Draws a case and raises an exception if it does not hold.
         seed (`int`): The seed of the first round.
         seconds (`float`, *optional*): No round begins later than this. None: one round.
+        shrink (`bool`): Whether to look for the smallest counterexample.
     """
     started, tried = time.monotonic(), 0
 
@@ -72,7 +75,7 @@ def search(invariant: Callable[[st.DataObject], None], seed: int = SEED, seconds
                 database=None,
                 print_blob=False,
                 report_multiple_bugs=False,
-                phases=[Phase.generate, Phase.shrink],
+                phases=[Phase.generate, *([Phase.shrink] if shrink else [])],
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
             )(case)()
         except Exception as failure:

@@ -31,7 +31,9 @@ JUNK = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-2, 12),
-    st.sampled_from([2**31 - 1, 2**31, 10**30, "", "first", "mean", "layers(", [], [0], [0, 0], [3, -1], ["lm_head"], [""]]),
+    st.sampled_from(
+        [2**31 - 1, 2**31, 10**30, "", "first", "mean", "layers(", [], [0], [0, 0], [3, -1], ["lm_head"], [""]]
+    ),
     st.floats(width=16),  # with those that float32 cannot hold, any model overflows
     st.lists(st.integers(-1, 4), max_size=3),
     st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
@@ -76,7 +78,9 @@ def row_of_a_padded_batch_equals_the_row_alone(data: st.DataObject) -> None:
     inputs = batch(*lengths, side="right" if right else "left")
     together = rows(model, inputs, task)
     for row, n in enumerate(lengths):
-        alone = rows(model, {k: v[row : row + 1, inputs["attention_mask"][row].bool()] for k, v in inputs.items()}, task)
+        alone = rows(
+            model, {k: v[row : row + 1, inputs["attention_mask"][row].bool()] for k, v in inputs.items()}, task
+        )
         found = together[row : row + 1]  # (1, S, ...)
         if task != "SEQ_2_SEQ_LM":  # whose decoder has no padding
             found = found[:, :n] if right else found[:, -n:]  # (1, n, ...)
@@ -158,7 +162,11 @@ def damaged_folder_is_refused_whole_or_loads_right(data: st.DataObject) -> None:
     config = make_config(data)
     good, inputs = attach(causal_lm(), config), batch(9, 6)
     route = data.draw(st.sampled_from(["from_pretrained", "load_adapter", "native"]), "route")
-    model = attach(causal_lm(), make_config(data, cls=type(config)), "resident") if route == "load_adapter" else causal_lm()
+    model = (
+        attach(causal_lm(), make_config(data, cls=type(config)), "resident")
+        if route == "load_adapter"
+        else causal_lm()
+    )
     before = picture(model)
     with tempfile.TemporaryDirectory() as name:
         good.save_pretrained(name)
@@ -208,7 +216,10 @@ def failing_call_changes_nothing_for_the_next(data: st.DataObject) -> None:
     expected = rows(model, inputs, task)
     error = data.draw(st.sampled_from([KeyboardInterrupt, ValueError, RuntimeError]), "error")
     where = data.draw(st.sampled_from([name for name, m in base.named_modules() if name]), "where")
-    wait, generates = data.draw(st.integers(0, 3), "passes before"), task != "FEATURE_EXTRACTION" and data.draw(st.booleans())
+    wait, generates = (
+        data.draw(st.integers(0, 3), "passes before"),
+        task != "FEATURE_EXTRACTION" and data.draw(st.booleans()),
+    )
 
     def interrupt(*args: Any) -> None:
         nonlocal wait
@@ -217,7 +228,9 @@ def failing_call_changes_nothing_for_the_next(data: st.DataObject) -> None:
             raise error("stop")
 
     module = base.get_submodule(where)
-    handle = (module.register_forward_hook if data.draw(st.booleans(), "after") else module.register_forward_pre_hook)(interrupt)
+    handle = (module.register_forward_hook if data.draw(st.booleans(), "after") else module.register_forward_pre_hook)(
+        interrupt
+    )
     stopped = False
     try:
         model.generate(**inputs, **GREEDY) if generates else rows(model, inputs, task)

@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import fuzz
 import pytest
+import torch
 from fuzz import PAGE, SECONDS, SEED, Found, search
 from invariants import INVARIANTS
-from peft import PeftModel
 
 
 @pytest.mark.parametrize("name", INVARIANTS)
@@ -26,13 +24,31 @@ def test_invariant(name: str) -> None:
         raise found.failure
 
 
-# What is broken, in whom, and the invariant that must say so.
+# What breaks an invariant, and how.
 BROKEN: dict[str, tuple[str, Any]] = {
-    "config_is_refused_by_name_or_works": ("peft_instance_prompt.config.check_choice", lambda *args: None),
-    "row_of_a_padded_batch_equals_the_row_alone": ("peft_instance_prompt.engine.layer.group_rows", None),
-    "saved_and_loaded_gives_the_same": ("peft_instance_prompt.engine.layer.group_rows", None),
+    "config_is_refused_by_name_or_works": ("peft_instance_prompt.config.check_int", lambda *args, **kwargs: None),
+    "row_of_a_padded_batch_equals_the_row_alone": (
+        "peft_instance_prompt.engine.open.count_positions",
+        lambda text, groups, info: torch.arange(text.tokens.shape[1]).expand_as(text.tokens) + info.position_offset,
+    ),
+    "mixed_batch_equals_each_adapter_alone": ("peft_instance_prompt.engine.layer.group_rows", lambda *args: []),
+    "logits_do_not_depend_on_later_response_tokens": (
+        "peft_instance_prompt.engine.open.find_scope",
+        lambda generator, text, *args, **kwargs: None,
+    ),
+    "damaged_folder_is_refused_whole_or_loads_right": (
+        "peft_instance_prompt.loading.check_arrival",
+        lambda *args: None,
+    ),
     "base_model_comes_back": ("peft.PeftModel.disable_adapter", lambda self: nullcontext()),
 }
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, broken = BROKEN[name]
+    monkeypatch.setattr(where, broken)
+    assert search(INVARIANTS[name], seed=0, shrink=False).failure is not None
 
 
 def test_the_same_cases_for_the_same_seed() -> None:
