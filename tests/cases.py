@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from methods import METHODS
 from peft import PeftConfig, PeftModel
-from tiny import DECODERS, ENCODERS, PAIRS, adapted, assert_same, causal_lm, encoder, pair
+from tiny import DECODERS, ENCODERS, PAIRS, adapted, assert_same, causal_lm, encoder, pair, perturb
 
 
 DECODER_NAMES = list(DECODERS)
@@ -50,13 +52,27 @@ def refusal_names(error: Exception, names: list[str]) -> bool:
     return any(f"`{name}" in str(error) for name in names)
 
 
-def attach(base: torch.nn.Module, config: PeftConfig, name: str = "default") -> PeftModel:
-    """The model with an adapter whose weights are far from their start, in eval mode, unless the pair is refused by name."""
+@contextmanager
+def unless_refused() -> Iterator[None]:
+    """Give up a case whose config and model do not go together, which the message must say by the field's name."""
     try:
-        return adapted(base, config, name)
+        yield
     except ValueError as error:
         assert refusal_names(error, [*FIELDS]), error
         reject()
+
+
+def attach(base: torch.nn.Module, config: PeftConfig, name: str = "default") -> PeftModel:
+    """The model with an adapter whose weights are far from their start, in eval mode."""
+    with unless_refused():
+        return adapted(base, config, name)
+
+
+def attach_second(model: PeftModel, config: PeftConfig) -> PeftModel:
+    """The model with another adapter, "b", in eval mode."""
+    with unless_refused():
+        model.add_adapter("b", config)
+    return perturb(model, seed=5, adapter="b").eval()
 
 
 def any_model(data: st.DataObject) -> tuple[torch.nn.Module, str]:

@@ -14,13 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import DECODER_NAMES, any_model, attach, damage, make_config, near, precise, refusal_names, rows, said
+from cases import (
+    DECODER_NAMES,
+    any_model,
+    attach,
+    attach_second,
+    damage,
+    make_config,
+    near,
+    precise,
+    refusal_names,
+    rows,
+    said,
+)
 from folders import assert_unchanged, picture
 from hypothesis import assume
 from hypothesis import strategies as st
 from methods import METHODS
 from peft import PeftConfig, PeftModel
-from tiny import VOCAB, adapted, batch, causal_lm, perturb
+from tiny import VOCAB, adapted, batch, causal_lm
 
 from peft_instance_prompt.engine.passes import current_pass
 from peft_instance_prompt.engine.request import Request, current_request
@@ -104,8 +116,7 @@ def mixed_batch_equals_each_adapter_alone(data: st.DataObject) -> None:
     family = data.draw(st.sampled_from(DECODER_NAMES), "family")
     bare, first = precise(causal_lm(family)), make_config(data)
     model = attach(causal_lm(family), first, "a")
-    model.add_adapter("b", make_config(data, cls=type(first)))
-    precise(perturb(model, seed=5, adapter="b")).eval()
+    precise(attach_second(model, make_config(data, cls=type(first))))
     names = data.draw(st.lists(st.sampled_from(["a", "b", "__base__"]), min_size=2, max_size=4), "adapter_names")
     lengths = [data.draw(st.integers(2, 10), "length") for _ in names]
     right = data.draw(st.booleans(), "right")
@@ -196,7 +207,7 @@ def base_model_comes_back(data: st.DataObject) -> None:
     expected = rows(base, inputs, task)
     model = attach(base, make_config(data, task))
     if data.draw(st.booleans(), "second adapter"):
-        model.add_adapter("b", make_config(data, task, cls=type(model.active_peft_config)))
+        attach_second(model, make_config(data, task, cls=type(model.active_peft_config)))
     rows(model, inputs, task)
     with model.disable_adapter():
         assert torch.equal(rows(model, inputs, task), expected)
@@ -249,9 +260,7 @@ def threads_get_right_texts_while_adapters_come_and_go(data: st.DataObject) -> N
     """Threads that generate get the right texts while other adapters are added and deleted."""
     first = make_config(data)
     model = attach(causal_lm(data.draw(st.sampled_from(DECODER_NAMES), "family")), first, "a")
-    others = [make_config(data, cls=type(first)) for _ in range(2)]
-    model.add_adapter("b", others[0])
-    perturb(model, seed=5, adapter="b").eval()
+    attach_second(model, second := make_config(data, cls=type(first)))
     each = st.lists(st.sampled_from(["a", "b", "__base__"]), min_size=2, max_size=2)
     mixes = data.draw(st.lists(each, min_size=2, max_size=4), "adapter_names")
     inputs, done = batch(9, 6), threading.Event()
@@ -262,7 +271,7 @@ def threads_get_right_texts_while_adapters_come_and_go(data: st.DataObject) -> N
 
     def come_and_go() -> None:
         while not done.is_set():
-            model.add_adapter("passing", others[1])
+            model.add_adapter("passing", second)
             model.delete_adapter("passing")
 
     expected = [text(names) for names in mixes]
