@@ -244,12 +244,13 @@ def check_pattern(config: PeftConfig, name: str) -> None:
 
 
 def check_number(config: PeftConfig, name: str) -> None:
-    """Raise a TypeError or ValueError if a field is not a number, not finite, or too large for a float."""
+    """Make a field a float; raise a TypeError or ValueError if it is not a number, not finite, or too large for one."""
     value = getattr(config, name)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if not -sys.float_info.max <= value <= sys.float_info.max:  # False for NaN, too
         raise ValueError(f"`{name}` must be finite, got {value!r}.")
+    setattr(config, name, float(value))  # torch takes no whole number beyond 64 bits
 
 
 def check_dropout(config: PeftConfig) -> None:

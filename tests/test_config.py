@@ -10,7 +10,7 @@ import json
 import pytest
 from methods import METHODS
 from peft import PeftConfig
-from tiny import adapted, causal_lm
+from tiny import adapted, batch, causal_lm
 
 
 BAD = [
@@ -127,3 +127,11 @@ def test_file_that_is_no_config(kind: str, content: str, says: str, tmp_path) ->
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(ValueError, match=f"adapter_config.json is no adapter's config.*{says}"):
         type(METHODS[kind]()).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [2, 10**30])
+def test_whole_numbers_are_floats(value: int) -> None:
+    """A tensor cannot be multiplied by a whole number beyond 64 bits."""
+    model = adapted(causal_lm(), METHODS["ipt_deep"](task_type="CAUSAL_LM", instance_scale=value))
+    assert isinstance(model.active_peft_config.instance_scale, float)
+    assert model(**batch(9)).logits.isfinite().all()

@@ -116,11 +116,11 @@ def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.T
     """Position ids (B, S) for a call that has none.
 
     Rows with an adapter count tokens and not columns, so that padding on the left moves nothing. Rows without one are counted as
-    the bare model does: by columns, unless its ids begin behind that of padding.
+    the bare model does: by columns, unless it counts tokens itself.
     """
     B, S = text.tokens.shape
     counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
-    if info.position_offset == 0 and all(group.rows is not None for group in groups):
+    if not info.counts_tokens and all(group.rows is not None for group in groups):
         bare = torch.ones(B, dtype=torch.bool, device=counted.device)  # (B,)
         bare[torch.cat([group.rows for group in groups]).to(counted.device)] = False
         counted = torch.where(bare[:, None], torch.arange(S, device=counted.device), counted)  # (B, S)

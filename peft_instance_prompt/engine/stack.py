@@ -38,6 +38,7 @@ class StackInfo:
         max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
         position_offset (`int`): The position id of the first token.
         counts_columns (`bool`): Whether the stack reads distances off the columns of its input and not off `position_ids`.
+        counts_tokens (`bool`): Whether it counts the tokens that its mask shows, if it gets no `position_ids`, and not columns.
         sliding_window (`int`, *optional*): The width of its sliding attention window.
         special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         begins_with_special (`bool`): Whether texts begin with a special token, as far as the config tells: T5 has none.
@@ -60,6 +61,7 @@ class StackInfo:
     max_positions: int | None
     position_offset: int
     counts_columns: bool
+    counts_tokens: bool
     sliding_window: int | None
     recurrent_layers: tuple[int, ...] = ()
     special_ids: tuple[int, ...] = ()
@@ -173,6 +175,7 @@ def describe(model: PreTrainedModel, layers_name: str, stack_name: str) -> Stack
         max_positions=max_positions,
         position_offset=offset,
         counts_columns=_counts_columns(stack, config),
+        counts_tokens=_counts_tokens(stack),
         sliding_window=getattr(config, "sliding_window", None),
         begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
         special_ids=tuple(sorted(_special_ids(config))),
@@ -208,6 +211,12 @@ def _counts_columns(stack: nn.Module, config) -> bool:
     windows = getattr(config, "sliding_window", None) and (kinds is None or any("sliding" in kind for kind in kinds))
     numbered = "position_ids" in forward_args(stack) or _learned_positions(stack)[0] is not None
     return bool(declared or relative or windows or not numbered)
+
+
+def _counts_tokens(stack: nn.Module) -> bool:
+    """Whether the ids begin behind that of padding (RoBERTa), or the module that embeds positions reads the mask (OPT)."""
+    by_mask = any("attention_mask" in forward_args(m) for name, m in walk(stack) if name.endswith("embed_positions"))
+    return by_mask or _learned_positions(stack)[1] != 0
 
 
 def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:

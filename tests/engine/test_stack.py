@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-from tiny import DECODERS, VOCAB, causal_lm
+from tiny import DECODERS, VOCAB, adapted, assert_same, batch, causal_lm
 
 from peft_instance_prompt import IAPTConfig
 from peft_instance_prompt.engine.stack import describe, find_stacks
@@ -160,3 +160,13 @@ def test_an_adapter_that_outweighs_the_layers_is_no_stack() -> None:
     assert find_stacks(base) == {"model.layers": "model"}
     model.add_adapter("other", IAPTConfig(task_type="CAUSAL_LM"))
     assert set(model.peft_config["other"].target_modules) == {"model.layers"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@torch.no_grad()
+def test_rows_without_adapter_have_the_positions_of_the_bare_model(family: str) -> None:
+    """GPT-2 counts columns and OPT tokens where a call has no position ids."""
+    base, inputs = causal_lm(family), batch(6, 9)
+    expected = base(**inputs).logits[0, -6:]
+    found = adapted(base, IAPTConfig(task_type="CAUSAL_LM"))(**inputs, adapter_names=["__base__", "default"]).logits
+    assert_same(found[0, -6:], expected)
