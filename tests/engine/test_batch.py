@@ -51,7 +51,7 @@ def several(base: torch.nn.Module, method: str, task_type: str, **fields) -> Pef
     model = adapted(base, make(task_type=task_type, **fields), name="a")
     model.add_adapter("b", make(task_type=task_type, **fields))
     # Late slots among the tokens are refused where distances are those of columns.
-    (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
+    layer = next(module for module in model.modules() if isinstance(module, InstancePromptLayer))
     before = layer.info.counts_columns and layer.generators["a"].first_visible_layer > 0
     other = accepted(method, prompt_position="before" if before else "after_first")
     model.add_adapter("c", make(task_type=task_type, **fields, num_virtual_tokens=2, **other))
@@ -130,7 +130,7 @@ def test_encoder(kind: str, family: str) -> None:
 def test_classifier_with_heads_of_their_own(kind: str) -> None:
     """Each adapter has its own head in `modules_to_save`, and a row meets the head of its adapter."""
     base = encoder("bert", tf.AutoModelForSequenceClassification)
-    model, inputs = several(base, kind, "SEQ_CLS"), batch(*LENGTHS, side="right")
+    model, inputs = several(base, kind, "SEQ_CLS").double(), batch(*LENGTHS, side="right")
     mixed = model(**inputs, adapter_names=NAMES).logits
     for row, name in enumerate(NAMES):
         assert_same(mixed[row], alone(model, name, model, **row_of(inputs, row)).logits[0])
