@@ -112,7 +112,7 @@ def test_threads_with_adapters_of_their_own(kind: str) -> None:
     """Eight threads on one model, each with its own text and its own adapter for each row."""
     model = prompted(kind)
     names = ["default", "__base__", "two", "three"]
-    for seed, name in enumerate(names[2:], 3):
+    for seed, name in enumerate(names[2:], 2):
         model.add_adapter(name, METHODS[kind](task_type="CAUSAL_LM"))
         perturb(model, seed, adapter=name)
     jobs = [{**batch(5 + i, 4 + i // 2, seed=i), "adapter_names": [names[i % 4], names[i // 3]]} for i in range(8)]
