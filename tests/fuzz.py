@@ -95,7 +95,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         "What holds for every method, and how often it was tried. `tests/invariants.py` draws configs, tiny models of all",
         "families, batches, adapters and damaged files, and looks for a case in which an invariant does not hold. This page is",
-        "written by `python tests/fuzz.py --seconds 120 --write docs/invariants.md`; the test suite tries each invariant again,",
+        "written by `python tests/fuzz.py --seconds 90 --write docs/invariants.md`; the test suite tries each invariant again,",
         f"and for as long as `FUZZ_SECONDS` says. Seed {SEED}, Python {platform.python_version()}, {packages}.",
         "",
         "| invariant | cases tried | failures |",
