@@ -29,7 +29,7 @@ from .folder import PREFIX, check_files, check_tensors, digest, embedding_names,
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft.peft_model import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
     from transformers import PreTrainedModel
 
@@ -159,7 +159,7 @@ def check_arrival(
 
 def guard_loading(config_cls: type) -> None:
     """Make the three ways to load an adapter check adapters whose config is a `config_cls`, and undo failures."""
-    from peft import PeftModel
+    from peft.peft_model import PeftModel
     from transformers.integrations.peft import PeftAdapterMixin
 
     build, load, load_native = (

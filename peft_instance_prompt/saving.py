@@ -101,7 +101,7 @@ def seal(folder: Path, embeddings: list[str]) -> None:
 
 def guard_saving(config_cls: type) -> None:
     """Make `save_pretrained` of `PeftModel` and of transformers' models save adapters with a `config_cls` as said above."""
-    from peft import PeftModel
+    from peft.peft_model import PeftModel
     from transformers import PreTrainedModel
 
     for owner in (PeftModel, PreTrainedModel):

@@ -147,3 +147,23 @@ assert list(PeftType).count("IAPT") == 1
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_registration_while_peft_is_being_imported() -> None:
+    """As from an import hook: PEFT is not whole yet. And registration is light, it brings no Trainer."""
+    code = """
+import sys
+
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == "peft.helpers" and "peft_instance_prompt" not in sys.modules:
+            import peft_instance_prompt
+            assert not hasattr(sys.modules["peft"], "PeftModel")
+
+sys.meta_path.insert(0, Hook())
+import peft
+assert "peft_instance_prompt" in sys.modules and "IAPT" in peft.PeftType.__members__
+assert "transformers.trainer" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
