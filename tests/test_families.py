@@ -61,7 +61,8 @@ def test_family(method: str, family: str) -> None:
     forced = model(text.sequences, attention_mask=grown, instruction_mask=instruction).logits[:, 8:-1]  # (B, 5, V)
     assert_same(torch.stack(text.logits, dim=1), forced)
     bare = untouched.generate(**left, **kwargs, output_logits=True, return_dict_in_generate=True)
-    assert (text.logits[-1] - bare.logits[-1]).abs().max() > 1e-2 * bare.logits[-1].abs().max()
+    # At the first step: late slots before the text can slide out of a window of 8 while it grows.
+    assert (text.logits[0] - bare.logits[0]).abs().max() > 1e-2 * bare.logits[0].abs().max()
 
     # Disabled and unloaded: the base model, bit by bit, and nothing left of ours.
     with model.disable_adapter():

@@ -34,7 +34,7 @@ class Group:
     rows_of: list[torch.Tensor] | None = None
     selection: Selection | None = None
     vector: torch.Tensor | None = None
-    unbound: dict[int, dict] = field(default_factory=dict)
+    unbound: dict[int, tuple[bool, dict]] = field(default_factory=dict)
 
     def __post_init__(self):
         self.rows = None if self.rows_of is None else torch.cat(self.rows_of)  # (G,)
@@ -78,13 +78,13 @@ class Group:
         return stack_weights(weights for weights, rows in zip(each, self.rows_of) for _ in rows)
 
     def _of(self, number: int, depth: int) -> dict[str, torch.Tensor]:
-        generator = self.generators[number]
+        """One adapter's parameters at a depth."""
+        generator, grad = self.generators[number], torch.is_grad_enabled()
         if number not in self.unbound:  # once per pass
-            self.unbound[number] = generator.unbind()
-        return generator.weights(depth, self.unbound[number])
-
-
-Values = TypeVar("Values", torch.Tensor, torch.Tensor | None)
+            self.unbound[number] = grad, generator.unbind()
+        made_with_grad, unbound = self.unbound[number]
+        # Re-entrant checkpointing runs a layer first without gradients and again with them, where its weights must be read anew.
+        return generator.weights(depth, unbound if made_with_grad == grad else None)
 
 
 def pick(values: Values, rows: torch.Tensor | None) -> Values:
