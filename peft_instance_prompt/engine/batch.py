@@ -87,6 +87,9 @@ class Group:
         return generator.weights(depth, unbound if made_with_grad == grad else None)
 
 
+Values = TypeVar("Values", torch.Tensor, torch.Tensor | None)
+
+
 def pick(values: Values, rows: torch.Tensor | None) -> Values:
     """Some rows of `values`; None for all."""
     return values if values is None or rows is None else values[rows.to(values.device)]
