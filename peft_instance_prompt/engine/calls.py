@@ -86,19 +86,21 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     return declared({**dict(zip(forward_args(module), args)), **kwargs} if args else kwargs, module)
 
 
-def declared(call: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """A copy of the arguments of `forward` or `generate`, in which the cache has the name that the module's forward declares.
+def declared(call: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A copy of a call of a module, of its `forward` or its `generate`, in which the cache has the name that forward declares.
 
     Raises:
         TypeError: The cache is given twice.
     """
-    given = [name for name in CACHE_ARGUMENTS if call.get(name) is not None]
+    named = [name for name in CACHE_ARGUMENTS if name in call]
+    given = [name for name in named if call[name] is not None]
     if len(given) > 1:
         raise TypeError(f"{type(module).__name__} got its cache twice, as {' and as '.join(given)}.")
-    name = cache_argument(module.forward) if given else None
-    if name is None or name in given:
+    name = cache_argument(module.forward) if named else None
+    if name is None or named == [name]:
         return dict(call)
-    return {**{key: value for key, value in call.items() if key not in CACHE_ARGUMENTS}, name: call[given[0]]}
+    rest = {key: value for key, value in call.items() if key not in CACHE_ARGUMENTS}
+    return {**rest, name: call[given[0]]} if given else rest
 
 
 def cache_of(call: Mapping[str, Any]) -> tuple[str | None, Cache | None]:
