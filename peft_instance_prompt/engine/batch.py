@@ -22,23 +22,48 @@ from .request import Request
 class Group:
     """Rows whose adapters have one signature and run together.
 
+    The instances of a group are in the order of their rows, so that a group that has all rows of a batch copies no states.
+
     Attributes:
         generators (`list[PromptGenerator]`): The adapters.
+        rows (`torch.LongTensor`, *optional*): Shape (G,). The row of each instance. None: all rows of the batch.
         rows_of (`list[torch.LongTensor]`, *optional*): The rows of the batch that each adapter has. None: there is one adapter,
             and it has all rows.
+        adapter_of (`list[int]`): The number of each instance's adapter among `generators`; not read if there is one adapter.
+        by_row (`torch.LongTensor`, *optional*): Shape (G,). Brings values that were made adapter by adapter into the order of the
+            rows. None: they are in this order.
         selection (`Selection`, *optional*): The instances among the positions of the stack.
         vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of the adapters' `encode`.
     """
 
     generators: list[PromptGenerator]
+    rows: torch.Tensor | None = None
     rows_of: list[torch.Tensor] | None = None
+    adapter_of: list[int] = field(default_factory=list)
+    by_row: torch.Tensor | None = None
     selection: Selection | None = None
     vector: torch.Tensor | None = None
     unbound: dict[int, tuple[bool, dict]] = field(default_factory=dict)
 
-    def __post_init__(self):
-        self.rows = None if self.rows_of is None else torch.cat(self.rows_of)  # (G,)
-        self.model = self.generators[0]
+    @classmethod
+    def of(
+        cls, generators: list[PromptGenerator], rows_of: list[list[int]], num_rows: int, device: torch.device
+    ) -> Group:
+        """The group of adapters that have these rows, out of `num_rows`."""
+        pairs = [(row, number) for number, rows in enumerate(rows_of) for row in rows]
+        order = sorted(range(len(pairs)), key=pairs.__getitem__)
+        return cls(
+            generators,
+            None if len(pairs) == num_rows else torch.tensor(sorted(row for row, _ in pairs), device=device),
+            [torch.tensor(rows, device=device) for rows in rows_of],
+            [number for _, number in sorted(pairs)],
+            None if order == list(range(len(pairs))) else torch.tensor(order, device=device),
+        )
+
+    @property
+    def model(self) -> PromptGenerator:
+        """The adapter whose fields are those of all."""
+        return self.generators[0]
 
     def __iter__(self) -> Iterator[tuple[PromptGenerator, torch.Tensor | None]]:
         """Each adapter with its rows."""
@@ -73,9 +98,8 @@ class Group:
             # FSDP, DeepSpeed and accelerate's offloading put a module's parameters in place when the module is called.
             managed = self.model._forward_pre_hooks or "_hf_hook" in self.model.__dict__
             return None if managed else self._of(0, depth)
-        assert self.rows_of is not None  # several adapters share the rows of the batch
         each = [self._of(number, depth) for number in range(len(self.generators))]
-        return stack_weights(weights for weights, rows in zip(each, self.rows_of) for _ in rows)
+        return stack_weights(each[number] for number in self.adapter_of)
 
     def _of(self, number: int, depth: int) -> dict[str, torch.Tensor]:
         """One adapter's parameters at a depth."""
@@ -139,6 +163,6 @@ def group_rows(
     if len(rows_of) == 1 and alike:
         return [Group([generators[name]]) for name in rows_of]
     return [
-        Group([generators[n] for n in names], [torch.tensor(rows_of[n], device=device) for n in names])
+        Group.of([generators[n] for n in names], [rows_of[n] for n in names], num_rows, device)
         for names in alike.values()
     ]

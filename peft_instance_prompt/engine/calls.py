@@ -1,27 +1,29 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How transformers calls a stack and its layers, and what they return. No other file knows the names that it uses there.
+"""How transformers calls a stack and its layers, by release.
 
 A new release of transformers is understood here, and the range of tested releases is raised here, in `pyproject.toml` and in
-`constraints/`. What changed so far:
+`constraints/`. Other files read a call of a stack only after [`by_name`] has named its arguments. They use the names that all of
+transformers' public models have had since 4.0: `input_ids`, `inputs_embeds`, `attention_mask`, `position_ids`. If a release changes one of
+these, `by_name` gives it its old name, as it does with the cache. What changed so far:
 
 - 5.24 calls the cache `cache`, in every forward, layer and output; before, it was `past_key_values`.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import inspect
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 
 # The first and the last minor release that the test suite passes on.
@@ -74,7 +76,12 @@ def check_release() -> None:
 
 def forward_args(module: nn.Module) -> tuple[str, ...]:
     """The names of the arguments of a module's forward, in order."""
-    return tuple(inspect.signature(module.forward).parameters)
+    return _arguments(type(module).forward)[1:]  # without `self`
+
+
+@functools.cache  # it is asked at each decoding step, and a signature takes longer to read than all else that is done there
+def _arguments(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def declared(call: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     given = [name for name in named if call[name] is not None]
     if len(given) > 1:
         raise TypeError(f"{type(module).__name__} got its cache twice, as {' and as '.join(given)}.")
-    name = cache_argument(module.forward) if named else None
+    name = cache_argument(type(module).forward) if named else None
     if name is None or named == [name]:
         return dict(call)
     rest = {key: value for key, value in call.items() if key not in CACHE_ARGUMENTS}
@@ -108,15 +115,65 @@ def cache_of(call: Mapping[str, Any]) -> tuple[str | None, Cache | None]:
     return next(((name, value) for name, value in call.items() if isinstance(value, Cache)), (None, None))
 
 
-def layer_cache(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
-    """The cache that a layer is called with."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-
-
-def cache_argument(function: Any) -> str | None:
+def cache_argument(function: Callable) -> str | None:
     """The name of a function's argument that takes the cache; None if it has none."""
-    names = inspect.signature(function).parameters
+    names = _arguments(function)
     return next((name for name in CACHE_ARGUMENTS if name in names), None)
+
+
+class LayerCall(NamedTuple):
+    """A call of a layer.
+
+    Attributes:
+        layer (`nn.Module`): The layer.
+        args (`tuple`): Its positional arguments, the first of which are the states.
+        kwargs (`dict`): Its other arguments.
+    """
+
+    layer: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def states(self) -> torch.Tensor:
+        """The states (B, N, d) that the layer gets."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def with_states(self, states: torch.Tensor) -> LayerCall:
+        """The call with other states."""
+        if self.args:
+            return self._replace(args=(states, *self.args[1:]))
+        return self._replace(kwargs={**self.kwargs, "hidden_states": states})
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache that the layer gets."""
+        return next((value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Cache)), None)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The mask that the layer gets.
+
+        Raises:
+            ValueError: The layer takes none.
+        """
+        place = self._mask_place()
+        return self.args[place] if place < len(self.args) else self.kwargs.get("attention_mask")
+
+    def with_mask(self, mask: torch.Tensor | None) -> LayerCall:
+        """The call with another mask."""
+        place = self._mask_place()
+        if place < len(self.args):
+            return self._replace(args=(*self.args[:place], mask, *self.args[place + 1 :]))
+        return self._replace(kwargs={**self.kwargs, "attention_mask": mask})
+
+    def _mask_place(self) -> int:
+        names = forward_args(self.layer)
+        if "attention_mask" not in names:
+            raise ValueError(
+                f"Slots cannot be hidden from {type(self.layer).__name__}, which takes no `attention_mask`."
+            )
+        return names.index("attention_mask")
 
 
 # ------------------------------------------------------------------------------------------- what a stack understands
@@ -143,108 +200,3 @@ def check_understood(stack: nn.Module, name: str, causal: bool) -> None:
             f"{', no '.join(f'`{argument}`' for argument in missing)}, but {list(args)}. Instance prompts need a stack of "
             "attention layers that is called as transformers calls its own."
         )
-
-
-class Attention(NamedTuple):
-    """Facts about a stack's attention.
-
-    Attributes:
-        causal (`bool`): Whether a token sees only what stands before it.
-        true_hides (`bool`): Whether True in a mask of bools hides a key, as in MPT; elsewhere it shows the key.
-    """
-
-    causal: bool
-    true_hides: bool = False
-
-
-def read_attention(stack: nn.Module, layers_name: str) -> Attention:
-    """Find out how a decoder-only or encoder-only stack attends.
-
-    Attention modules declare whether they are causal. Where none does (Bloom, MPT, DeBERTa), the stack is asked for the mask that
-    it makes for its first layer.
-
-    Args:
-        stack (`nn.Module`): The stack.
-        layers_name (`str`): The name of its list of layers, within the stack.
-
-    Raises:
-        ValueError: The stack declares nothing, and its mask cannot be read.
-    """
-    layers = stack.get_submodule(layers_name)
-    flags = [module.is_causal for module in layers.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    return Attention(any(flags)) if flags else _read_mask(stack, layers_name)
-
-
-class _Mask(Exception):
-    """Carries the mask that the first layer gets, and ends the pass."""
-
-
-class _Probe(nn.Module):
-    """Stands for a layer.
-
-    Args:
-        names (`tuple[str]`): The names of the layer's arguments.
-    """
-
-    def __init__(self, names: tuple[str, ...]):
-        super().__init__()
-        self.names = names
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise _Mask({**dict(zip(self.names, args)), **kwargs}.get("attention_mask"))
-
-
-def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
-    """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3)."""
-    probe: PreTrainedModel = _without_layers(stack, layers_name.split("."))
-    probe.config = copy.deepcopy(stack.config)
-    probe.config._attn_implementation = "eager"  # other kernels get causality as a flag, without a mask
-    embedding = stack.get_input_embeddings().weight
-    device = torch.device("cpu") if embedding.is_meta else embedding.device
-    dtype = embedding.dtype if embedding.is_floating_point() else torch.float32
-    embeds = torch.zeros(1, 3, embedding.shape[1], device=device, dtype=dtype)  # (1, 3, e)
-    try:
-        with torch.no_grad():
-            probe(
-                inputs_embeds=embeds, attention_mask=torch.ones(1, 3, dtype=torch.long, device=device), use_cache=False
-            )
-    except _Mask as caught:
-        mask = caught.args[0]
-        if mask is None:  # a causal mask is never left out here
-            return Attention(False)
-        if mask.dim() == 4:
-            mask = mask.expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
-            later, earlier = mask[0, 0, 0, 2], mask[0, 0, 2, 0]
-            return Attention(bool(later != earlier), true_hides=mask.dtype == torch.bool and bool(later & ~earlier))
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise ValueError(
-            f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and its mask "
-            f"could not be read ({type(error).__name__}: {error})."
-        ) from error
-    raise ValueError(
-        f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the first of "
-        f"{layers_name!r} gets no mask of the form (batch, heads, queries, keys)."
-    )
-
-
-def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:
-    """A copy of a module that shares all of it but the list of layers at `path`, and has no hooks; `module` is not changed."""
-    twin = module.__new__(type(module))
-    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
-    for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
-        twin.__dict__[name] = type(module.__dict__[name])()
-    twin.__dict__.pop("forward", None)
-    child: Any = module._modules[path[0]]
-    twin._modules[path[0]] = _without_layers(child, path[1:]) if len(path) > 1 else _probes(child)
-    return twin
-
-
-def _probes(layers: nn.ModuleList) -> nn.ModuleList:
-    """As many layers as there are, since some stacks count them."""
-    probe = _Probe(forward_args(next(layers.children())))
-    for name, value in vars(next(layers.children())).items():
-        if not name.startswith("_") and not hasattr(
-            probe, name
-        ):  # attributes that stacks read from their layers, such as `attention_type`
-            setattr(probe, name, value)
-    return nn.ModuleList(probe for _ in layers)

@@ -5,38 +5,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from .batch import put
 from .cache import length
-from .calls import forward_args, layer_cache
+from .calls import LayerCall
 from .layout import fill, take
 from .masks import hide
 from .passes import Pass
 from .stack import StackInfo
 
 
-def fill_slots(
-    running: Pass, info: StackInfo, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]] | None:
-    """The arguments of a layer with the slots filled; None if they stay as they are.
+def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -> LayerCall | None:
+    """The call of a layer with the slots filled; None if it stays as it is.
 
     Args:
         running (`Pass`): The pass.
         info (`StackInfo`): Facts about the stack.
         depths (`range`): The depths of the layer: more than one where it is run several times.
-        layer (`nn.Module`): The layer.
-        args, kwargs: Its arguments.
+        call (`LayerCall`): The call of the layer.
     """
-    layout, table = running.layout, running.table
+    layout, table, key = running.layout, running.table, id(call.layer)
     if table is None or (layout is None and not table.late_layers):
         return None
-    run = running.runs[id(layer)] = running.runs.get(id(layer), -1) + 1
+    run = running.runs[key] = running.runs.get(key, -1) + 1
     depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # a count recompiles the graph
-    states = args[0] if args else kwargs["hidden_states"]  # (B, N, d)
+    states = call.states  # (B, N, d)
     late = table.late_layers
     groups = [group for group in running.groups if depth in group.model.depths]
     if (groups or late) and layout is not None and states.shape[:2] != layout.order.shape:
@@ -45,7 +39,7 @@ def fill_slots(
             "prompts cannot be written between them. Use a method that writes to the input only."
         )
     if late and (depth < late[-1] or running.attention.startswith("flash_attention")):
-        args, kwargs = hide_late_slots(running, info, layer, depth, states, args, kwargs)
+        call = hide_late_slots(running, info, depth, call)
     for group in groups:
         assert layout is not None and group.selection is not None  # the pass opened the slots of its groups
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
@@ -54,25 +48,12 @@ def fill_slots(
             standing = torch.zeros_like(standing) if group.model.adds else standing
             prompts = put(standing, group.rows, prompts)  # (B, L, d)
         states = fill(states, prompts, layout, add=group.model.adds)  # (B, N, d)
-    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+    return call.with_states(states)
 
 
-def hide_late_slots(
-    running: Pass,
-    info: StackInfo,
-    layer: nn.Module,
-    depth: int,
-    states: torch.Tensor,
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a layer with a mask that hides the slots which it does not see yet."""
-    names = forward_args(layer)
-    if "attention_mask" not in names:
-        raise ValueError(f"Slots cannot be hidden from {type(layer).__name__}, which takes no `attention_mask`.")
-    place = names.index("attention_mask")
-    mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-    cache, table = layer_cache(args, kwargs), running.table
+def hide_late_slots(running: Pass, info: StackInfo, depth: int, call: LayerCall) -> LayerCall:
+    """The call of a layer with a mask that hides the slots which it does not see yet."""
+    mask, cache, table, states = call.mask, call.cache, running.table, call.states  # states (B, N, d)
     assert table is not None  # it says that there are late slots
     num_queries, seen, start = states.shape[1], 0, 0
     num_keys = num_queries
@@ -89,7 +70,4 @@ def hide_late_slots(
             mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype, info.true_hides
         )
         running.masks[key] = mask, made
-    made = running.masks[key][1]
-    if place < len(args):
-        return (*args[:place], made, *args[place + 1 :]), kwargs
-    return args, {**kwargs, "attention_mask": made}
+    return call.with_mask(running.masks[key][1])

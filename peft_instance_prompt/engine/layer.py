@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..generator import PromptGenerator
 from .batch import group_rows
 from .cache import SlotCache
-from .calls import by_name, cache_of
+from .calls import LayerCall, by_name, cache_of
 from .close import attend_to_slots, close_slots
 from .fill import fill_slots
 from .frozen import is_frozen
@@ -160,7 +160,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         running = current_pass.get()
         if running is None or running.owner is not self:
             return None
-        return fill_slots(running, self.info, depths, layer, args, kwargs)
+        call = fill_slots(running, self.info, depths, LayerCall(layer, args, kwargs))
+        return None if call is None else (call.args, call.kwargs)
 
     @torch.compiler.disable
     def close(self, output: Any) -> Any:

@@ -120,9 +120,10 @@ def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.T
     """
     B, S = text.tokens.shape
     counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
-    if not info.counts_tokens and all(group.rows is not None for group in groups):
+    rows = [group.rows for group in groups if group.rows is not None]
+    if not info.counts_tokens and len(rows) == len(groups):
         bare = torch.ones(B, dtype=torch.bool, device=counted.device)  # (B,)
-        bare[torch.cat([group.rows for group in groups]).to(counted.device)] = False
+        bare[torch.cat(rows).to(counted.device)] = False
         counted = torch.where(bare[:, None], torch.arange(S, device=counted.device), counted)  # (B, S)
     return counted + info.position_offset
 
@@ -163,7 +164,10 @@ def encode(
             frozen_states=partial(_take_states, own, frozen_states),  # (G, n, d)
         )
         vectors.append(intercepted(generator.encode(source), depth=None, generators=[generator], rows=rows))
-    return replace(group, vector=None if vectors[0] is None else torch.cat(vectors))  # (G, ...)
+    if vectors[0] is None:
+        return group
+    vector = torch.cat(vectors)  # (G, ...)
+    return replace(group, vector=vector if group.by_row is None else vector[group.by_row.to(vector.device)])
 
 
 def _take_states(selection: Selection, states: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -223,7 +227,7 @@ def embed_slots(
             vectors = put(vectors, group.rows, own)  # (B, L, e)
     embeds = insert(text.embeds, vectors, layout)  # (B, N, e)
     for group in groups:
-        if group.rows is None:
+        if group.rows_of is None:
             embeds = group.model.attach_choice_gradient(
                 embeds, vectors, text.embeds, group.vector, layout, *edges(group, text, selection, info)
             )

@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calls import Attention, forward_args, read_attention
+from .attention import Attention, read_attention
+from .calls import forward_args
 
 
 @dataclass(frozen=True)

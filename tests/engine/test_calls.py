@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How transformers calls a stack: names of either release, causality that is computed, and releases that nobody tested."""
+"""How transformers calls a stack: names of either release, and releases that nobody tested."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-from tiny import DECODERS, ENCODERS, adapted, batch, causal_lm, encoder
+from tiny import adapted, batch, causal_lm
 from torch import nn
 from transformers import DynamicCache
 
@@ -24,7 +24,31 @@ def test_the_cache_is_found_by_what_it_is() -> None:
     cache = DynamicCache()
     assert calls.cache_of({"attention_mask": None, "any_name": cache}) == ("any_name", cache)
     assert calls.cache_of({"past_key_values": None}) == (None, None)
-    assert calls.layer_cache((1, cache), {}) is cache is calls.layer_cache((), {"layer_past": cache})
+    layer = nn.Identity()
+    assert (
+        calls.LayerCall(layer, (1, cache), {}).cache
+        is cache
+        is calls.LayerCall(layer, (), {"layer_past": cache}).cache
+    )
+
+
+@pytest.mark.parametrize("positional", [0, 1, 2])
+def test_states_and_mask_of_a_layer(positional: int) -> None:
+    """They are found and replaced where the caller put them."""
+
+    class Layer(nn.Module):
+        def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, other: int = 0) -> None: ...
+
+    given = {"hidden_states": torch.zeros(1), "attention_mask": torch.ones(1)}
+    args = tuple(list(given.values())[:positional])
+    call = calls.LayerCall(Layer(), args, dict(list(given.items())[positional:]))
+    assert call.states is given["hidden_states"] and call.mask is given["attention_mask"]
+    states, mask = torch.zeros(2), torch.ones(2)
+    changed = call.with_states(states).with_mask(mask)
+    assert changed.states is states and changed.mask is mask and len(changed.args) == positional
+    assert call.states is given["hidden_states"] and call.mask is given["attention_mask"]
+    with pytest.raises(ValueError, match="Slots cannot be hidden from Identity, which takes no `attention_mask`"):
+        calls.LayerCall(nn.Identity(), (states,), {}).with_mask(mask)
 
 
 @pytest.mark.parametrize("name", calls.CACHE_ARGUMENTS)
@@ -49,48 +73,6 @@ def test_a_cache_given_twice() -> None:
     call = dict.fromkeys(calls.CACHE_ARGUMENTS, DynamicCache())
     with pytest.raises(TypeError, match="LlamaModel got its cache twice, as cache and as past_key_values"):
         calls.by_name(model.model, (), call)
-
-
-def layers_name(stack: nn.Module) -> str:
-    return next(name for name, module in stack.named_modules() if isinstance(module, nn.ModuleList))
-
-
-@pytest.mark.parametrize("family", DECODERS)
-def test_decoders_make_a_causal_mask(family: str) -> None:
-    """Also of those that declare `is_causal`, the mask says the same."""
-    stack = causal_lm(family).base_model
-    stack = getattr(stack, "decoder", stack)  # OPT
-    assert calls.read_attention(stack, layers_name(stack)).causal
-    assert calls._read_mask(stack, layers_name(stack)) == (True, family == "mpt")
-
-
-@pytest.mark.parametrize("family", ENCODERS)
-def test_encoders_make_none(family: str) -> None:
-    stack = encoder(family)
-    assert not calls.read_attention(stack, layers_name(stack)).causal
-    assert not calls._read_mask(stack, layers_name(stack)).causal
-
-
-def test_reading_the_mask_changes_nothing() -> None:
-    model = causal_lm("bloom")
-    before, modules = model(**batch(5)).logits, list(model.modules())
-    attention = model.config._attn_implementation
-    calls._read_mask(model.transformer, "h")
-    assert model.config._attn_implementation == attention and list(model.modules()) == modules
-    assert torch.equal(model(**batch(5)).logits, before)
-
-
-def test_causality_that_cannot_be_told() -> None:
-    class Silent(tf.BloomModel):
-        def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, cache=None, **kwargs):
-            return inputs_embeds
-
-    with pytest.raises(ValueError, match="Whether Silent is causal cannot be told: .* the first of 'h' gets no mask"):
-        calls.read_attention(Silent(causal_lm("bloom").config), "h")
-    with torch.device("meta"):
-        nowhere = tf.BloomModel(causal_lm("bloom").config)
-    with pytest.raises(ValueError, match="Whether BloomModel is causal cannot be told: .* its mask could not be read"):
-        calls.read_attention(nowhere, "h")
 
 
 def test_a_stack_that_is_called_in_another_way_is_refused_by_name() -> None:

@@ -1,0 +1,120 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whether a stack is causal. That is read off what its attention declares, or off the mask that it makes; never off a name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .calls import forward_args
+
+
+class Attention(NamedTuple):
+    """Facts about a stack's attention.
+
+    Attributes:
+        causal (`bool`): Whether a token sees only what stands before it.
+        true_hides (`bool`): Whether True in a mask of bools hides a key, as in MPT; elsewhere it shows the key.
+    """
+
+    causal: bool
+    true_hides: bool = False
+
+
+def read_attention(stack: nn.Module, layers_name: str) -> Attention:
+    """Find out how a decoder-only or encoder-only stack attends.
+
+    Attention modules declare whether they are causal. Where none does (Bloom, MPT, DeBERTa), the stack is asked for the mask that
+    it makes for its first layer.
+
+    Args:
+        stack (`nn.Module`): The stack.
+        layers_name (`str`): The name of its list of layers, within the stack.
+
+    Raises:
+        ValueError: The stack declares nothing, and its mask cannot be read.
+    """
+    layers = stack.get_submodule(layers_name)
+    flags = [module.is_causal for module in layers.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    return Attention(any(flags)) if flags else _read_mask(stack, layers_name)
+
+
+class _Mask(Exception):
+    """Carries the mask that the first layer gets, and ends the pass."""
+
+
+class _Probe(nn.Module):
+    """Stands for a layer.
+
+    Args:
+        names (`tuple[str]`): The names of the layer's arguments.
+    """
+
+    def __init__(self, names: tuple[str, ...]):
+        super().__init__()
+        self.names = names
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Mask({**dict(zip(self.names, args)), **kwargs}.get("attention_mask"))
+
+
+def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
+    """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3)."""
+    probe: PreTrainedModel = _without_layers(stack, layers_name.split("."))
+    probe.config = copy.deepcopy(stack.config)
+    probe.config._attn_implementation = "eager"  # other kernels get causality as a flag, without a mask
+    embedding = stack.get_input_embeddings().weight
+    device = torch.device("cpu") if embedding.is_meta else embedding.device
+    dtype = embedding.dtype if embedding.is_floating_point() else torch.float32
+    embeds = torch.zeros(1, 3, embedding.shape[1], device=device, dtype=dtype)  # (1, 3, e)
+    try:
+        with torch.no_grad():
+            probe(
+                inputs_embeds=embeds, attention_mask=torch.ones(1, 3, dtype=torch.long, device=device), use_cache=False
+            )
+    except _Mask as caught:
+        mask = caught.args[0]
+        if mask is None:  # a causal mask is never left out here
+            return Attention(False)
+        if mask.dim() == 4:
+            mask = mask.expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
+            later, earlier = mask[0, 0, 0, 2], mask[0, 0, 2, 0]
+            return Attention(bool(later != earlier), true_hides=mask.dtype == torch.bool and bool(later & ~earlier))
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and its mask "
+            f"could not be read ({type(error).__name__}: {error})."
+        ) from error
+    raise ValueError(
+        f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the first of "
+        f"{layers_name!r} gets no mask of the form (batch, heads, queries, keys)."
+    )
+
+
+def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:
+    """A copy of a module that shares all of it but the list of layers at `path`, and has no hooks; `module` is not changed."""
+    twin = module.__new__(type(module))
+    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
+    for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
+        twin.__dict__[name] = type(module.__dict__[name])()
+    twin.__dict__.pop("forward", None)
+    child: Any = module._modules[path[0]]
+    twin._modules[path[0]] = _without_layers(child, path[1:]) if len(path) > 1 else _probes(child)
+    return twin
+
+
+def _probes(layers: nn.ModuleList) -> nn.ModuleList:
+    """As many layers as there are, since some stacks count them."""
+    probe = _Probe(forward_args(next(layers.children())))
+    for name, value in vars(next(layers.children())).items():
+        if not name.startswith("_") and not hasattr(
+            probe, name
+        ):  # attributes that stacks read from their layers, such as `attention_type`
+            setattr(probe, name, value)
+    return nn.ModuleList(probe for _ in layers)

@@ -1,0 +1,56 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whether a stack is causal: by what it declares, and by the mask that it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from tiny import DECODERS, ENCODERS, batch, causal_lm, encoder
+from torch import nn
+
+from peft_instance_prompt.engine import attention
+
+
+def layers_name(stack: nn.Module) -> str:
+    return next(name for name, module in stack.named_modules() if isinstance(module, nn.ModuleList))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoders_make_a_causal_mask(family: str) -> None:
+    """Also of those that declare `is_causal`, the mask says the same."""
+    stack = causal_lm(family).base_model
+    stack = getattr(stack, "decoder", stack)  # OPT
+    assert attention.read_attention(stack, layers_name(stack)).causal
+    assert attention._read_mask(stack, layers_name(stack)) == (True, family == "mpt")
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders_make_none(family: str) -> None:
+    stack = encoder(family)
+    assert not attention.read_attention(stack, layers_name(stack)).causal
+    assert not attention._read_mask(stack, layers_name(stack)).causal
+
+
+def test_reading_the_mask_changes_nothing() -> None:
+    model = causal_lm("bloom")
+    before, modules = model(**batch(5)).logits, list(model.modules())
+    kernel = model.config._attn_implementation
+    attention._read_mask(model.transformer, "h")
+    assert model.config._attn_implementation == kernel and list(model.modules()) == modules
+    assert torch.equal(model(**batch(5)).logits, before)
+
+
+def test_causality_that_cannot_be_told() -> None:
+    class Silent(tf.BloomModel):
+        def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, cache=None, **kwargs):
+            return inputs_embeds
+
+    with pytest.raises(ValueError, match="Whether Silent is causal cannot be told: .* the first of 'h' gets no mask"):
+        attention.read_attention(Silent(causal_lm("bloom").config), "h")
+    with torch.device("meta"):
+        nowhere = tf.BloomModel(causal_lm("bloom").config)
+    with pytest.raises(ValueError, match="Whether BloomModel is causal cannot be told: .* its mask could not be read"):
+        attention.read_attention(nowhere, "h")
