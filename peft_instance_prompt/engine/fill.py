@@ -49,10 +49,10 @@ def fill_slots(
     for group in groups:
         assert layout is not None and group.selection is not None  # the pass opened the slots of its groups
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
-        if group.rows is not None:
+        if group.rows is not None or layout.seats is not None:
             standing = take(states, layout.slot_index)  # (B, L, d)
             standing = torch.zeros_like(standing) if group.model.adds else standing
-            prompts = put(standing, group.rows, prompts)  # (B, L, d)
+            prompts = put(standing, group.rows, prompts, layout.seats)  # (B, L, d)
         states = fill(states, prompts, layout, add=group.model.adds)  # (B, N, d)
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 

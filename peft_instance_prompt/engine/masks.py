@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from .calls import cache_argument
+from .calls import LENGTH_ARGUMENTS, cache_argument, first_call, forward_args
 
 
 def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_static_cache: bool) -> torch.Tensor | None:
@@ -110,6 +110,61 @@ def see_beyond_causal(
     )
 
 
+def keep_apart(config: Any, embeds: torch.Tensor, place: torch.Tensor) -> torch.Tensor | dict[str, Any] | None:
+    """The masks of a stack in which each sequence of a packed row sees itself only.
+
+    Transformers makes them from positions that start anew with each sequence. It would not do so from those of the stack: late
+    slots take no position.
+
+    Args:
+        config (`PreTrainedConfig`): The stack's.
+        embeds (`torch.Tensor`): Shape (B, N, e). What it is called with.
+        place (`torch.LongTensor`): Shape (B, N). The number of each position within its sequence.
+
+    Returns:
+        The mask, or one by layer type; None for flash attention, which gets the lengths of the sequences.
+    """
+    name = cache_argument(create_masks_for_generate)
+    assert name is not None  # it has one in each tested release
+    return create_masks_for_generate(
+        config=config, inputs_embeds=embeds, attention_mask=None, position_ids=place, **{name: None}
+    )
+
+
+def keeps_apart(stack: Any, layers_name: str, true_hides: bool) -> bool:
+    """Whether the layers of a stack get the mask of [`keep_apart`]; for flash attention, the lengths of the sequences.
+
+    Args:
+        stack (`nn.Module`): The stack. It is asked about two sequences of two tokens each.
+        layers_name (`str`): The name of its list of layers, within the stack.
+        true_hides (`bool`): Whether True in a mask of bools hides a key.
+    """
+    embedding: nn.Embedding = stack.get_input_embeddings()
+    dtype = embedding.weight.dtype if embedding.weight.is_floating_point() else torch.float32
+    embeds = torch.zeros(1, 4, embedding.embedding_dim, device=embedding.weight.device, dtype=dtype)  # (1, 4, e)
+    place = torch.tensor([[0, 1, 0, 1]], device=embeds.device)  # (1, 4)
+    mask = keep_apart(stack.config, embeds, place)
+    call: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in forward_args(stack):
+        call["position_ids"] = place
+    if mask is None:
+        ends = torch.tensor([0, 2, 4], device=embeds.device, dtype=torch.int32)
+        call.update({name: ends if name.startswith("cu_") else 2 for name in LENGTH_ARGUMENTS})
+    arguments = first_call(stack, layers_name, call)
+    if arguments is None:
+        return False
+    if mask is None:
+        return all(arguments.get(name) is not None for name in LENGTH_ARGUMENTS)
+    found = arguments.get("attention_mask")
+    if any(found is given for given in (mask.values() if isinstance(mask, dict) else [mask])):
+        return True
+    if not isinstance(found, torch.Tensor) or found.dim() != 4:
+        return False
+    shown = found > torch.finfo(found.dtype).min / 2 if found.is_floating_point() else found.bool() != true_hides
+    wanted = torch.eye(2, device=shown.device).bool().repeat_interleave(2, 0).repeat_interleave(2, 1).tril()  # (4, 4)
+    return bool((shown == wanted).all())
+
+
 def pad_to_static_cache(
     mask: torch.Tensor | None, cache: Any, num_rows: int, num_positions: int
 ) -> torch.Tensor | None:
@@ -185,21 +240,3 @@ def hide(
         f"Slots that are hidden from the first layers need a mask of a known form there, got {type(mask).__name__} "
         f"{tuple(getattr(mask, 'shape', ()))} for {hidden.shape[1]} keys under {attention!r} attention."
     )
-
-
-def check_not_packed(kwargs: Mapping[str, Any]) -> None:
-    """Refuse rows that hold several sequences, each of which would need prompts of its own.
-
-    Raises:
-        ValueError: The row is packed or padding-free.
-    """
-    positions = kwargs.get("position_ids")
-    packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
-    if not packed and positions is not None and kwargs.get("attention_mask") is None and positions.dim() == 2:
-        packed = bool((positions.diff(dim=1) != 1).any())
-    if packed:
-        raise ValueError(
-            "Instance prompts do not support packed or padding-free rows (several sequences in one row, told apart by "
-            "`position_ids` or `cu_seq_lens`): each sequence needs prompts of its own. Turn packing and padding-free "
-            "batching off (TRL: `packing=False, padding_free=False`)."
-        )

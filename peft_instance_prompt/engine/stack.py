@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .calls import Attention, forward_args, read_attention
+from .masks import keeps_apart
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,51 @@ def describe(model: PreTrainedModel, layers_name: str, stack_name: str) -> Stack
         special_ids=tuple(sorted(_special_ids(config))),
         recurrent_layers=tuple(n for n, kind in kinds if "attention" not in kind or kind.startswith("linear")),
     )
+
+
+# Why a stack cannot have packed rows, by its attention implementation; None if it can.
+_REFUSALS: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
+
+
+def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
+    """Refuse packed rows, which hold several sequences, in a stack that cannot keep these apart.
+
+    Args:
+        stack (`PreTrainedModel`): The stack.
+        info (`StackInfo`): Facts about it.
+        late (`bool`): Whether there are slots that some layers do not see.
+
+    Raises:
+        ValueError: It is no decoder of attention layers, counts its positions by columns, or does not heed its mask.
+    """
+    known, attention = _REFUSALS.setdefault(stack, {}), str(stack.config._attn_implementation)
+    if attention not in known:
+        known[attention] = _why_not_packable(stack, info)
+    why = known[attention]
+    if why is None and late and attention.startswith("flash_attention"):
+        why = "flash attention cannot hide late prompts from some layers there"
+    if why is not None:
+        raise ValueError(
+            "Instance prompts cannot be used with packed or padding-free rows (several sequences in one row, told apart by "
+            f"`position_ids`, `cu_seq_lens` or `seq_idx`) in {type(stack).__name__}: {why}. Turn packing and padding-free batching "
+            "off (TRL: `packing=False, padding_free=False`)."
+        )
+
+
+def _why_not_packable(stack: PreTrainedModel, info: StackInfo) -> str | None:
+    convolutions = [name for name, module in walk(stack) if isinstance(module, nn.Conv1d)]
+    if not info.causal or info.decoder_of_pair:
+        return "packed rows are for decoder-only models"
+    convolutions = [name for name, module in walk(stack) if isinstance(module, nn.Conv1d)]
+    if info.recurrent_layers or convolutions:
+        mixing = convolutions[0] if convolutions else f"{info.layers_name}.{info.recurrent_layers[0]}"
+        return f"{mixing!r} mixes neighbouring tokens without attention, and would need `seq_idx`"
+    if info.max_positions is not None and "position_ids" not in info.forward_args:
+        return "it takes no `position_ids` and counts positions by columns"
+    layers_name = info.layers_name.removeprefix(f"{info.name}." if info.name else "")
+    if not keeps_apart(stack, layers_name, info.true_hides):
+        return "it does not hand a mask that keeps sequences apart to its layers"
+    return None
 
 
 def _special_ids(config) -> set[int]:
