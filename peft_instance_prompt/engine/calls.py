@@ -194,8 +194,7 @@ class _Probe(nn.Module):
         self.names = names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = {**dict(zip(self.names, args)), **kwargs}
-        raise _Mask(call.get("attention_mask"), call)
+        raise _Mask({**dict(zip(self.names, args)), **kwargs}.get("attention_mask"))
 
 
 def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
@@ -229,24 +228,6 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
         f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the first of "
         f"{layers_name!r} gets no mask of the form (batch, heads, queries, keys)."
     )
-
-
-def first_call(stack: nn.Module, layers_name: str, call: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments that the first layer of a stack gets in a call of the stack; None if there the stack fails.
-
-    Args:
-        stack (`nn.Module`): The stack. A copy of it is called, whose layers do nothing.
-        layers_name (`str`): The name of its list of layers, within the stack.
-        call (`Mapping`): The arguments of the stack.
-    """
-    try:
-        with torch.no_grad():
-            _without_layers(stack, layers_name.split("."))(**call)
-    except _Mask as caught:
-        return caught.args[1]
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
-        return None
-    return None
 
 
 def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Before a layer runs: write this depth's vectors into the slots, and hide those that the layer does not see yet."""
+"""Before a layer runs: write this depth's vectors into the slots, and hide what the layer does not see: late slots, other sequences."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def fill_slots(
         layer (`nn.Module`): The layer.
         args, kwargs: Its arguments.
     """
-    layout, table = running.layout, running.table
-    if table is None or (layout is None and not table.late_layers):
+    layout, late = running.layout, () if running.table is None else running.table.late_layers
+    if layout is None and not late and running.stretch is None:
         return None
     run = running.runs[id(layer)] = running.runs.get(id(layer), -1) + 1
     depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # a count recompiles the graph
     states = args[0] if args else kwargs["hidden_states"]  # (B, N, d)
-    late = table.late_layers
     groups = [group for group in running.groups if depth in group.model.depths]
     if (groups or late) and layout is not None and states.shape[:2] != layout.order.shape:
         raise ValueError(
             f"The layers of {info.name!r} take states of shape {tuple(states.shape)} and not (rows, positions, width): "
             "prompts cannot be written between them. Use a method that writes to the input only."
         )
-    if late and (depth < late[-1] or running.attention.startswith("flash_attention")):
-        args, kwargs = hide_late_slots(running, info, layer, depth, states, args, kwargs)
+    flash = running.attention.startswith("flash_attention")
+    if (late and (depth < late[-1] or flash)) or (running.stretch is not None and not flash):
+        args, kwargs = hide_positions(running, info, layer, depth, states, args, kwargs)
     for group in groups:
         assert layout is not None and group.selection is not None  # the pass opened the slots of its groups
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
@@ -57,7 +57,7 @@ def fill_slots(
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
-def hide_late_slots(
+def hide_positions(
     running: Pass,
     info: StackInfo,
     layer: nn.Module,
@@ -66,14 +66,13 @@ def hide_late_slots(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a layer with a mask that hides the slots which it does not see yet."""
+    """The arguments of a layer with a mask that hides the slots which it does not see yet, and the sequences of a row from each other."""
     names = forward_args(layer)
     if "attention_mask" not in names:
-        raise ValueError(f"Slots cannot be hidden from {type(layer).__name__}, which takes no `attention_mask`.")
+        raise ValueError(f"Positions cannot be hidden from {type(layer).__name__}, which takes no `attention_mask`.")
     place = names.index("attention_mask")
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-    cache, table = layer_cache(args, kwargs), running.table
-    assert table is not None  # it says that there are late slots
+    cache, table, stretch = layer_cache(args, kwargs), running.table, running.stretch
     num_queries, seen, start = states.shape[1], 0, 0
     num_keys = num_queries
     if cache is not None:
@@ -81,10 +80,16 @@ def hide_late_slots(
         num_keys, start = cache.get_mask_sizes(num_queries, depth)
     # Layers of one kind share their mask, so the new mask is found by the id of the old one. The old one is kept with it, so that
     # no other mask gets its id.
-    stage = sum(depth < late for late in table.late_layers)
+    stage = 0 if table is None else sum(depth < late for late in table.late_layers)
     key = (id(mask), stage, num_keys, start)
     if key not in running.masks:
-        hidden = table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
+        hidden = None
+        if table is not None and table.late_layers:
+            hidden = table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
+        if stretch is not None:
+            others = (stretch[:, :, None] != stretch[:, None]).to(states.device)  # (B, N, N)
+            hidden = others if hidden is None else others | hidden[:, None]
+        assert hidden is not None  # there is something to hide
         made = hide(
             mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype, info.true_hides
         )

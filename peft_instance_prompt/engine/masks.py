@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from .calls import LENGTH_ARGUMENTS, cache_argument, first_call, forward_args
+from .calls import cache_argument
 
 
 def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_static_cache: bool) -> torch.Tensor | None:
@@ -110,61 +109,6 @@ def see_beyond_causal(
     )
 
 
-def keep_apart(config: Any, embeds: torch.Tensor, place: torch.Tensor) -> torch.Tensor | dict[str, Any] | None:
-    """The masks of a stack in which each sequence of a packed row sees itself only.
-
-    Transformers makes them from positions that start anew with each sequence. It would not do so from those of the stack: late
-    slots take no position.
-
-    Args:
-        config (`PreTrainedConfig`): The stack's.
-        embeds (`torch.Tensor`): Shape (B, N, e). What it is called with.
-        place (`torch.LongTensor`): Shape (B, N). The number of each position within its sequence.
-
-    Returns:
-        The mask, or one by layer type; None for flash attention, which gets the lengths of the sequences.
-    """
-    name = cache_argument(create_masks_for_generate)
-    assert name is not None  # it has one in each tested release
-    return create_masks_for_generate(
-        config=config, inputs_embeds=embeds, attention_mask=None, position_ids=place, **{name: None}
-    )
-
-
-def keeps_apart(stack: Any, layers_name: str, true_hides: bool) -> bool:
-    """Whether the layers of a stack get the mask of [`keep_apart`]; for flash attention, the lengths of the sequences.
-
-    Args:
-        stack (`nn.Module`): The stack. It is asked about two sequences of two tokens each.
-        layers_name (`str`): The name of its list of layers, within the stack.
-        true_hides (`bool`): Whether True in a mask of bools hides a key.
-    """
-    embedding: nn.Embedding = stack.get_input_embeddings()
-    dtype = embedding.weight.dtype if embedding.weight.is_floating_point() else torch.float32
-    embeds = torch.zeros(1, 4, embedding.embedding_dim, device=embedding.weight.device, dtype=dtype)  # (1, 4, e)
-    place = torch.tensor([[0, 1, 0, 1]], device=embeds.device)  # (1, 4)
-    mask = keep_apart(stack.config, embeds, place)
-    call: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
-    if "position_ids" in forward_args(stack):
-        call["position_ids"] = place
-    if mask is None:
-        ends = torch.tensor([0, 2, 4], device=embeds.device, dtype=torch.int32)
-        call.update({name: ends if name.startswith("cu_") else 2 for name in LENGTH_ARGUMENTS})
-    arguments = first_call(stack, layers_name, call)
-    if arguments is None:
-        return False
-    if mask is None:
-        return all(arguments.get(name) is not None for name in LENGTH_ARGUMENTS)
-    found = arguments.get("attention_mask")
-    if any(found is given for given in (mask.values() if isinstance(mask, dict) else [mask])):
-        return True
-    if not isinstance(found, torch.Tensor) or found.dim() != 4:
-        return False
-    shown = found > torch.finfo(found.dtype).min / 2 if found.is_floating_point() else found.bool() != true_hides
-    wanted = torch.eye(2, device=shown.device).bool().repeat_interleave(2, 0).repeat_interleave(2, 1).tril()  # (4, 4)
-    return bool((shown == wanted).all())
-
-
 def pad_to_static_cache(
     mask: torch.Tensor | None, cache: Any, num_rows: int, num_positions: int
 ) -> torch.Tensor | None:
@@ -197,7 +141,7 @@ def hide(
     Args:
         mask (`Any`): The mask (B, T), or (B or 1, heads or 1, Q or 1, T) in bool, 0/1 or as biases; a flex attention
             `BlockMask`; or None, where every position sees all that the layer's causality lets it see.
-        hidden (`torch.BoolTensor`): Shape (B, T). True for keys to hide.
+        hidden (`torch.BoolTensor`): Shape (B, T), True for keys to hide; or (B, Q, T), for each query.
         num_queries (`int`): Q.
         seen (`int`): How many positions the layer has in its cache, before those of this pass.
         start (`int`): The position of the first key, which is not 0 in a sliding window's cache.
@@ -209,34 +153,36 @@ def hide(
     Raises:
         ValueError: The mask has another form.
     """
-    flash = attention.startswith("flash_attention")
+    flash, T = attention.startswith("flash_attention"), hidden.shape[-1]
     if mask is None and flash:
         return ~hidden
+    pairs = hidden[:, None, None] if hidden.dim() == 2 else hidden[:, None]  # (B, 1, 1 or Q, T)
     if mask is None:
-        seen_by = torch.ones(num_queries, hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        seen_by = torch.ones(num_queries, T, dtype=torch.bool, device=hidden.device)
         if causal:
             queries = seen + torch.arange(num_queries, device=hidden.device)  # (Q,)
-            seen_by = queries[:, None] >= start + torch.arange(hidden.shape[1], device=hidden.device)  # (Q, T)
-        mask = seen_by & ~hidden[:, None, None, :]  # (B, 1, Q, T)
+            seen_by = queries[:, None] >= start + torch.arange(T, device=hidden.device)  # (Q, T)
+        mask = seen_by & ~pairs  # (B, 1, Q, T)
         # Eager attention adds its mask to the scores.
         return (
             mask
             if attention == "sdpa"
             else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         )
-    if isinstance(mask, torch.Tensor) and mask.dim() in (2, 4) and mask.shape[-1] == hidden.shape[1]:
-        hidden = hidden if mask.dim() == 2 else hidden[:, None, None, :]  # (B, 1, 1, T)
+    if isinstance(mask, torch.Tensor) and mask.dim() in (hidden.dim(), 4) and mask.shape[-1] == T and mask.dim() != 3:
+        hidden = hidden if mask.dim() == 2 else pairs
         lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() and mask.dim() == 4 else 0
         lowest = 1 if true_hides and mask.dtype == torch.bool and mask.dim() == 4 else lowest
         return torch.where(hidden, torch.full((), lowest, dtype=mask.dtype, device=mask.device), mask)
     if hasattr(mask, "mask_mod"):
         from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
-        size: dict[str, Any] = {"B": hidden.shape[0], "H": None, "Q_LEN": num_queries, "KV_LEN": hidden.shape[1]}
+        size: dict[str, Any] = {"B": hidden.shape[0], "H": None, "Q_LEN": num_queries, "KV_LEN": T}
+        shown = ~pairs.expand(-1, 1, num_queries, T)[:, 0]  # (B, Q, T)
         return create_block_mask(
-            and_masks(mask.mask_mod, lambda b, h, q, k: ~hidden[b, k]), **size, device=hidden.device
+            and_masks(mask.mask_mod, lambda b, h, q, k: shown[b, q, k]), **size, device=hidden.device
         )
     raise ValueError(
-        f"Slots that are hidden from the first layers need a mask of a known form there, got {type(mask).__name__} "
-        f"{tuple(getattr(mask, 'shape', ()))} for {hidden.shape[1]} keys under {attention!r} attention."
+        f"Slots that are hidden from the first layers, and packed rows, need a mask of a known form there, got "
+        f"{type(mask).__name__} {tuple(getattr(mask, 'shape', ()))} for {T} keys under {attention!r} attention."
     )

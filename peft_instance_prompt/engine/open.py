@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..generator import INPUT, Source
@@ -26,15 +25,14 @@ from .frozen import run_frozen
 from .instances import Selection
 from .intercept import intercepted
 from .layout import Layout, Seats, arrange, insert, take
-from .masks import keep_apart
 from .request import Request
 from .stack import StackInfo
 from .text import Text, count_positions, find_scopes, read_text
-from .widen import widen
+from .widen import no_padding, widen
 
 
 def open_slots(
-    stack: nn.Module, info: StackInfo, groups: list[Group], request: Request, call: dict[str, Any]
+    stack: PreTrainedModel, info: StackInfo, groups: list[Group], request: Request, call: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Group], Layout]:
     """Change the arguments of a stack from S tokens to N = S + L positions.
 
@@ -89,9 +87,10 @@ def prepare(call: dict[str, Any], text: Text, groups: list[Group], info: StackIn
 
 def run_plain(stack: PreTrainedModel, call: dict[str, Any], text: Text) -> torch.Tensor:
     """The last hidden states (B, S, d) of the stack without prompts."""
-    if text.packing is not None:
-        call = {**call, "attention_mask": keep_apart(stack.config, text.embeds, text.packing.position)}
-    return run_frozen(stack, call)
+    if text.packing is None:
+        return run_frozen(stack, call)
+    stretch = text.packing.stretch  # (B, S)
+    return run_frozen(stack, {**call, "attention_mask": no_padding(stack, stretch)}, stretch)
 
 
 def encode(
@@ -156,7 +155,8 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
             seats.put(empty.to(table.dtype), None, table) for table in tables
         )
     behind = predicts if info.causal else None
-    return arrange(before_token, S, live, behind, since, late, not info.causal, front, seats)  # B rows
+    layout = arrange(before_token, S, live, behind, since, late, not info.causal, front, seats)  # B rows
+    return layout if packing is None else replace(layout, stretch=packing.widen(layout))
 
 
 def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:

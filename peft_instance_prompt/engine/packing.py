@@ -84,12 +84,9 @@ class Packing:
         return torch.isin(self.rows, rows.to(self.rows.device)).nonzero().flatten()
 
     def widen(self, layout: Layout) -> torch.Tensor:
-        """The number of each position (B, N) of the stack within its stretch. Dead slots are a stretch at the left edge."""
+        """The number of the stretch of each of the stack's positions, (B, N). Dead slots are one at the left edge, -1."""
         own = torch.where(layout.live, self.stretch.gather(1, layout.first), -1)  # (B, L)
-        number = insert(self.stretch, own, layout)  # (B, N)
-        place = torch.arange(number.shape[1], device=number.device).expand_as(number)  # (B, N)
-        begins = torch.nn.functional.pad(number.diff(dim=1) != 0, (1, 0), value=True)  # (B, N)
-        return place - torch.where(begins, place, 0).cummax(dim=1).values  # (B, N)
+        return insert(self.stretch, own, layout)  # (B, N)
 
     def apart(self, layout: Layout, live: torch.Tensor, before_token: torch.Tensor) -> tuple[Layout, torch.Tensor]:
         """The layout that the sequences would have in rows of their own, and where its positions lie in the packed rows.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .calls import Attention, forward_args, read_attention
-from .masks import keeps_apart
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class StackInfo:
         special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         begins_with_special (`bool`): Whether texts begin with a special token, as far as the config tells: T5 has none.
         recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
+        mixing_layer (`str`, *optional*): The name of a module that mixes neighbouring tokens without attention, if there is one.
     """
 
     name: str
@@ -68,6 +67,7 @@ class StackInfo:
     recurrent_layers: tuple[int, ...] = ()
     special_ids: tuple[int, ...] = ()
     begins_with_special: bool = True
+    mixing_layer: str | None = None
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -160,6 +160,11 @@ def describe(model: PreTrainedModel, layers_name: str, stack_name: str) -> Stack
     attention = Attention(decoder) if pair else read_attention(stack, inside)
     max_positions, offset = _learned_positions(stack)
     kinds = enumerate(getattr(config, "layer_types", None) or ())
+    recurrent = tuple(n for n, kind in kinds if "attention" not in kind or kind.startswith("linear"))
+    mixing = [f"{layers_name}.{n}" for n in recurrent[:1]]
+    mixing += [
+        name for name, module in walk(model.get_submodule(layers_name), layers_name) if isinstance(module, nn.Conv1d)
+    ]
     return StackInfo(
         name=stack_name,
         layers_name=layers_name,
@@ -181,12 +186,9 @@ def describe(model: PreTrainedModel, layers_name: str, stack_name: str) -> Stack
         sliding_window=getattr(config, "sliding_window", None),
         begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
         special_ids=tuple(sorted(_special_ids(config))),
-        recurrent_layers=tuple(n for n, kind in kinds if "attention" not in kind or kind.startswith("linear")),
+        recurrent_layers=recurrent,
+        mixing_layer=mixing[0] if mixing else None,
     )
-
-
-# Why a stack cannot have packed rows, by its attention implementation; None if it can.
-_REFUSALS: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
 
 
 def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
@@ -198,36 +200,23 @@ def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
         late (`bool`): Whether there are slots that some layers do not see.
 
     Raises:
-        ValueError: It is no decoder of attention layers, counts its positions by columns, or does not heed its mask.
+        ValueError: It is no decoder, mixes tokens without attention, or counts its positions by columns.
     """
-    known, attention = _REFUSALS.setdefault(stack, {}), str(stack.config._attn_implementation)
-    if attention not in known:
-        known[attention] = _why_not_packable(stack, info)
-    why = known[attention]
-    if why is None and late and attention.startswith("flash_attention"):
-        why = "flash attention cannot hide late prompts from some layers there"
+    why = None
+    if not info.causal or info.decoder_of_pair:
+        why = "packed rows are for decoder-only models"
+    elif info.mixing_layer is not None:
+        why = f"{info.mixing_layer!r} mixes neighbouring tokens without attention, and would need `seq_idx`"
+    elif info.max_positions is not None and "position_ids" not in info.forward_args:
+        why = "it takes no `position_ids` and counts positions by columns"
+    elif late and str(stack.config._attn_implementation).startswith("flash_attention"):
+        why = "flash attention cannot hide late prompts from the first layers there"
     if why is not None:
         raise ValueError(
             "Instance prompts cannot be used with packed or padding-free rows (several sequences in one row, told apart by "
             f"`position_ids`, `cu_seq_lens` or `seq_idx`) in {type(stack).__name__}: {why}. Turn packing and padding-free batching "
             "off (TRL: `packing=False, padding_free=False`)."
         )
-
-
-def _why_not_packable(stack: PreTrainedModel, info: StackInfo) -> str | None:
-    convolutions = [name for name, module in walk(stack) if isinstance(module, nn.Conv1d)]
-    if not info.causal or info.decoder_of_pair:
-        return "packed rows are for decoder-only models"
-    convolutions = [name for name, module in walk(stack) if isinstance(module, nn.Conv1d)]
-    if info.recurrent_layers or convolutions:
-        mixing = convolutions[0] if convolutions else f"{info.layers_name}.{info.recurrent_layers[0]}"
-        return f"{mixing!r} mixes neighbouring tokens without attention, and would need `seq_idx`"
-    if info.max_positions is not None and "position_ids" not in info.forward_args:
-        return "it takes no `position_ids` and counts positions by columns"
-    layers_name = info.layers_name.removeprefix(f"{info.name}." if info.name else "")
-    if not keeps_apart(stack, layers_name, info.true_hides):
-        return "it does not hand a mask that keeps sequences apart to its layers"
-    return None
 
 
 def _special_ids(config) -> set[int]:

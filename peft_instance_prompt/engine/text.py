@@ -63,7 +63,8 @@ def read_text(
             f"`{name}` holds {length(cache)} tokens but no prompt slots: it was filled without an adapter. "
             "Start from an empty cache, or fill it with the adapter active."
         )
-    packing = find_packing(call, B, S, given.device, info.position_offset)
+    told = {**request.packed, **{name: value for name, value in call.items() if value is not None}}
+    packing = find_packing(told, B, S, given.device, info.position_offset)
     if packing is not None:
         check_packable(stack, info, late=any(group.model.first_visible_layer > 0 for group in groups))
         if request.prompt_length is not None or cache is not None:
@@ -107,19 +108,24 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
     scope = tokens  # (B, S) or (G, n)
     for group in groups:
         for generator, rows in group:
-            own = find_scope(
-                pick(tokens, rows),
-                request.of_rows(len(tokens), rows),
-                template=generator.config.response_template,
-                missing_template=generator.config.missing_template,
-                instruction_length=generator.config.instruction_length,
-                special_ids=info.special_ids,
-                input_ids=pick(ids, rows),
-                causal_lm=info.causal_lm,
-                pair_decoder=info.decoder_of_pair,
-                training=training,
-                packed=packing is not None,
-            )  # (rows, S)
+            try:
+                own = find_scope(
+                    pick(tokens, rows),
+                    request.of_rows(len(tokens), rows),
+                    template=generator.config.response_template,
+                    missing_template=generator.config.missing_template,
+                    instruction_length=generator.config.instruction_length,
+                    special_ids=info.special_ids,
+                    input_ids=pick(ids, rows),
+                    causal_lm=info.causal_lm,
+                    pair_decoder=info.decoder_of_pair,
+                    training=training,
+                    packed=packing is not None,
+                )  # (rows, S)
+            except ValueError as error:
+                if packing is None or "row(s)" not in str(error):
+                    raise
+                raise ValueError(f"{error} The rows here are the sequences of a packed batch, from 0.") from error
             scope = put(scope, rows, own)  # (B, S) or (G, n)
     return scope if packing is None else packing.pack(scope)  # (B, S)
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from .cache import make_room
 from .calls import FOREIGN_ARGUMENTS, LENGTH_ARGUMENTS, PER_TOKEN_ARGUMENTS, cache_of
 from .layout import Layout, insert, insert_positions, take
-from .masks import beyond_causal, keep_apart, pad_to_static_cache, see_beyond_causal
+from .masks import beyond_causal, pad_to_static_cache, see_beyond_causal
 from .stack import StackInfo, embed_per_layer
 from .text import Text
 
 
 def widen(
-    stack: nn.Module, info: StackInfo, call: dict[str, Any], text: Text, layout: Layout, num_slots: int
+    stack: PreTrainedModel, info: StackInfo, call: dict[str, Any], text: Text, layout: Layout, num_slots: int
 ) -> dict[str, Any]:
     """The call with a place for the slots in each argument that has a column per token; an instance has up to `num_slots`."""
     (B, S), L = text.tokens.shape, layout.num_slots
@@ -30,7 +30,7 @@ def widen(
         unknown = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (B, S)
         if unknown and name not in PER_TOKEN_ARGUMENTS + FOREIGN_ARGUMENTS:
             raise ValueError(f"Instance prompts do not know how to give slots a place in `{name}` {(B, S)}.")
-    wide, packing = dict(call), text.packing
+    wide = dict(call)
     per_layer = wide.pop("per_layer_inputs", None)
     per_layer = embed_per_layer(stack, text.ids, text.embeds) if per_layer is None else per_layer
     if per_layer is not None:  # (B, S, layers, width); the slots begin as copies of the first token, here too
@@ -43,27 +43,39 @@ def widen(
     if "position_ids" in info.forward_args:
         positions = call["position_ids"]
         positions = positions.expand(*positions.shape[:-2], B, S)  # (B, S) or (R, B, S)
-        stretch = None if packing is None else packing.stretch
+        stretch = None if text.packing is None else text.packing.stretch
         wide["position_ids"] = insert_positions(positions, layout.first, layout, stretch)  # (B, N) or (R, B, N)
     check_fits(info, wide.get("position_ids"), S + L, num_slots)
-    if packing is not None:
-        place = packing.widen(layout)  # (B, N)
-        wide["attention_mask"] = keep_apart(stack.config, wide["inputs_embeds"], place)
-        return {**wide, **lengths_of(place, {name: call[name] for name in LENGTH_ARGUMENTS if name in call})}
+    if layout.stretch is not None:
+        wide["attention_mask"] = no_padding(stack, layout.stretch)
+        return {**wide, **lengths_of(stack, layout.stretch, call)}
     wide["attention_mask"] = widen_mask(stack, info, call, text, layout, wide["inputs_embeds"])
     return wide
 
 
-def lengths_of(place: torch.Tensor, known: dict[str, Any]) -> dict[str, Any]:
-    """The arguments `known` of a packed call that say how long sequences are, for positions that are numbered in `place` (B, N)."""
-    begins = (place == 0).flatten().nonzero().flatten()  # (stretches,)
-    ends = torch.nn.functional.pad(begins, (0, 1), value=place.numel()).to(torch.int32)  # (stretches + 1,)
-    longest = int(place.max()) + 1
-    return {name: ends if name.startswith("cu_") else longest for name, value in known.items() if value is not None}
+def no_padding(stack: PreTrainedModel, stretch: torch.Tensor) -> torch.Tensor | None:
+    """The mask of a packed call, as (B, N) as `stretch`. Each layer's own keeps sequences apart, see `fill.py`.
+
+    Without a mask, transformers would tell sequences apart by position ids, and those of late slots do not count on. Flash
+    attention goes by the lengths instead.
+    """
+    return None if is_flash(stack) else torch.ones_like(stretch)
+
+
+def lengths_of(stack: PreTrainedModel, stretch: torch.Tensor, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say how long the sequences of `stretch` (B, N) are: those of the call; all for flash attention."""
+    begins = torch.nn.functional.pad(stretch.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero().flatten()
+    ends = torch.nn.functional.pad(begins, (0, 1), value=stretch.numel()).to(torch.int32)  # (stretches + 1,)
+    names = [name for name in LENGTH_ARGUMENTS if is_flash(stack) or call.get(name) is not None]
+    return {name: ends if name.startswith("cu_") else int(ends.diff().max()) for name in names}
+
+
+def is_flash(stack: PreTrainedModel) -> bool:
+    return str(stack.config._attn_implementation).startswith("flash_attention")
 
 
 def widen_mask(
-    stack: nn.Module, info: StackInfo, call: dict[str, Any], text: Text, layout: Layout, embeds: torch.Tensor
+    stack: PreTrainedModel, info: StackInfo, call: dict[str, Any], text: Text, layout: Layout, embeds: torch.Tensor
 ) -> Any:
     """The attention mask over N positions, in the form that the stack takes; room for them in a static cache."""
     (B, S), L = text.tokens.shape, layout.num_slots
