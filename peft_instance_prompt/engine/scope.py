@@ -40,6 +40,11 @@ CURES = (
 )
 
 
+WRAPPED = (
+    "Packing that cuts texts anywhere makes such rows of any data (TRL: `packing_strategy='wrapped'`): use 'bfd'."
+)
+
+
 def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_length: int | None = None) -> torch.Tensor:
     """Rule 1.
 
@@ -141,6 +146,21 @@ def from_template(
     return torch.where(found | ~unlabelled.any(dim=1, keepdim=True), scope, unlabelled)  # (B, S)
 
 
+def check_no_response(scope: torch.Tensor, labels: torch.Tensor, shifted: bool) -> None:
+    """Refuse rows that begin in a response: their scope (B, S) has tokens with labels, and behind these tokens without.
+
+    Raises:
+        ValueError: A row does.
+    """
+    asked = (labels != -100).roll(1, dims=1) if shifted else labels != -100  # (B, S)
+    later = (scope & ~asked).flip(1).cumsum(dim=1).flip(1) > 0  # (B, S), an instruction token without label follows
+    if (rows := (scope & asked & later).any(dim=1)).any():
+        raise ValueError(
+            f"The tokens up to the first `response_template` in row(s) {rows.nonzero().flatten().tolist()} begin with a response, "
+            f"which would be predicted from a prompt that has read it. {WRAPPED}"
+        )
+
+
 def before_labels(labels: torch.Tensor, tokens: torch.Tensor, shifted: bool) -> torch.Tensor:
     """The tokens (B, S) before the first label that is not -100; `shifted` labels stand one place earlier."""
     asked = labels != -100  # (B, S)
@@ -170,7 +190,7 @@ def from_labels(
         mask,
         tokens,
         "No token is left for the prompt to be generated from in row(s) {}: their labels begin with the first token, so "
-        f"the prompt would see what is to be predicted. {CURES}",
+        f"the prompt would see what is to be predicted. {CURES} {WRAPPED}",
     )
     if input_ids is not None and special_ids:
         special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device)).to(tokens.device)  # (B, S)
@@ -253,8 +273,12 @@ def find_scope(
     labels = request.labels if causal_lm else None  # (B, S)
     labels = labels.to(tokens.device) if labels is not None and labels.shape == tokens.shape else None
     if template is not None:
-        before = None if labels is None else before_labels(labels, tokens, request.shifted)  # (B, S)
-        return from_template(template, input_ids, tokens, missing_template, before)
+        if labels is None:
+            return from_template(template, input_ids, tokens, missing_template)
+        before = before_labels(labels, tokens, request.shifted)  # (B, S)
+        scope = from_template(template, input_ids, tokens, missing_template, before)  # (B, S)
+        check_no_response(scope, labels, request.shifted)
+        return scope
     if instruction_length is not None:
         return from_length(instruction_length, tokens)
     if request.prompt_length is not None:

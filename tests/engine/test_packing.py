@@ -213,7 +213,7 @@ def test_dead_slots_take_no_place(order: str) -> None:
     seen: list[int] = []
     model.get_base_model().model.layers[0].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
     rows = [texts(*LENGTHS, 5, 8), texts(6, seed=4)]
-    with record_choices(model) as choices:
+    with record_choices() as choices:
         model(**packed(rows))
     lengths = choices[0].lengths.tolist()
     assert seen == [33 + max(sum(lengths[:5]), lengths[5])]
