@@ -73,7 +73,8 @@ def hide_positions(
     place = names.index("attention_mask")
     mask = args[place] if place < len(args) else kwargs.get("attention_mask")
     cache, table, stretch = layer_cache(args, kwargs), running.table, running.stretch
-    num_queries, seen, start = states.shape[1], 0, 0
+    # Gemma 3n's layers take several streams of states at once, (streams, B, N, d).
+    num_queries, seen, start = states.shape[1] if stretch is None else stretch.shape[1], 0, 0
     num_keys = num_queries
     if cache is not None:
         seen = length(cache, depth)
@@ -81,7 +82,7 @@ def hide_positions(
     # Layers of one kind share their mask, so the new mask is found by the id of the old one. The old one is kept with it, so that
     # no other mask gets its id.
     stage = 0 if table is None else sum(depth < late for late in table.late_layers)
-    key = (id(mask), stage, num_keys, start)
+    key = (id(mask), stage, num_keys, start, states.device)
     if key not in running.masks:
         hidden = None
         if table is not None and table.late_layers:

@@ -28,7 +28,7 @@ from .layout import Layout, Seats, arrange, insert, take
 from .request import Request
 from .stack import StackInfo
 from .text import Text, count_positions, find_scopes, read_text
-from .widen import no_padding, widen
+from .widen import lengths_of, no_padding, widen
 
 
 def open_slots(
@@ -50,7 +50,10 @@ def open_slots(
     packing = text.packing
     name, _ = cache_of(call)
     call = prepare(call, text, groups, info)
-    groups = groups if packing is None else [own for group in groups if (own := group.of_sequences(packing))]
+    if packing is not None:
+        groups = [own for group in groups if (own := group.of_sequences(packing))]
+        if not groups:
+            raise ValueError("No packed row with an adapter holds a sequence of two or more tokens.")
     plain = {key: value for key, value in call.items() if key != name}
     plain.update(attention_mask=text.mask, use_cache=False)
     frozen_states = once(partial(run_plain, stack, plain, text))
@@ -73,9 +76,8 @@ def open_slots(
 def prepare(call: dict[str, Any], text: Text, groups: list[Group], info: StackInfo) -> dict[str, Any]:
     """The call with position ids, and without what says how packed rows are cut where each is one sequence."""
     packing = text.packing
-    dropped = (
-        PACKED_ARGUMENTS if packing is None else ("seq_idx",)
-    )  # which layers without attention read, and these are refused
+    # Only layers without attention read `seq_idx`, and these are refused.
+    dropped = PACKED_ARGUMENTS if packing is None else ("seq_idx",)
     call = {key: value for key, value in call.items() if key not in dropped}
     if packing is not None:
         call["use_cache"] = False
@@ -90,7 +92,8 @@ def run_plain(stack: PreTrainedModel, call: dict[str, Any], text: Text) -> torch
     if text.packing is None:
         return run_frozen(stack, call)
     stretch = text.packing.stretch  # (B, S)
-    return run_frozen(stack, {**call, "attention_mask": no_padding(stack, stretch)}, stretch)
+    call = {**call, "attention_mask": no_padding(stack, stretch), **lengths_of(stack, stretch, call)}
+    return run_frozen(stack, call, stretch)
 
 
 def encode(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tiny import DECODERS, VLMS, VOCAB, adapted, assert_same, causal_lm, encoder
 from torch.nn.functional import cross_entropy
 
 from peft_instance_prompt import record_choices
+from peft_instance_prompt.engine.intercept import intercept
 from peft_instance_prompt.engine.packing import find_packing
 
 
@@ -107,6 +109,16 @@ def test_every_family_keeps_sequences_apart(method: str, family: str) -> None:
     """Also those whose bare model does not; and sequences that are longer than a sliding window of 8."""
     model = adapted(causal_lm(family), METHODS[method](task_type="CAUSAL_LM"))
     check(model, [texts(7, 12, 4), texts(11, 9, seed=1)])
+
+
+def test_biogpt() -> None:
+    """A family beside those of `tiny.py` whose bare model leaks."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    base = tf.BioGptForCausalLM(tf.BioGptConfig(vocab_size=VOCAB, max_position_embeddings=64, **sizes)).eval()
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    check(adapted(base, METHODS["iapt"](task_type="CAUSAL_LM")), [texts(7, 12, 4), texts(11, 9, seed=1)])
 
 
 @pytest.mark.parametrize("family", LEAKY)
@@ -282,6 +294,37 @@ def test_scope_of_each_sequence(how: str) -> None:
         assert_same(found[:, own], model(ids, **told).logits)
 
 
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@torch.no_grad()
+def test_plain_text_does_not_leak(kind: str, form: str) -> None:
+    """No logit at or before a token depends on later tokens, and no prompt on a token behind the first three of its text."""
+    if kind == "dynamic_prompt":
+        pytest.skip("it chooses the places itself, and has no `instruction_length`")
+    config = METHODS[kind](task_type="CAUSAL_LM", instruction_length=3, prompt_position="end")
+    model = adapted(causal_lm(), config).train()
+    row = texts(7, 5)
+    batch = packed([row]) if form == "packed" else {"input_ids": row[0]}
+    batch["labels"] = batch["input_ids"].clone()
+    starts = (0, 7) if form == "packed" else (0,)
+
+    def run(ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        made: list[torch.Tensor] = []
+        with intercept(lambda found: made.append(found.values)):
+            return model(**{**batch, "input_ids": ids, "labels": ids}).logits, made
+
+    ids = batch["input_ids"]
+    logits, prompts = run(ids)
+    for column in range(1, ids.shape[1]):
+        other = ids.clone()
+        other[:, column:] = (other[:, column:] + 7) % (VOCAB - 3) + 3
+        found, changed = run(other)
+        assert_same(found[:, :column], logits[:, :column])
+        assert (found[:, column:] - logits[:, column:]).abs().max() > 1e-3
+        for number, start in enumerate(starts):
+            differs = max(float((one[number] - two[number]).abs().max()) for one, two in zip(prompts, changed))
+            assert differs < 1e-5 if column >= start + 3 else differs > 1e-4, (column, number)
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 def test_scope_by_labels(shifted: bool) -> None:
     """Labels of all tokens beside the one that belongs to the next sequence, which tells this one nothing."""
@@ -417,6 +460,23 @@ def test_layers_that_need_seq_idx_are_refused() -> None:
     model = adapted(base.eval(), METHODS["iapt"](task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="mixes neighbouring tokens without attention, and would need `seq_idx`"):
         model(**packed([texts(*LENGTHS)]))
+
+
+def test_other_kinds_of_attention_are_refused() -> None:
+    model = adapted(causal_lm("gemma3"), METHODS["iapt"](task_type="CAUSAL_LM"))
+    layer = model.get_base_model().model.iapt
+    layer.info = dataclasses.replace(layer.info, attention_kinds=frozenset({"full_attention", "chunked_attention"}))
+    with pytest.raises(ValueError, match="Gemma3TextModel: layers of the kind 'chunked_attention'"):
+        model(**packed([texts(*LENGTHS)]))
+
+
+def test_rows_without_a_sequence() -> None:
+    model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM"), "a")
+    rows = [texts(1), texts(*LENGTHS)]
+    expected = model(**packed(rows[1:]), adapter_names=["a"]).logits
+    assert_same(model(**packed(rows), adapter_names=["a", "a"]).logits[1:], expected)
+    with pytest.raises(ValueError, match="No packed row with an adapter"):
+        model(**packed(rows), adapter_names=["a", "__base__"])
 
 
 def test_the_bare_model_is_left_alone() -> None:
