@@ -207,7 +207,8 @@ class PromptGenerator(nn.Module):
     ) -> torch.Tensor:
         """Give gradients to choices that no number of `widened` shows: the places of the slots.
 
-        Called where one adapter has the whole batch, one instance per row.
+        Called where one adapter has the whole batch, one instance per row; for a packed batch, with a row per sequence, and zeros
+        where a row is shorter.
 
         Args:
             widened (`torch.Tensor`): Shape (B, N, e). The input embeddings with the prompt vectors in their places.

@@ -17,7 +17,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from methods import METHODS
 from peft import PeftConfig, PeftModel
-from tiny import DECODERS, ENCODERS, PAIRS, adapted, assert_same, causal_lm, encoder, pair, perturb
+from tiny import DECODERS, ENCODERS, PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb
 
 
 DECODER_NAMES = list(DECODERS)
@@ -116,6 +116,27 @@ def said(how: str, ids: torch.Tensor, instruction: int) -> dict[str, torch.Tenso
     if how == "instruction_mask":
         return {"instruction_mask": (torch.arange(ids.shape[1]) < instruction).expand_as(ids)}
     return {}
+
+
+def texts(length: int, how: str, seed: int) -> dict[str, torch.Tensor]:
+    """A text (1, n), whose instruction are its first three tokens, with what says so."""
+    ids = batch(length, seed=seed)["input_ids"]
+    ids[:, 1:3] = torch.tensor([7, 8])
+    return {"input_ids": ids, **said(how, ids, 3)}
+
+
+def pack(rows: list[list[dict[str, torch.Tensor]]], pads: int) -> dict[str, torch.Tensor]:
+    """Rows of several texts, with at least some pads at position 0 behind them, as TRL writes them."""
+    fill = {"labels": -100}
+    width = pads + max(sum(text["input_ids"].shape[1] for text in row) for row in rows)
+    made: dict[str, list[torch.Tensor]] = {}
+    for row in rows:
+        places = [{**text, "position_ids": torch.arange(text["input_ids"].shape[1])[None]} for text in row]
+        for name in places[0]:
+            whole = torch.cat([text[name] for text in places], dim=1)  # (1, tokens)
+            padding = whole.new_full((1, width - whole.shape[1]), fill.get(name, 0))
+            made.setdefault(name, []).append(torch.cat([whole, padding], dim=1))  # (1, width)
+    return {name: torch.cat(values) for name, values in made.items()}
 
 
 def damage(data: st.DataObject, folder: Path) -> str | None:

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The ten invariants. Each draws a case and fails where it does not hold; its docstring is what docs/invariants.md says."""
+"""The eleven invariants. Each draws a case and fails where it does not hold; its docstring is what docs/invariants.md says."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from cases import (
     damage,
     make_config,
     near,
+    pack,
     precise,
     refusal_names,
     rows,
     said,
+    texts,
 )
 from folders import assert_unchanged, picture
 from hypothesis import assume
@@ -95,6 +97,27 @@ def row_of_a_padded_batch_equals_the_row_alone(data: st.DataObject) -> None:
         if task != "SEQ_2_SEQ_LM":  # whose decoder has no padding
             found = found[:, :n] if right else found[:, -n:]  # (1, n, ...)
         near(found, alone, model)
+
+
+@torch.no_grad()
+def packed_sequence_equals_the_sequence_alone(data: st.DataObject) -> None:
+    """A sequence of a packed row has the logits of the sequence alone, whatever tells the response from the instruction."""
+    how = data.draw(st.sampled_from(["labels", "instruction_mask", "response_template"]), "how")
+    template = [7, 8] if how == "response_template" else None
+    family = data.draw(st.sampled_from(DECODER_NAMES), "family")
+    model = precise(attach(causal_lm(family), make_config(data, response_template=template)))
+    lengths = data.draw(
+        st.lists(st.lists(st.integers(4, 12), min_size=1, max_size=3), min_size=1, max_size=2), "lengths"
+    )
+    assume(max(map(len, lengths)) > 1)
+    alone = [[texts(n, how, seed=10 * row + number) for number, n in enumerate(ns)] for row, ns in enumerate(lengths)]
+    packed = pack(alone, pads=data.draw(st.integers(0, 3), "pads"))
+    found = model(**packed).logits
+    for row, sequences in enumerate(alone):
+        column = 0
+        for one in sequences:
+            own = slice(column, column := column + one["input_ids"].shape[1])
+            near(found[row : row + 1, own], model(**one).logits, model)
 
 
 @torch.no_grad()
@@ -288,6 +311,7 @@ INVARIANTS: dict[str, Callable[[st.DataObject], None]] = {
     for function in (
         config_is_refused_by_name_or_works,
         row_of_a_padded_batch_equals_the_row_alone,
+        packed_sequence_equals_the_sequence_alone,
         generate_with_cache_equals_without,
         mixed_batch_equals_each_adapter_alone,
         logits_do_not_depend_on_later_response_tokens,

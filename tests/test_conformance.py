@@ -19,8 +19,6 @@ CELLS = conformance.read(TEXT)
 STATED = {
     ("`merge_and_unload`", None): "cannot be merged",
     ("`generate`: `prefill_chunk_size`", None): "generated from the whole instruction",
-    ("TRL `SFTTrainer`, `packing=True`", None): "packed or padding-free rows",
-    ("TRL `SFTTrainer`, `padding_free=True`", None): "packed or padding-free rows",
     ("`generate`: `inputs_embeds`", "ipt"): "looks the prompt up by token ids",
 }
 SLOW = ("SFTTrainer", "`Trainer`", "torch.compile", "static cache")

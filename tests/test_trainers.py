@@ -405,12 +405,113 @@ def test_sft_with_gradient_checkpointing(use_reentrant: bool, tmp_path: Path) ->
         assert_same(runs[1][1][name], value, 1e-4)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"packing": True}, {"padding_free": True, "max_length": None}], ids=lambda c: [*c][0]
-)
-def test_sft_refuses_several_sequences_in_a_row(changes: dict, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="packed or padding-free"):
-        sft(tmp_path, COMPLETION, **changes).train()
+PACKED = {
+    "packing": {"packing": True, "packing_strategy": "bfd"},
+    "packing_split": {"packing": True, "packing_strategy": "bfd_split"},
+    "padding_free": {"padding_free": True, "max_length": None},
+    "padding_free_multiple": {"padding_free": True, "max_length": None, "pad_to_multiple_of": 16},
+}
+
+
+@pytest.mark.parametrize("changes", PACKED.values(), ids=PACKED)
+def test_sft_of_packed_rows(kind: str, changes: dict, tmp_path: Path) -> None:
+    """The loss and the gradients of packed rows are those of the rows with padding."""
+    runs = []
+    for name, how in (("plain", {}), ("packed", changes)):
+        model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM"))
+        if kind == "dynamic_prompt":  # without random choices
+            model.get_base_model().model.dynamic_prompt.generators["default"].sampling.p = 0.0
+        trainer = sft(tmp_path / name, COMPLETION, model, per_device_train_batch_size=8, **how)
+        model.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert (batch["input_ids"].shape[0] == 1) == (name == "packed")
+        trainer.compute_loss(model, batch).backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        runs.append((trainer.evaluate()["eval_loss"], gradients))
+        trainer.train()
+        assert len(losses(trainer)) == 3
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
+    assert runs[0][0] == pytest.approx(
+        loss_by_hand(adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM")), sft_batch(COMPLETION)), rel=1e-5
+    )
+    assert runs[0][1].keys() == runs[1][1].keys() and runs[0][1]
+    for name, gradient in runs[0][1].items():
+        assert_same(runs[1][1][name], gradient, 1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_sft_of_packed_rows_with_gradient_checkpointing(use_reentrant: bool, tmp_path: Path) -> None:
+    how = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    runs = []
+    for on in (False, True):
+        trainer = sft(tmp_path, COMPLETION, packing=True, gradient_checkpointing=on, **(how if on else {}))
+        trainer.train()
+        runs.append((losses(trainer), trainable(trainer.model)))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
+    for name, value in runs[0][1].items():
+        assert_same(runs[1][1][name], value, 1e-4)
+
+
+def test_sft_of_texts_that_are_split(tmp_path: Path) -> None:
+    """Of a text that `bfd_split` cuts, the second part has no instruction, and its prompt is made from its first token."""
+    words = [f"w{10 + i}" for i in range(20)]
+    data = [{"prompt": "w1 w2 w3", "completion": " " + " ".join(words)}, *COMPLETION[:3]]
+    model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM"))
+    trainer = sft(tmp_path, data, model, packing=True, packing_strategy="bfd_split", max_length=16)
+    (ids,) = tokenizer()("w1 w2 w3 " + " ".join(words) + " </s>", return_tensors="pt")["input_ids"].split(1)
+    parts = [(ids[:, :16], 3), (ids[:, 16:], 1)]
+    parts += [(batch["input_ids"], 3) for batch in (sft_batch([row]) for row in COMPLETION[:3])]
+    loss, asked = 0.0, 0
+    with torch.no_grad():
+        for part, instruction in parts:
+            labels = part.clone()
+            labels[:, :instruction] = -100
+            one, which = per_token_loss(
+                model, {"input_ids": part, "attention_mask": torch.ones_like(part), "labels": labels}
+            )
+            loss, asked = loss + float(one.sum()), asked + int(which.sum())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss / asked, rel=1e-5)
+    trainer.train()
+
+
+@pytest.mark.parametrize("template", [None, [3]])
+def test_wrapped_packing_is_refused(template: list[int] | None, tmp_path: Path) -> None:
+    """It cuts texts anywhere and does not say where they begin, so a row begins with what is to be predicted."""
+    model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM", response_template=template))
+    data = [{**row, "prompt": row["prompt"] + " <unk>"} for row in COMPLETION]
+    with pytest.raises(ValueError, match="packing_strategy='wrapped'"):
+        sft(tmp_path, data, model, packing=True, packing_strategy="wrapped", max_length=9).train()
+
+
+TEXT = [{"text": " ".join(f"w{5 + 3 * i + j}" for j in range(6 + i))} for i in range(8)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}], ids=["padded", "packed"])
+def test_sft_of_plain_text(changes: dict, tmp_path: Path) -> None:
+    """The first three tokens are the instruction, and no prompt and no logit at or before a token depends on later ones."""
+    config = METHODS["iapt"](task_type="CAUSAL_LM", instruction_length=3, prompt_position="end")
+    model = adapted(causal_lm(), config)
+    trainer = sft(tmp_path, TEXT, model, **changes)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in TEXT:
+            ids = torch.tensor([tokenizer()(row["text"] + " </s>", add_special_tokens=False)["input_ids"]])
+            logits = model(ids, instruction_mask=torch.arange(ids.shape[1])[None] < 3).logits[:, :-1]
+            total += float(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+            count += ids.shape[1] - 1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["use_cache"] = False
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        for column in range(1, batch["input_ids"].shape[1]):
+            other = {**batch, "input_ids": batch["input_ids"].clone()}
+            other["input_ids"][:, column:] = (other["input_ids"][:, column:] + 7) % VOCAB
+            found = model(**other).logits
+            assert_same(found[:, :column], expected[:, :column])
+            assert (found[:, column:] - expected[:, column:]).abs().max() > 1e-3
 
 
 def test_sft_refuses_plain_text(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 
 """Opens slots inside a transformer stack, has them filled by the adapters, and closes them again.
 
-From bottom to top: `calls` (transformers' names), `stack` (facts about a stack), `layout` (where slots stand), `cache`, `masks`,
-`request` and `scope` (what the caller said), `instances` (which tokens are whose), `passes`, `frozen`, `intercept`, `batch`
-(adapters by row), `open`, `fill`, `close`, `generation`, `layer` (the hooks).
+From bottom to top: `calls` (transformers' names), `stack` (facts about a stack), `layout` (where slots stand), `packing` (rows of
+several sequences), `cache`, `masks`, `request` and `scope` (what the caller said), `instances` (which tokens are whose), `passes`,
+`frozen`, `intercept`, `batch` (adapters by row), `text`, `widen`, `open`, `fill`, `close`, `generation`, `layer` (the hooks).
 """

@@ -14,7 +14,8 @@ import torch
 from ..generator import Instances, PromptGenerator, stack_weights
 from .instances import Selection
 from .intercept import intercepted
-from .layout import Layout
+from .layout import Layout, Seats
+from .packing import Packing
 from .request import Request
 
 
@@ -27,8 +28,8 @@ class Group:
     Attributes:
         generators (`list[PromptGenerator]`): The adapters.
         rows (`torch.LongTensor`, *optional*): Shape (G,). The row of each instance. None: all rows of the batch.
-        rows_of (`list[torch.LongTensor]`, *optional*): The rows of the batch that each adapter has. None: there is one adapter,
-            and it has all rows.
+        rows_of (`list[torch.LongTensor]`, *optional*): The rows of the batch that each adapter has, and once the sequences of a
+            packed batch are known, those sequences. None: there is one adapter, and it has all.
         adapter_of (`list[int]`): The number of each instance's adapter among `generators`; not read if there is one adapter.
         by_row (`torch.LongTensor`, *optional*): Shape (G,). Brings values that were made adapter by adapter into the order of the
             rows. None: they are in this order.
@@ -64,6 +65,16 @@ class Group:
     def model(self) -> PromptGenerator:
         """The adapter whose fields are those of all."""
         return self.generators[0]
+
+    def of_sequences(self, packing: Packing) -> Group | None:
+        """The group with the sequences of a packed batch in place of its rows; None if these hold no sequence."""
+        if self.rows_of is None:
+            return self
+        pairs = zip(self.generators, map(packing.of_rows, self.rows_of))
+        kept = [(generator, own.tolist()) for generator, own in pairs if len(own)]
+        if not kept:
+            return None
+        return Group.of([g for g, _ in kept], [own for _, own in kept], len(packing.rows), packing.rows.device)
 
     def __iter__(self) -> Iterator[tuple[PromptGenerator, torch.Tensor | None]]:
         """Each adapter with its rows."""
@@ -119,8 +130,12 @@ def pick(values: Values, rows: torch.Tensor | None) -> Values:
     return values if values is None or rows is None else values[rows.to(values.device)]
 
 
-def put(whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
-    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`: dead slots come first."""
+def put(
+    whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor, seats: Seats | None = None
+) -> torch.Tensor:
+    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`, dead slots come first; or in their seats."""
+    if seats is not None:
+        return seats.put(whole, rows, values)
     if rows is None:
         return values.to(whole.dtype)
     columns = torch.arange(whole.shape[1] - values.shape[1], whole.shape[1], device=whole.device)

@@ -36,6 +36,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 PER_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 # Arguments of the same form that belong to another text or to the loss: they stay as they are.
 FOREIGN_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels")
+# Arguments that say where the sequences of packed rows begin and how long they are. Only mamba-like layers read the last.
+LENGTH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PACKED_ARGUMENTS = (*LENGTH_ARGUMENTS, "seq_idx")
 
 
 # --------------------------------------------------------------------------------------------------------- releases
@@ -171,7 +174,7 @@ class LayerCall(NamedTuple):
         names = forward_args(self.layer)
         if "attention_mask" not in names:
             raise ValueError(
-                f"Slots cannot be hidden from {type(self.layer).__name__}, which takes no `attention_mask`."
+                f"Positions cannot be hidden from {type(self.layer).__name__}, which takes no `attention_mask`."
             )
         return names.index("attention_mask")
 

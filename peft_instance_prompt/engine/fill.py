@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Before a layer runs: write this depth's vectors into the slots, and hide those that the layer does not see yet."""
+"""Before a layer runs: write this depth's vectors into the slots, and hide what the layer does not see: late slots, other sequences."""
 
 from __future__ import annotations
 
@@ -25,47 +25,55 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
         depths (`range`): The depths of the layer: more than one where it is run several times.
         call (`LayerCall`): The call of the layer.
     """
-    layout, table, key = running.layout, running.table, id(call.layer)
-    if table is None or (layout is None and not table.late_layers):
+    layout, key = running.layout, id(call.layer)
+    late = () if running.table is None else running.table.late_layers
+    if layout is None and not late and running.stretch is None:
         return None
     run = running.runs[key] = running.runs.get(key, -1) + 1
     depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # a count recompiles the graph
     states = call.states  # (B, N, d)
-    late = table.late_layers
     groups = [group for group in running.groups if depth in group.model.depths]
     if (groups or late) and layout is not None and states.shape[:2] != layout.order.shape:
         raise ValueError(
             f"The layers of {info.name!r} take states of shape {tuple(states.shape)} and not (rows, positions, width): "
             "prompts cannot be written between them. Use a method that writes to the input only."
         )
-    if late and (depth < late[-1] or running.attention.startswith("flash_attention")):
-        call = hide_late_slots(running, info, depth, call)
+    flash = running.attention.startswith("flash_attention")
+    if (late and (depth < late[-1] or flash)) or (running.stretch is not None and not flash):
+        call = hide_positions(running, info, depth, call)
     for group in groups:
         assert layout is not None and group.selection is not None  # the pass opened the slots of its groups
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
-        if group.rows is not None:
+        if group.rows is not None or layout.seats is not None:
             standing = take(states, layout.slot_index)  # (B, L, d)
             standing = torch.zeros_like(standing) if group.model.adds else standing
-            prompts = put(standing, group.rows, prompts)  # (B, L, d)
+            prompts = put(standing, group.rows, prompts, layout.seats)  # (B, L, d)
         states = fill(states, prompts, layout, add=group.model.adds)  # (B, N, d)
     return call.with_states(states)
 
 
-def hide_late_slots(running: Pass, info: StackInfo, depth: int, call: LayerCall) -> LayerCall:
-    """The call of a layer with a mask that hides the slots which it does not see yet."""
-    mask, cache, table, states = call.mask, call.cache, running.table, call.states  # states (B, N, d)
-    assert table is not None  # it says that there are late slots
-    num_queries, seen, start = states.shape[1], 0, 0
+def hide_positions(running: Pass, info: StackInfo, depth: int, call: LayerCall) -> LayerCall:
+    """The call of a layer with a mask that hides the slots which it does not see yet, and the sequences of a row from each other."""
+    mask, cache, states = call.mask, call.cache, call.states  # states (B, N, d)
+    table, stretch = running.table, running.stretch
+    # Gemma 3n's layers take several streams of states at once, (streams, B, N, d).
+    num_queries, seen, start = states.shape[1] if stretch is None else stretch.shape[1], 0, 0
     num_keys = num_queries
     if cache is not None:
         seen = length(cache, depth)
         num_keys, start = cache.get_mask_sizes(num_queries, depth)
     # Layers of one kind share their mask, so the new mask is found by the id of the old one. The old one is kept with it, so that
     # no other mask gets its id.
-    stage = sum(depth < late for late in table.late_layers)
-    key = (id(mask), stage, num_keys, start)
+    stage = 0 if table is None else sum(depth < late for late in table.late_layers)
+    key = (id(mask), stage, num_keys, start, states.device)
     if key not in running.masks:
-        hidden = table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
+        hidden = None
+        if table is not None and table.late_layers:
+            hidden = table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
+        if stretch is not None:
+            others = (stretch[:, :, None] != stretch[:, None]).to(states.device)  # (B, N, N)
+            hidden = others if hidden is None else others | hidden[:, None]
+        assert hidden is not None  # there is something to hide
         made = hide(
             mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype, info.true_hides
         )

@@ -9,14 +9,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .passes import Pass, current_pass
 from .stack import walk
 
 
-def run_frozen(stack: nn.Module, call: dict[str, Any]) -> torch.Tensor:
-    """The last hidden states (B, S, d) of the stack without prompts, gradient and dropout."""
-    token = current_pass.set(Pass(stack))
+def run_frozen(stack: PreTrainedModel, call: dict[str, Any], stretch: torch.Tensor | None = None) -> torch.Tensor:
+    """The last hidden states (B, S, d) of the stack without prompts, gradient and dropout.
+
+    Args:
+        stack (`PreTrainedModel`): The stack.
+        call (`dict`): Its arguments.
+        stretch (`torch.LongTensor`, *optional*): Shape (B, S). As in [`Pass`].
+    """
+    token = current_pass.set(Pass(stack, attention=str(stack.config._attn_implementation), stretch=stretch))
     # Linear layers stay in training mode; they have no dropout. bitsandbytes repacks its linear layers when they run in
     # evaluation mode on a CPU, and then no gradient passes through them.
     training = [module for _, module in walk(stack) if module.training and not isinstance(module, nn.Linear)]

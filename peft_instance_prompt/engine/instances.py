@@ -60,18 +60,23 @@ class Selection:
         Raises:
             ValueError: A sequence has no instruction token.
         """
-        B, S = scope.shape
-        Q = int(sequence.max()) + 1
-        member = sequence[:, None] == torch.arange(Q, device=scope.device)[:, None]  # (B, Q, S)
-        row, number = member.any(dim=2).nonzero(as_tuple=True)  # (G,), (G,)
-        member = member[row, number]  # (G, S)
-        own = member & scope[row]  # (G, S)
-        if not bool((counts := own.sum(dim=1)).all()):  # (G,)
+        begins = (sequence >= 0) & (sequence != torch.nn.functional.pad(sequence[:, :-1], (1, 0), value=-1))  # (B, S)
+        row, first = begins.nonzero(as_tuple=True)  # (G,) each
+        instance = begins.flatten().cumsum(dim=0).view_as(sequence) - 1  # (B, S), counted over all rows
+        place = (scope & (sequence >= 0)).nonzero(
+            as_tuple=True
+        )  # (T,) each: rows and columns of the instruction tokens
+        owner = instance[place]  # (T,), not decreasing
+        counts = owner.bincount(minlength=len(row))  # (G,)
+        if not bool(counts.all()):
+            number = sequence[row, first]  # (G,)
             empty = [(int(row[g]), int(number[g])) for g in (counts == 0).nonzero().flatten()]
             raise ValueError(f"Sequences without an instruction token, as (row, sequence): {empty}.")
-        columns = (~own).int().argsort(dim=1, stable=True)[:, : int(counts.max())]  # (G, n), instruction tokens first
-        mask = torch.arange(columns.shape[1], device=scope.device) < counts[:, None]  # (G, n)
-        return cls(mask, first_index(member), last_index(own), row, columns)
+        rank = torch.arange(len(owner), device=scope.device) - (counts.cumsum(dim=0) - counts)[owner]  # (T,)
+        mask = torch.arange(int(counts.max()), device=scope.device) < counts[:, None]  # (G, n)
+        columns = first[:, None].expand(mask.shape).index_put((owner, rank), place[1])  # (G, n)
+        last = columns.gather(1, counts[:, None] - 1)[:, 0]  # (G,)
+        return cls(mask, first, last, row, columns)
 
     def __len__(self) -> int:
         return len(self.mask)

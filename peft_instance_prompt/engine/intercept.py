@@ -29,7 +29,8 @@ class Generated:
             (G, ...), which decides the places of the slots and later the prompt vectors.
         depth (`int`, *optional*): The layer, or `INPUT`; None for the output of `encode`.
         generators (`list[PromptGenerator]`): The generator, or in a batch of several adapters those that ran together.
-        rows (`torch.LongTensor`, *optional*): Shape (G,). The rows of the batch that the instances are; None: all.
+        rows (`torch.LongTensor`, *optional*): Shape (G,). The rows of the batch, or sequences of a packed batch, that the
+            instances are; None: all.
         instances (`Instances`, *optional*): The input of the generator.
         selection (`Selection`, *optional*): Where these tokens stand in the stack.
         layout (`Layout`, *optional*): Where slots and tokens of the batch stand.

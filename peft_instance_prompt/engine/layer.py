@@ -147,7 +147,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             if not self.info.decoder_of_pair:
                 request = request.of_tokens(call.get("input_ids"))
             call, running.groups, running.layout = open_slots(stack, self.info, running.groups, request, call)
-            running.table = running.layout.table
+            running.table, running.stretch = running.layout.table, running.layout.stretch
             if request.opened is not None:
                 request.opened(call)
             if torch.is_grad_enabled() and stack.training:
@@ -158,7 +158,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     def _fill(self, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Before a layer runs."""
         running = current_pass.get()
-        if running is None or running.owner is not self:
+        if running is None or running.owner not in (self, None):
             return None
         call = fill_slots(running, self.info, depths, LayerCall(layer, args, kwargs))
         return None if call is None else (call.args, call.kwargs)

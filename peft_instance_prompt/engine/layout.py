@@ -96,6 +96,42 @@ class SlotTable:
 
 
 @dataclass(frozen=True)
+class Seats:
+    """Which of a packed row's slots belong to which instance. Only live slots have a seat.
+
+    Attributes:
+        row (`torch.LongTensor`): Shape (G,). The row of each instance.
+        column (`torch.LongTensor`): Shape (G, l). The column of each instance's slots among the L slots of its row; L for dead ones.
+        num_slots (`int`): L, the number of slots of the row that has the most.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    num_slots: int
+
+    @classmethod
+    def of_live(cls, live: torch.Tensor, row: torch.Tensor, num_rows: int) -> Seats:
+        """Seats for the slots that are `live` (G, l), instance by instance; `row` (G,) does not decrease."""
+        count = live.sum(dim=1)  # (G,)
+        whole = count.new_zeros(num_rows).index_add(0, row, count)  # (B,)
+        L = max(int(whole.max()), 1)
+        before = (
+            count.cumsum(dim=0) - count - (whole.cumsum(dim=0) - whole)[row]
+        )  # (G,), slots of the row's earlier instances
+        column = (L - whole[row] + before)[:, None] + live.cumsum(dim=1) - 1  # (G, l)
+        return cls(row, torch.where(live, column, L), L)
+
+    def put(self, whole: torch.Tensor, instances: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+        """`whole` (B, L, ...) with `values` (G, l, ...) of some instances, or of all, in their seats."""
+        row, column = self.row, self.column[:, self.column.shape[1] - values.shape[1] :]  # (G,), (G, l)
+        if instances is not None:
+            row, column = row[instances], column[instances]
+        row, column = row[:, None].expand_as(column).to(whole.device), column.to(whole.device)
+        spare = torch.cat([whole, whole[:, :1]], dim=1)  # (B, L + 1, ...), the last for what has no seat
+        return spare.index_put((row, column), values.to(whole))[:, :-1]  # (B, L, ...)
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the slots and the tokens of each row stand inside the stack.
 
@@ -107,6 +143,9 @@ class Layout:
         output_index (`torch.LongTensor`): Shape (B, S). The position at which each token's output is read. It is the token's
             own, except where slots stand between a causal model's last instruction token and the response: the next token is
             then predicted at the last of them.
+        first (`torch.LongTensor`): Shape (B, L). The first token of the sequence that each slot belongs to.
+        seats (`Seats`, *optional*): Which slots belong to which instance, where rows hold several.
+        stretch (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence, where rows hold several.
     """
 
     table: SlotTable
@@ -114,6 +153,9 @@ class Layout:
     slot_index: torch.Tensor
     token_index: torch.Tensor
     output_index: torch.Tensor
+    first: torch.Tensor
+    seats: Seats | None = None
+    stretch: torch.Tensor | None = None
 
     @property
     def order(self) -> torch.Tensor:
@@ -144,6 +186,8 @@ def arrange(
     first_visible_layer: torch.Tensor | None = None,
     late_layers: tuple[int, ...] = (),
     dead_at_end: bool = False,
+    first: torch.Tensor | None = None,
+    seats: Seats | None = None,
 ) -> Layout:
     """Lay out slots and tokens row by row.
 
@@ -156,8 +200,10 @@ def arrange(
         first_visible_layer, late_layers: As in [`SlotTable`]. Default: every layer sees every slot.
         dead_at_end (`bool`): Whether dead slots stand behind the last token and not before the first. For encoders, of which
             some count positions from the left edge; not for causal models, where text follows.
+        first, seats: As in [`Layout`]. Default: the row's first column; one instance per row.
     """
     B, L = before_token.shape
+    first = torch.zeros_like(before_token) if first is None else first  # (B, L)
     live = torch.ones_like(before_token, dtype=torch.bool) if live is None else live
     # Slots before token t sort just before it: keys 2t and 2t + 1. Dead slots sort before everything, or behind it.
     slot_key = torch.where(live, 2 * before_token, 2 * num_tokens + 1 if dead_at_end else -1)  # (B, L)
@@ -170,7 +216,7 @@ def arrange(
         behind = (predicts & live).long()  # (B, L)
         output_index = token_index.scatter_add(1, (before_token - 1).clamp(min=0), behind)  # (B, S)
     table = SlotTable(order, live, first_visible_layer, late_layers)
-    return Layout(table, before_token, slot_index, token_index, output_index)
+    return Layout(table, before_token, slot_index, token_index, output_index, first, seats)
 
 
 def take(values: torch.Tensor, index: torch.Tensor, dim: int = 1) -> torch.Tensor:

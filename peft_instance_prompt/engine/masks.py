@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ def hide(
     Args:
         mask (`Any`): The mask (B, T), or (B or 1, heads or 1, Q or 1, T) in bool, 0/1 or as biases; a flex attention
             `BlockMask`; or None, where every position sees all that the layer's causality lets it see.
-        hidden (`torch.BoolTensor`): Shape (B, T). True for keys to hide.
+        hidden (`torch.BoolTensor`): Shape (B, T), True for keys to hide; or (B, Q, T), for each query.
         num_queries (`int`): Q.
         seen (`int`): How many positions the layer has in its cache, before those of this pass.
         start (`int`): The position of the first key, which is not 0 in a sliding window's cache.
@@ -154,52 +153,36 @@ def hide(
     Raises:
         ValueError: The mask has another form.
     """
-    flash = attention.startswith("flash_attention")
+    flash, T = attention.startswith("flash_attention"), hidden.shape[-1]
     if mask is None and flash:
         return ~hidden
+    pairs = hidden[:, None, None] if hidden.dim() == 2 else hidden[:, None]  # (B, 1, 1 or Q, T)
     if mask is None:
-        seen_by = torch.ones(num_queries, hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        seen_by = torch.ones(num_queries, T, dtype=torch.bool, device=hidden.device)
         if causal:
             queries = seen + torch.arange(num_queries, device=hidden.device)  # (Q,)
-            seen_by = queries[:, None] >= start + torch.arange(hidden.shape[1], device=hidden.device)  # (Q, T)
-        mask = seen_by & ~hidden[:, None, None, :]  # (B, 1, Q, T)
+            seen_by = queries[:, None] >= start + torch.arange(T, device=hidden.device)  # (Q, T)
+        mask = seen_by & ~pairs  # (B, 1, Q, T)
         # Eager attention adds its mask to the scores.
         return (
             mask
             if attention == "sdpa"
             else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         )
-    if isinstance(mask, torch.Tensor) and mask.dim() in (2, 4) and mask.shape[-1] == hidden.shape[1]:
-        hidden = hidden if mask.dim() == 2 else hidden[:, None, None, :]  # (B, 1, 1, T)
+    if isinstance(mask, torch.Tensor) and mask.dim() in (hidden.dim(), 4) and mask.shape[-1] == T and mask.dim() != 3:
+        hidden = hidden if mask.dim() == 2 else pairs
         lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() and mask.dim() == 4 else 0
         lowest = 1 if true_hides and mask.dtype == torch.bool and mask.dim() == 4 else lowest
         return torch.where(hidden, torch.full((), lowest, dtype=mask.dtype, device=mask.device), mask)
     if hasattr(mask, "mask_mod"):
         from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
-        size: dict[str, Any] = {"B": hidden.shape[0], "H": None, "Q_LEN": num_queries, "KV_LEN": hidden.shape[1]}
+        size: dict[str, Any] = {"B": hidden.shape[0], "H": None, "Q_LEN": num_queries, "KV_LEN": T}
+        shown = ~pairs.expand(-1, 1, num_queries, T)[:, 0]  # (B, Q, T)
         return create_block_mask(
-            and_masks(mask.mask_mod, lambda b, h, q, k: ~hidden[b, k]), **size, device=hidden.device
+            and_masks(mask.mask_mod, lambda b, h, q, k: shown[b, q, k]), **size, device=hidden.device
         )
     raise ValueError(
-        f"Slots that are hidden from the first layers need a mask of a known form there, got {type(mask).__name__} "
-        f"{tuple(getattr(mask, 'shape', ()))} for {hidden.shape[1]} keys under {attention!r} attention."
+        f"Slots that are hidden from the first layers, and packed rows, need a mask of a known form there, got "
+        f"{type(mask).__name__} {tuple(getattr(mask, 'shape', ()))} for {T} keys under {attention!r} attention."
     )
-
-
-def check_not_packed(kwargs: Mapping[str, Any]) -> None:
-    """Refuse rows that hold several sequences, each of which would need prompts of its own.
-
-    Raises:
-        ValueError: The row is packed or padding-free.
-    """
-    positions = kwargs.get("position_ids")
-    packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
-    if not packed and positions is not None and kwargs.get("attention_mask") is None and positions.dim() == 2:
-        packed = bool((positions.diff(dim=1) != 1).any())
-    if packed:
-        raise ValueError(
-            "Instance prompts do not support packed or padding-free rows (several sequences in one row, told apart by "
-            "`position_ids` or `cu_seq_lens`): each sequence needs prompts of its own. Turn packing and padding-free "
-            "batching off (TRL: `packing=False, padding_free=False`)."
-        )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .batch import Group
@@ -34,6 +35,8 @@ class Pass:
         layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
         table (`SlotTable`, *optional*): Which positions are slots, opened in this pass or in an earlier one.
         groups (`list[Group]`): The rows that have an adapter.
+        stretch (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence within its row, where rows
+            hold several: no position sees those of another.
         as_tuple (`bool`): Whether the caller wants a tuple.
         runs (`dict`): How often each layer has run, for layers that are run several times.
         masks (`dict`): The masks that were made for layers which do not see all slots.
@@ -46,6 +49,7 @@ class Pass:
     layout: Layout | None = None
     table: SlotTable | None = None
     groups: list[Group] = field(default_factory=list)
+    stretch: torch.Tensor | None = None
     as_tuple: bool = False
     runs: dict[int, int] = field(default_factory=dict)
     masks: dict[tuple, tuple[Any, Any]] = field(default_factory=dict)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..generator import PromptGenerator
-from .calls import declared, forward_args
+from .calls import PACKED_ARGUMENTS, declared, forward_args
 from .stand_in import StandIn, stand_ins
 
 
@@ -43,6 +43,7 @@ class Request:
         adapter_names (`tuple[str]`, *optional*): One name per row.
         adapters (`dict`, *optional*): The adapters that there were when the call began, and the active ones among them, by the
             layer that holds them: others may be added and deleted meanwhile.
+        packed (`dict`): What says which sequences lie in the rows: some base models do not hand it to their stack.
         encoder_slots (`tuple`, *optional*): The `order` (B, N) and `live` (B, L) of the slots in the encoder's output that
             a decoder attends to.
         opened (`Callable`, *optional*): Called with the arguments of the stack when its slots are open.
@@ -61,6 +62,7 @@ class Request:
     prompt_ids: torch.Tensor | None = None
     adapter_names: tuple[str, ...] | None = None
     adapters: Adapters | None = None
+    packed: dict[str, Any] = field(default_factory=dict)
     encoder_slots: tuple[torch.Tensor, torch.Tensor] | None = None
     opened: Callable[[dict[str, Any]], None] | None = None
     note: Note | None = None
@@ -227,6 +229,7 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             input_ids=named.get("input_ids"),
             labels=named.get("shift_labels" if shifted else "labels"),
             shifted=shifted,
+            packed={name: named[name] for name in ("position_ids", *PACKED_ARGUMENTS) if named.get(name) is not None},
             encoder_slots=slots_of(named.get("encoder_outputs")),
             entered=False,
             outer=latest_request.get(),

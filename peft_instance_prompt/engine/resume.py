@@ -14,8 +14,8 @@ import torch
 
 from .cache import SlotCache
 from .masks import pad_to_static_cache, padding_mask
-from .open import check_fits
 from .stack import StackInfo
+from .widen import check_fits
 
 
 def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots: bool) -> dict[str, Any]:

@@ -40,6 +40,11 @@ CURES = (
 )
 
 
+WRAPPED = (
+    "Packing that cuts texts anywhere makes such rows of any data (TRL: `packing_strategy='wrapped'`): use 'bfd'."
+)
+
+
 def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_length: int | None = None) -> torch.Tensor:
     """Rule 1.
 
@@ -108,10 +113,12 @@ def from_template(
     input_ids: torch.Tensor | None,
     tokens: torch.Tensor,
     missing: Literal["error", "all"] = "error",
+    unlabelled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rule 2: everything up to and including the first occurrence of `template` in each row, (B, S).
 
-    A row without it is an error, or with `missing="all"` an instruction as a whole.
+    A row without it is an error. With `missing="all"` it is an instruction as a whole, or up to the first label if labels tell:
+    those of its tokens that are `unlabelled` (B, S), unless there are none.
     """
     if input_ids is None:
         raise ValueError(
@@ -133,7 +140,32 @@ def from_template(
         "row's `input_ids`. If rows have no response, as texts that were cut off have none, set `missing_template='all'`.",
     )
     end = torch.where(found, hit.long().argmax(dim=1, keepdim=True) + k, S)  # (B, 1)
-    return (torch.arange(S, device=tokens.device) < end) & tokens  # (B, S)
+    scope = (torch.arange(S, device=tokens.device) < end) & tokens  # (B, S)
+    if unlabelled is None:
+        return scope
+    return torch.where(found | ~unlabelled.any(dim=1, keepdim=True), scope, unlabelled)  # (B, S)
+
+
+def check_no_response(scope: torch.Tensor, labels: torch.Tensor, shifted: bool) -> None:
+    """Refuse rows that begin in a response: their scope (B, S) has tokens with labels, and behind these tokens without.
+
+    Raises:
+        ValueError: A row does.
+    """
+    asked = (labels != -100).roll(1, dims=1) if shifted else labels != -100  # (B, S)
+    later = (scope & ~asked).flip(1).cumsum(dim=1).flip(1) > 0  # (B, S), an instruction token without label follows
+    if (rows := (scope & asked & later).any(dim=1)).any():
+        raise ValueError(
+            f"The tokens up to the first `response_template` in row(s) {rows.nonzero().flatten().tolist()} begin with a response, "
+            f"which would be predicted from a prompt that has read it. {WRAPPED}"
+        )
+
+
+def before_labels(labels: torch.Tensor, tokens: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """The tokens (B, S) before the first label that is not -100; `shifted` labels stand one place earlier."""
+    asked = labels != -100  # (B, S)
+    start = torch.where(asked.any(dim=1), asked.long().argmax(dim=1) + int(shifted), tokens.shape[1])  # (B,)
+    return (torch.arange(tokens.shape[1], device=tokens.device) < start[:, None]) & tokens  # (B, S)
 
 
 def from_labels(
@@ -142,31 +174,40 @@ def from_labels(
     shifted: bool,
     input_ids: torch.Tensor | None = None,
     special_ids: tuple[int, ...] = (),
+    packed: bool = False,
 ) -> torch.Tensor:
     """Rule 4: the tokens before the first label that is not -100, (B, S); `shifted` labels stand one place earlier.
+
+    In a packed batch the first token of each sequence has no label, whatever it is: nothing in the row predicts it. So a text
+    without instruction has its first token as its instruction.
 
     Raises:
         ValueError: No token stands before it, or none but special ones (`special_ids`): a collator that masks padding masks BOS,
             too, where both are one token.
     """
-    S = tokens.shape[1]
-    asked = labels != -100  # (B, S)
-    start = torch.where(asked.any(dim=1), asked.long().argmax(dim=1) + int(shifted), S)  # (B,)
-    mask = (torch.arange(S, device=tokens.device) < start[:, None]) & tokens  # (B, S)
+    asked, mask = labels != -100, before_labels(labels, tokens, shifted)  # (B, S) each
     _check_no_empty_row(
         mask,
         tokens,
         "No token is left for the prompt to be generated from in row(s) {}: their labels begin with the first token, so "
-        f"the prompt would see what is to be predicted. {CURES}",
+        f"the prompt would see what is to be predicted. {CURES} {WRAPPED}",
     )
     if input_ids is not None and special_ids:
         special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device)).to(tokens.device)  # (B, S)
+        alone = packed & (mask.sum(dim=1, keepdim=True) == 1)  # (B, 1)
         _check_no_empty_row(
-            mask & ~special,
+            mask & (~special | alone),
             tokens,
             "Nothing but special tokens is left for the prompt to be generated from in row(s) {}: a collator that puts -100 on "
             f"padding does so on the first token, too, where both are the same. Plain text has no instruction: set "
             f"`instruction_length`. {CURES}",
+        )
+    if packed and not _SAID["continuation"] and bool((asked.any(dim=1) & (mask.sum(dim=1) == 1)).any()):
+        _SAID["continuation"] = True
+        warnings.warn(
+            "Packed sequences have labels from their second token on, as continuations have that `packing_strategy='bfd_split'` cuts "
+            "off, and plain text: their prompts are generated from their first token alone. For plain text, set "
+            "`instruction_length`."
         )
     if not _SAID["turns"] and bool((asked.diff(dim=1).sum(dim=1) + asked[:, 0].long() > 2).any()):
         _SAID["turns"] = True
@@ -179,7 +220,7 @@ def from_labels(
 
 
 # Warnings that were given: once is enough.
-_SAID = {"turns": False, "plain": False}
+_SAID = {"turns": False, "plain": False, "continuation": False}
 
 
 def _check_no_empty_row(mask: torch.Tensor, tokens: torch.Tensor, complaint: str) -> None:
@@ -199,6 +240,7 @@ def find_scope(
     causal_lm: bool = False,
     pair_decoder: bool = False,
     training: bool = False,
+    packed: bool = False,
 ) -> torch.Tensor:
     """Which tokens are the instance, by the rules at the head of this file.
 
@@ -213,6 +255,7 @@ def find_scope(
         causal_lm (`bool`): Whether instruction and response stand in the same row.
         pair_decoder (`bool`): Whether the stack is the decoder of an encoder-decoder model.
         training (`bool`): Whether the model is in training mode.
+        packed (`bool`): Whether the rows are the sequences of a packed batch.
 
     Returns:
         `torch.BoolTensor`: Shape (B, S).
@@ -227,14 +270,21 @@ def find_scope(
         if causal_lm and request.prompt_length is None:
             check_no_gap(mask, tokens, request.labels, training, request.shifted)
         return mask
+    labels = request.labels if causal_lm else None  # (B, S)
+    labels = labels.to(tokens.device) if labels is not None and labels.shape == tokens.shape else None
     if template is not None:
-        return from_template(template, input_ids, tokens, missing_template)
+        if labels is None:
+            return from_template(template, input_ids, tokens, missing_template)
+        before = before_labels(labels, tokens, request.shifted)  # (B, S)
+        scope = from_template(template, input_ids, tokens, missing_template, before)  # (B, S)
+        check_no_response(scope, labels, request.shifted)
+        return scope
     if instruction_length is not None:
         return from_length(instruction_length, tokens)
     if request.prompt_length is not None:
         return tokens & (torch.arange(tokens.shape[1], device=tokens.device) < request.prompt_length)  # (B, S)
-    if causal_lm and request.labels is not None and request.labels.shape == tokens.shape:
-        return from_labels(request.labels.to(tokens.device), tokens, request.shifted, input_ids, special_ids)
+    if labels is not None:
+        return from_labels(labels, tokens, request.shifted, input_ids, special_ids, packed)
     if causal_lm and training:
         raise ValueError(f"A causal language model in training mode cannot tell instruction from response. {CURES}")
     if causal_lm and not _SAID["plain"] and len(tokens) > 1:

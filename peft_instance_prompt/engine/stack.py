@@ -44,6 +44,8 @@ class StackInfo:
         special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         begins_with_special (`bool`): Whether texts begin with a special token, as far as the config tells: T5 has none.
         recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
+        mixing_layer (`str`, *optional*): The name of a module that mixes neighbouring tokens without attention, if there is one.
+        attention_kinds (`frozenset[str]`): The kinds of attention in its layers, where the config says so.
     """
 
     name: str
@@ -67,6 +69,8 @@ class StackInfo:
     recurrent_layers: tuple[int, ...] = ()
     special_ids: tuple[int, ...] = ()
     begins_with_special: bool = True
+    mixing_layer: str | None = None
+    attention_kinds: frozenset[str] = frozenset()
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -158,7 +162,12 @@ def describe(model: PreTrainedModel, layers_name: str, stack_name: str) -> Stack
     inside = layers_name.removeprefix(f"{stack_name}." if stack_name else "")
     attention = Attention(decoder) if pair else read_attention(stack, inside)
     max_positions, offset = _learned_positions(stack)
-    kinds = enumerate(getattr(config, "layer_types", None) or ())
+    kinds = list(getattr(config, "layer_types", None) or ())
+    recurrent = tuple(n for n, kind in enumerate(kinds) if "attention" not in kind or kind.startswith("linear"))
+    mixing = [f"{layers_name}.{n}" for n in recurrent[:1]]
+    mixing += [
+        name for name, module in walk(model.get_submodule(layers_name), layers_name) if isinstance(module, nn.Conv1d)
+    ]
     return StackInfo(
         name=stack_name,
         layers_name=layers_name,
@@ -180,8 +189,40 @@ def describe(model: PreTrainedModel, layers_name: str, stack_name: str) -> Stack
         sliding_window=getattr(config, "sliding_window", None),
         begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
         special_ids=tuple(sorted(_special_ids(config))),
-        recurrent_layers=tuple(n for n, kind in kinds if "attention" not in kind or kind.startswith("linear")),
+        recurrent_layers=recurrent,
+        mixing_layer=mixing[0] if mixing else None,
+        attention_kinds=frozenset(kinds),
     )
+
+
+def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
+    """Refuse packed rows, which hold several sequences, in a stack that cannot keep these apart.
+
+    Args:
+        stack (`PreTrainedModel`): The stack.
+        info (`StackInfo`): Facts about it.
+        late (`bool`): Whether there are slots that some layers do not see.
+
+    Raises:
+        ValueError: It is no decoder, mixes tokens without attention, or counts its positions by columns.
+    """
+    why = None
+    if not info.causal or info.decoder_of_pair:
+        why = "packed rows are for decoder-only models"
+    elif info.mixing_layer is not None:
+        why = f"{info.mixing_layer!r} mixes neighbouring tokens without attention, and would need `seq_idx`"
+    elif info.max_positions is not None and "position_ids" not in info.forward_args:
+        why = "it takes no `position_ids` and counts positions by columns"
+    elif strange := info.attention_kinds - {"full_attention", "sliding_attention"}:
+        why = f"layers of the kind {min(strange)!r} are not known to heed a mask that keeps sequences apart"
+    elif late and str(stack.config._attn_implementation).startswith("flash_attention"):
+        why = "flash attention cannot hide late prompts from the first layers there"
+    if why is not None:
+        raise ValueError(
+            "Instance prompts cannot be used with packed or padding-free rows (several sequences in one row, told apart by "
+            f"`position_ids`, `cu_seq_lens` or `seq_idx`) in {type(stack).__name__}: {why}. Turn packing and padding-free batching "
+            "off (TRL: `packing=False, padding_free=False`)."
+        )
 
 
 def _special_ids(config) -> set[int]:

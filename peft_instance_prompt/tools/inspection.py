@@ -102,6 +102,7 @@ def token_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None 
     """
     generator = active_generator(model)[1]
     made = record(model, batch)[check_depth(generator, depth)]
+    check_rows(made)
     with torch.no_grad():
         weights = generator.token_weights(made.instances, made.depth, generator.weights(made.depth))  # (B, l, n)
     if weights is None:
@@ -129,6 +130,7 @@ def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[
     lengths, behind = [], []
     for batch in batches:
         made = [generated for depth, generated in record(model, batch).items() if depth is not None][0]
+        check_rows(made)
         layout, instances = made.layout, made.instances.mask.sum(dim=1, keepdim=True)  # (B, 1)
         column = made.selection.last[:, None]  # (B, 1)
         last = (
@@ -141,6 +143,12 @@ def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[
         lengths.append(layout.live.sum(dim=1).cpu())
         behind.append(later.sum(dim=1).cpu())
     return torch.cat(lengths), torch.cat(behind)
+
+
+def check_rows(made: Generated) -> None:
+    """Raise a ValueError if the rows of a batch hold several sequences: what is said of rows would not be of instances."""
+    if made.layout is not None and made.layout.seats is not None:
+        raise ValueError("The rows of this batch hold several sequences: give it padded, with a row per sequence.")
 
 
 def check_depth(generator: PromptGenerator, depth: int | None) -> int:

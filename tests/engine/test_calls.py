@@ -47,7 +47,7 @@ def test_states_and_mask_of_a_layer(positional: int) -> None:
     changed = call.with_states(states).with_mask(mask)
     assert changed.states is states and changed.mask is mask and len(changed.args) == positional
     assert call.states is given["hidden_states"] and call.mask is given["attention_mask"]
-    with pytest.raises(ValueError, match="Slots cannot be hidden from Identity, which takes no `attention_mask`"):
+    with pytest.raises(ValueError, match="Positions cannot be hidden from Identity, which takes no `attention_mask`"):
         calls.LayerCall(nn.Identity(), (states,), {}).with_mask(mask)
 
 

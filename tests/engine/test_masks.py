@@ -11,7 +11,7 @@ from tiny import batch, causal_lm
 from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from peft_instance_prompt.engine.masks import check_not_packed, hide, padding_mask
+from peft_instance_prompt.engine.masks import hide, padding_mask
 
 
 MASK = batch(9, 6)["attention_mask"]
@@ -56,24 +56,6 @@ def test_plain_forms() -> None:
 def test_other_forms_are_refused(mask: torch.Tensor, static: bool) -> None:
     with pytest.raises(ValueError, match="`attention_mask`"):
         padding_mask(mask, 2, 9, static)
-
-
-def test_packed() -> None:
-    ids = torch.arange(6)[None]
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    for fine in (
-        {},
-        {"position_ids": ids},
-        {"position_ids": packed, "attention_mask": torch.ones(1, 6)},
-        {"position_ids": packed.expand(3, 1, 6)},  # three rows of positions are no packing
-        {"cu_seq_lens_q": None},
-    ):
-        check_not_packed(fine)
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
-        with pytest.raises(ValueError, match="padding_free=False"):
-            check_not_packed({name: torch.tensor([0, 3, 6])})
-    with pytest.raises(ValueError, match="packing=False"):
-        check_not_packed({"position_ids": packed, "attention_mask": None})
 
 
 def test_hiding_keys_in_masks_of_each_form() -> None:

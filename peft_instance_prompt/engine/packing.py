@@ -1,0 +1,205 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Packed and padding-free batches, whose rows hold several sequences: which sequence each token belongs to.
+
+A row is a chain of stretches. A stretch of two or more tokens is a sequence, and an instance of its own. A stretch of one token is
+padding, as TRL writes it, or a text that predicts nothing: it has no prompt.
+
+Shapes: B rows, S tokens, L slots, N = S + L positions, G sequences of up to n tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .layout import Layout, arrange, insert
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The sequences of a packed batch, row by row.
+
+    Attributes:
+        stretch (`torch.LongTensor`): Shape (B, S). The number of each token's stretch within its row, from 0, not decreasing.
+        position (`torch.LongTensor`): Shape (B, S). The number of each token within its stretch, from 0.
+        sequence (`torch.LongTensor`): Shape (B, S). The number of each token's sequence within its row, from 0; -1 for a token
+            alone.
+        rows (`torch.LongTensor`): Shape (G,). The row of each sequence.
+        columns (`torch.LongTensor`): Shape (G, n). The columns of its tokens; any where `mask` is False.
+        mask (`torch.BoolTensor`): Shape (G, n). False where a sequence has fewer tokens.
+    """
+
+    stretch: torch.Tensor
+    position: torch.Tensor
+    sequence: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of_stretches(cls, begins: torch.Tensor) -> Packing:
+        """The packing whose stretches begin where `begins` (B, S) is True.
+
+        Raises:
+            ValueError: There is no sequence.
+        """
+        B, S = begins.shape
+        stretch = begins.cumsum(dim=1) - 1  # (B, S)
+        place = torch.arange(S, device=begins.device).expand(B, S)  # (B, S)
+        position = place - torch.where(begins, place, 0).cummax(dim=1).values  # (B, S)
+        number = stretch + S * torch.arange(B, device=begins.device)[:, None]  # (B, S), of the batch's stretches
+        length = number.flatten().bincount(minlength=B * S)[number]  # (B, S)
+        first = begins & (length > 1)  # (B, S)
+        sequence = torch.where(length > 1, first.cumsum(dim=1) - 1, -1)  # (B, S)
+        rows, starts = first.nonzero(as_tuple=True)  # (G,) each
+        if not len(rows):
+            raise ValueError(
+                "A packed batch has no sequence of two or more tokens, so nothing to generate a prompt from."
+            )
+        lengths = length[rows, starts]  # (G,)
+        own = torch.arange(int(lengths.max()), device=begins.device)  # (n,)
+        columns = (starts[:, None] + own).clamp(max=S - 1)  # (G, n)
+        return cls(stretch, position, sequence, rows, columns, own < lengths[:, None])
+
+    def unpack(self, values: torch.Tensor, fill: Any) -> torch.Tensor:
+        """`values` (B, S, ...) with a row per sequence, (G, n, ...), and `fill` behind its end."""
+        taken = values[self.rows[:, None].to(values.device), self.columns.to(values.device)]  # (G, n, ...)
+        mask = self.mask.to(values.device).reshape(*self.mask.shape, *[1] * (values.dim() - 2))
+        return torch.where(mask, taken, torch.as_tensor(fill, dtype=values.dtype, device=values.device))
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` (G, n) at the tokens' places in the packed rows, (B, S), and zero elsewhere."""
+        row = self.rows[:, None].expand_as(self.columns)  # (G, n)
+        return values.new_zeros(self.stretch.shape).index_put(
+            (row[self.mask], self.columns[self.mask]), values[self.mask]
+        )
+
+    def of_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sequences that lie in some rows."""
+        return torch.isin(self.rows, rows.to(self.rows.device)).nonzero().flatten()
+
+    def widen(self, layout: Layout) -> torch.Tensor:
+        """The number of the stretch of each of the stack's positions, (B, N). Dead slots are one at the left edge, -1."""
+        own = torch.where(layout.live, self.stretch.gather(1, layout.first), -1)  # (B, L)
+        return insert(self.stretch, own, layout)  # (B, N)
+
+    def apart(self, layout: Layout, live: torch.Tensor, before_token: torch.Tensor) -> tuple[Layout, torch.Tensor]:
+        """The layout that the sequences would have in rows of their own, and where its positions lie in the packed rows.
+
+        Args:
+            layout (`Layout`): The layout of the packed rows.
+            live (`torch.BoolTensor`): Shape (G, l).
+            before_token (`torch.LongTensor`): Shape (G, l). A column of the packed rows.
+
+        Returns:
+            The layout of G rows of n tokens, and an index (G, l + n) with N for what the packed rows do not hold.
+        """
+        assert layout.seats is not None  # the layout of packed rows has them
+        n, N, rows = self.columns.shape[1], layout.order.shape[1], self.rows[:, None]
+        alone = arrange(before_token - self.columns[:, :1], n, live)
+        slots = torch.nn.functional.pad(layout.slot_index, (0, 1), value=N)[rows, layout.seats.column]  # (G, l)
+        tokens = layout.token_index[rows, self.columns].masked_fill(~self.mask, N)  # (G, n)
+        return alone, torch.cat([slots, tokens], dim=1).gather(1, alone.order)  # (G, l + n)
+
+
+def find_packing(
+    call: Mapping[str, Any], num_rows: int, num_tokens: int, device: torch.device | str = "cpu", offset: int = 0
+) -> Packing | None:
+    """The sequences in the rows that a stack is called with; None if each row is one sequence.
+
+    Args:
+        call (`Mapping`): The arguments of the stack. `cu_seq_lens_q`, `cu_seq_lens_k` or `seq_idx` say where sequences begin; so do
+            `position_ids` that start anew, where there is no `attention_mask`.
+        num_rows (`int`): B.
+        num_tokens (`int`): S.
+        device (`torch.device`): The device of the result.
+        offset (`int`): The position id of a first token.
+
+    Raises:
+        ValueError: The arguments contradict each other, or their positions are not those of whole sequences.
+    """
+    B, S = num_rows, num_tokens
+    found: dict[str, torch.Tensor] = {}
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if call.get(name) is not None:
+            found[name] = _from_lengths(name, call[name], B, S)
+    if (numbers := call.get("seq_idx")) is not None:
+        if tuple(numbers.shape) != (B, S):
+            raise ValueError(f"`seq_idx` must have the shape of the tokens, {(B, S)}, got {tuple(numbers.shape)}.")
+        found["seq_idx"] = torch.nn.functional.pad(numbers.diff(dim=1) != 0, (1, 0), value=True)  # (B, S)
+    positions, mask = call.get("position_ids"), call.get("attention_mask")
+    if found and isinstance(mask, torch.Tensor) and not (mask.dim() == 2 and bool(mask.all())):
+        raise ValueError(
+            f"`attention_mask` hides tokens of rows that `{next(iter(found))}` says are packed: pass one of them."
+        )
+    if positions is not None and (found or mask is None):
+        if positions.dim() != 2:
+            _check_one_sequence(positions, bool(found))
+        elif found or bool((positions.diff(dim=1) != 1).any()):
+            found["position_ids"] = _from_positions((positions - offset).expand(B, S))
+    if not found:
+        return None
+    (name, begins), *others = found.items()
+    for other, differing in others:
+        if (wrong := (differing.to(begins.device) != begins).nonzero()).numel():
+            row, column = wrong[0].tolist()
+            one, two = (name, other) if bool(begins[row, column]) else (other, name)
+            raise ValueError(
+                f"The packed rows contradict each other: by `{one}` a sequence begins at token {column} of row {row}, by `{two}` none "
+                "does."
+            )
+    stretches = begins.sum(dim=1)  # (B,)
+    if bool((stretches == 1).all()):
+        return None
+    packing = Packing.of_stretches(begins.to(device))
+    longest = int(packing.position.max()) + 1
+    for name in ("max_length_q", "max_length_k"):
+        if call.get(name) is not None and int(call[name]) < longest:
+            raise ValueError(f"`{name}` is {int(call[name])}, but a sequence has {longest} tokens.")
+    return packing
+
+
+def _from_lengths(name: str, ends: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
+    """Where sequences begin (B, S), by their cumulative lengths over all rows."""
+    ends, whole = ends.flatten().long(), num_rows * num_tokens
+    steps = ends.diff()
+    if len(ends) < 2 or int(ends[0]) != 0 or int(ends[-1]) != whole or bool((steps <= 0).any()):
+        raise ValueError(
+            f"`{name}` must go up from 0 to the number of tokens, {whole}, got {ends.tolist() if len(ends) < 20 else ends}."
+        )
+    begins = torch.zeros(whole, dtype=torch.bool, device=ends.device)  # (B * S,)
+    begins[ends[:-1]] = True
+    begins = begins.view(num_rows, num_tokens)  # (B, S)
+    if not bool(begins[:, 0].all()):
+        raise ValueError(
+            f"`{name}` {ends.tolist()} has a sequence that lies in two of the rows of {num_tokens} tokens."
+        )
+    return begins
+
+
+def _from_positions(positions: torch.Tensor) -> torch.Tensor:
+    """Where sequences begin (B, S): where their positions start anew at 0."""
+    begins = positions == 0  # (B, S)
+    goes_on = torch.nn.functional.pad(positions.diff(dim=1) == 1, (1, 0))  # (B, S), the first column begins at 0
+    if (wrong := (~begins & ~goes_on).nonzero()).numel():
+        row, column = wrong[0].tolist()
+        raise ValueError(
+            f"`position_ids` of packed rows must start at 0 in each sequence and count on by 1, but token {column} of row {row} has "
+            f"position {int(positions[row, column])}. A sequence that begins in the middle of a text has no instruction: pack "
+            "whole texts (TRL: `packing_strategy='bfd'`), or give padded rows an `attention_mask`."
+        )
+    return begins
+
+
+def _check_one_sequence(positions: torch.Tensor, packed: bool) -> None:
+    """Refuse packed rows of a model with several rows of positions, (R, B, S)."""
+    if packed or bool((positions == 0).all(dim=0)[:, 1:].any()):
+        raise ValueError(
+            "Instance prompts do not support packed or padding-free rows in a model with several rows of `position_ids`, got "
+            f"{tuple(positions.shape)}. Turn packing and padding-free batching off (TRL: `packing=False, padding_free=False`)."
+        )

@@ -1,0 +1,148 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The text that a stack is called with: its tokens, their positions, and which of them are the instruction.
+
+Shapes: B rows, S tokens, G sequences of up to n tokens in a packed batch, e the width of the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .batch import Group, pick, put
+from .cache import length
+from .calls import cache_of
+from .masks import padding_mask
+from .packing import Packing, find_packing
+from .request import Request
+from .scope import find_scope
+from .stack import StackInfo, check_packable, embed
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens that a stack is called with.
+
+    Attributes:
+        ids (`torch.LongTensor`, *optional*): Shape (B, S). None if they are not known.
+        embeds (`torch.Tensor`): Shape (B, S, e).
+        mask (`torch.Tensor`, *optional*): Shape (B, S). As the caller gave it, or None.
+        tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
+        packing (`Packing`, *optional*): The sequences in the rows, if rows hold several.
+    """
+
+    ids: torch.Tensor | None
+    embeds: torch.Tensor
+    mask: torch.Tensor | None
+    tokens: torch.Tensor
+    packing: Packing | None = None
+
+
+def read_text(
+    stack: PreTrainedModel, info: StackInfo, groups: list[Group], call: Mapping[str, Any], request: Request
+) -> Text:
+    """Find the tokens in a call of a stack.
+
+    Raises:
+        ValueError: The batch is empty, its mask has an unknown form, its cache was filled without an adapter, or its rows hold
+            several sequences that the stack does not keep apart.
+    """
+    given = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
+    B, S = given.shape[:2]
+    if B == 0 or S == 0:
+        raise ValueError(f"The batch is empty: {B} row(s) of {S} token(s).")
+    name, cache = cache_of(call)
+    if cache is not None and length(cache) > 0:
+        raise ValueError(
+            f"`{name}` holds {length(cache)} tokens but no prompt slots: it was filled without an adapter. "
+            "Start from an empty cache, or fill it with the adapter active."
+        )
+    told = {**request.packed, **{name: value for name, value in call.items() if value is not None}}
+    packing = find_packing(told, B, S, given.device, info.position_offset)
+    if packing is not None:
+        check_packable(stack, info, late=any(group.model.first_visible_layer > 0 for group in groups))
+        if request.prompt_length is not None or cache is not None:
+            raise ValueError(
+                "Packed rows, which hold several sequences, cannot be continued: no cache is filled with them, and `generate` takes "
+                "rows of one sequence each."
+            )
+    ids = request.input_ids if call.get("input_ids") is None else call["input_ids"]
+    ids = ids if ids is not None and ids.shape == (B, S) else None
+    embeds = embed(stack, given) if call.get("inputs_embeds") is None else given  # (B, S, e)
+    static = cache is not None and cache.is_compileable
+    given_mask = None if packing is not None else call.get("attention_mask")
+    mask = padding_mask(given_mask, B, S, static)  # (B, S)
+    mask = None if mask is None else mask.to(embeds.device)
+    tokens = torch.ones(B, S, dtype=torch.bool, device=embeds.device) if mask is None else mask.bool()  # (B, S)
+    tokens = tokens if packing is None else packing.sequence >= 0  # (B, S)
+    return Text(ids, embeds, mask, tokens, packing)
+
+
+def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.Tensor:
+    """Position ids (B, S) for a call that has none.
+
+    Rows with an adapter count tokens and not columns, so that padding on the left moves nothing. Rows without one are counted as
+    the bare model does: by columns, unless it counts tokens itself.
+    """
+    B, S = text.tokens.shape
+    counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
+    rows = [group.rows for group in groups if group.rows is not None]
+    if not info.counts_tokens and len(rows) == len(groups):
+        bare = torch.ones(B, dtype=torch.bool, device=counted.device)  # (B,)
+        bare[torch.cat(rows).to(counted.device)] = False
+        counted = torch.where(bare[:, None], torch.arange(S, device=counted.device), counted)  # (B, S)
+    return counted + info.position_offset
+
+
+def find_scopes(groups: list[Group], text: Text, request: Request, info: StackInfo, training: bool) -> torch.Tensor:
+    """Each row's instruction tokens (B, S), by the rules of its adapter; each sequence's where rows hold several."""
+    packing, tokens, ids = text.packing, text.tokens, text.ids
+    if packing is not None:
+        ids = None if ids is None else packing.unpack(ids, -1)  # (G, n)
+        tokens, request = packing.mask, unpack(request, packing)  # (G, n)
+    scope = tokens  # (B, S) or (G, n)
+    for group in groups:
+        for generator, rows in group:
+            try:
+                own = find_scope(
+                    pick(tokens, rows),
+                    request.of_rows(len(tokens), rows),
+                    template=generator.config.response_template,
+                    missing_template=generator.config.missing_template,
+                    instruction_length=generator.config.instruction_length,
+                    special_ids=info.special_ids,
+                    input_ids=pick(ids, rows),
+                    causal_lm=info.causal_lm,
+                    pair_decoder=info.decoder_of_pair,
+                    training=training,
+                    packed=packing is not None,
+                )  # (rows, S)
+            except ValueError as error:
+                if packing is None or "row(s)" not in str(error):
+                    raise
+                raise ValueError(f"{error} The rows here are the sequences of a packed batch, from 0.") from error
+            scope = put(scope, rows, own)  # (B, S) or (G, n)
+    return scope if packing is None else packing.pack(scope)  # (B, S)
+
+
+def unpack(request: Request, packing: Packing) -> Request:
+    """The request for a batch with a row per sequence. Vectors of instances come so: one per sequence, row by row."""
+    shape, labels, mask = tuple(packing.stretch.shape), request.labels, request.instruction_mask
+    if labels is not None and tuple(labels.shape) == shape:
+        labels = packing.unpack(labels, -100)  # (G, n)
+        if request.shifted:  # the label beside the last token is that of the next sequence's first
+            last = packing.mask.sum(dim=1, keepdim=True).to(labels.device) - 1  # (G, 1)
+            labels = labels.scatter(1, last, -100)
+    if isinstance(mask, torch.Tensor) and not mask.is_floating_point():  # else `find_scope` complains
+        if tuple(mask.shape) != shape:
+            raise ValueError(
+                f"`instruction_mask` must have the shape of the tokens, {shape}, got {tuple(mask.shape)}."
+            )
+        mask = packing.unpack(mask, 0)  # (G, n)
+    return replace(request, labels=labels, instruction_mask=mask)

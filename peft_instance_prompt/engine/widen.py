@@ -1,0 +1,108 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The arguments of a stack, widened from S tokens to N = S + L positions.
+
+Shapes: B rows, S tokens, L slots, N = S + L positions in the stack, e the width of the embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .cache import make_room
+from .calls import FOREIGN_ARGUMENTS, LENGTH_ARGUMENTS, PER_TOKEN_ARGUMENTS, cache_of
+from .layout import Layout, insert, insert_positions, take
+from .masks import beyond_causal, pad_to_static_cache, see_beyond_causal
+from .stack import StackInfo, embed_per_layer
+from .text import Text
+
+
+def widen(
+    stack: PreTrainedModel, info: StackInfo, call: dict[str, Any], text: Text, layout: Layout, num_slots: int
+) -> dict[str, Any]:
+    """The call with a place for the slots in each argument that has a column per token; an instance has up to `num_slots`."""
+    (B, S), L = text.tokens.shape, layout.num_slots
+    for name, value in call.items():
+        unknown = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (B, S)
+        if unknown and name not in PER_TOKEN_ARGUMENTS + FOREIGN_ARGUMENTS:
+            raise ValueError(f"Instance prompts do not know how to give slots a place in `{name}` {(B, S)}.")
+    wide = dict(call)
+    per_layer = wide.pop("per_layer_inputs", None)
+    per_layer = embed_per_layer(stack, text.ids, text.embeds) if per_layer is None else per_layer
+    if per_layer is not None:  # (B, S, layers, width); the slots begin as copies of the first token, here too
+        own = take(per_layer, layout.first)  # (B, L, layers, width)
+        wide["per_layer_inputs"] = insert(per_layer, own, layout)  # (B, N, layers, width)
+    if call.get("token_type_ids") is not None:
+        types = call["token_type_ids"].expand(B, S)  # (B, S)
+        own = types.gather(1, layout.before_token.clamp(max=S - 1))  # (B, L)
+        wide["token_type_ids"] = insert(types, own, layout)  # (B, N)
+    if "position_ids" in info.forward_args:
+        positions = call["position_ids"]
+        positions = positions.expand(*positions.shape[:-2], B, S)  # (B, S) or (R, B, S)
+        stretch = None if text.packing is None else text.packing.stretch
+        wide["position_ids"] = insert_positions(positions, layout.first, layout, stretch)  # (B, N) or (R, B, N)
+    check_fits(info, wide.get("position_ids"), S + L, num_slots)
+    if layout.stretch is not None:
+        wide["attention_mask"] = no_padding(stack, layout.stretch)
+        return {**wide, **lengths_of(stack, layout.stretch, call)}
+    wide["attention_mask"] = widen_mask(stack, info, call, text, layout, wide["inputs_embeds"])
+    return wide
+
+
+def no_padding(stack: PreTrainedModel, stretch: torch.Tensor) -> torch.Tensor | None:
+    """The mask of a packed call, as (B, N) as `stretch`. Each layer's own keeps sequences apart, see `fill.py`.
+
+    Without a mask, transformers would tell sequences apart by position ids, and those of late slots do not count on. Flash
+    attention goes by the lengths instead.
+    """
+    return None if is_flash(stack) else torch.ones_like(stretch)
+
+
+def lengths_of(stack: PreTrainedModel, stretch: torch.Tensor, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say how long the sequences of `stretch` (B, N) are: those of the call; all for flash attention."""
+    begins = torch.nn.functional.pad(stretch.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero().flatten()
+    ends = torch.nn.functional.pad(begins, (0, 1), value=stretch.numel()).to(torch.int32)  # (stretches + 1,)
+    names = [name for name in LENGTH_ARGUMENTS if is_flash(stack) or call.get(name) is not None]
+    return {name: ends if name.startswith("cu_") else int(ends.diff().max()) for name in names}
+
+
+def is_flash(stack: PreTrainedModel) -> bool:
+    return str(stack.config._attn_implementation).startswith("flash_attention")
+
+
+def widen_mask(
+    stack: PreTrainedModel, info: StackInfo, call: dict[str, Any], text: Text, layout: Layout, embeds: torch.Tensor
+) -> Any:
+    """The attention mask over N positions, in the form that the stack takes; room for them in a static cache."""
+    (B, S), L = text.tokens.shape, layout.num_slots
+    cache = cache_of(call)[1]
+    mask = None
+    # Without a mask, position ids that do not count on would be taken for those of several sequences in a row.
+    if text.mask is not None or not layout.all_live or layout.table.late_layers:
+        mask = insert(text.tokens if text.mask is None else text.mask, layout.live, layout)  # (B, N)
+    if cache is not None and cache.is_compileable:
+        make_room(cache, L, info.sliding_window)
+    mask = pad_to_static_cache(mask, cache, B, S + L)
+    later = beyond_causal(call.get("attention_mask"))  # (B, S, S)
+    if later is None:
+        return mask
+    for _ in range(2):  # rows, then columns
+        later = insert(later, later.new_zeros(B, L, later.shape[2]), layout).transpose(1, 2)
+    return see_beyond_causal(stack.config, embeds, mask, cache, later)
+
+
+def check_fits(info: StackInfo, position_ids: torch.Tensor | None, num_positions: int, num_slots: int) -> None:
+    """Raise a ValueError if the stack has learned embeddings for fewer positions."""
+    if info.max_positions is None or num_positions <= info.max_positions:
+        return
+    if position_ids is not None:
+        num_positions = int(position_ids.max()) + 1 - info.position_offset
+    if num_positions > info.max_positions:
+        raise ValueError(
+            f"The sequence does not fit: the model has {info.max_positions} positions, and {num_positions - num_slots} tokens "
+            f"with {num_slots} prompt slots need {num_positions}. Truncate the text or use fewer `num_virtual_tokens`."
+        )
