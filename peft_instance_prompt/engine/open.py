@@ -160,8 +160,8 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
         before_token, since, front, live, predicts = (
             seats.put(empty.to(table.dtype), None, table) for table in tables
         )
-    behind = predicts if info.causal else None
-    layout = arrange(before_token, S, live, behind, since, late, not info.causal, front, seats)  # B rows
+    answers = predicts if info.causal else None
+    layout = arrange(before_token, S, live, answers, since, late, not info.causal, front, seats)  # B rows
     return layout if packing is None else replace(layout, stretch=packing.widen(layout))
 
 
