@@ -95,7 +95,10 @@ class InstancePromptModel(BaseTuner):
             how = "Name it with `target_modules`: a module that takes `input_ids` and `inputs_embeds`, or its list of layers."
         else:
             infos = [info for info in infos if matches(peft_config.target_modules, info)]
-            how = f"`target_modules` {peft_config.target_modules!r} matches none of the stacks that this model has: {known}."
+            how = (
+                f"`target_modules` {peft_config.target_modules!r} matches none of the stacks that this model has: {known}. Linear "
+                "layers, which LoRA targets, hold no prompts: leave `target_modules` out, and the stack is found."
+            )
         if peft_config.exclude_modules is not None:
             infos = [info for info in infos if not matches(peft_config.exclude_modules, info)]
             how += f" Mind `exclude_modules` {peft_config.exclude_modules!r}."
