@@ -33,7 +33,8 @@ class Companion:
 
         def exec_module(module):
             execute(module)
-            self.follow.pop(name)()
+            self.follow[name]()
+            del self.follow[name]  # not before: after an error, the next attempt must not pass without us
 
         spec.loader.exec_module = exec_module
         return spec
