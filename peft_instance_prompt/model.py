@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -54,6 +55,10 @@ class InstancePromptModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             take_config(self.peft_config[adapter_name])
+            if "transformers.trainer" in sys.modules:
+                from .trainers import guard_trainers
+
+                guard_trainers()
             with undone_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 check_tensor_names(self.peft_config, names_of(type(self), model, adapter_name).values())
@@ -201,7 +206,8 @@ class InstancePromptModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "Prompts that are generated from the instance cannot be merged into the base weights, which are the same for "
-            "all instances. Keep the adapter loaded, or call `unload()` to get the base model back."
+            "all instances. Keep the adapter loaded, or call `unload()` to get the base model back. (TRL merges to send weights to "
+            "vLLM: set `use_vllm=False`.)"
         )
 
     def unload(self) -> nn.Module:

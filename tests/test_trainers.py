@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,15 @@ import pytest
 import torch
 import transformers as tf
 from methods import METHODS
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import VOCAB, adapted, assert_same, causal_lm, perturb, tokenizer
 from torch.nn.functional import cross_entropy, logsigmoid
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers.trainer import DEFAULT_CALLBACKS
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt.trainers import SamplingGuard
 
 
 datasets.disable_progress_bars()
@@ -476,3 +479,50 @@ def test_dpo_against_the_base_model(precompute: bool, tmp_path: Path) -> None:
     with trainer.model.disable_adapter():
         reference = margin(trainer.model)
     check_dpo(trainer, reference)
+
+
+ONLINE = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+
+
+def online(path: Path, name: str, model: Any, peft_config: Any = None, **changes: Any) -> tf.Trainer:
+    trainer, config = ONLINE[name]
+    common = {key: value for key, value in COMMON.items() if "batch_size" not in key}
+    sizes = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4, "bf16": False}
+    return trainer(
+        model=model,
+        args=config(output_dir=str(path), gradient_checkpointing=False, **{**common, **sizes, **changes}),
+        reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions],
+        train_dataset=datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in COMPLETION]),
+        processing_class=tokenizer("left"),
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize("option", ["use_vllm", "use_transformers_continuous_batching"])
+@pytest.mark.parametrize("name", ONLINE)
+def test_online_trainers_refuse_samplers_without_the_adapter(name: str, option: str, tmp_path: Path) -> None:
+    """When they are made, before vLLM is started, whoever makes the adapter; others' adapters are no business of ours."""
+    says = f"cannot be used with `{option}`.*Set `{option}=False`: the trainer then samples with `generate`"
+    with pytest.raises(ValueError, match=says):
+        online(tmp_path, name, adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM")), **{option: True})
+    with pytest.raises(ValueError, match=says):
+        online(tmp_path, name, causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM"), **{option: True})
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ImportError, match="vLLM") if option == "use_vllm" else contextlib.nullcontext():
+        online(tmp_path, name, causal_lm(), lora, **{option: True})
+    assert DEFAULT_CALLBACKS.count(SamplingGuard) == 1
+
+
+def test_online_trainers_sample_with_the_adapter(kind: str, tmp_path: Path) -> None:
+    model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM"))
+    trainer = online(tmp_path, "grpo", model, learning_rate=1e-2)
+    before = trainable(model)
+    trainer.train()
+    assert changed(before, model)
+
+
+def test_weights_that_are_sent_to_vllm(tmp_path: Path) -> None:
+    """What TRL calls before it sends weights, for a trainer that was loaded after the adapter: the cure is named there, too."""
+    model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="cannot be merged.*`use_vllm=False`"):
+        model.merge_adapter()

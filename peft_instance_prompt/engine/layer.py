@@ -28,7 +28,7 @@ from .calls import by_name, cache_of
 from .close import attend_to_slots, close_slots
 from .fill import fill_slots
 from .frozen import is_frozen
-from .generation import Generate, GenerateBatch
+from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
 from .request import CallNote, NotedForward, current_request
@@ -86,7 +86,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         StackForward(stack, self).install()
         if not stand_ins(model, NotedForward):
             CallNote().register(model)
-            for stand_in in (NotedForward, Generate, GenerateBatch):
+            for stand_in in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
                 if hasattr(model, stand_in.method):
                     stand_in(model).install()
         stand_ins(model, NotedForward)[0].layers.append(self)

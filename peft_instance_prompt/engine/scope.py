@@ -36,7 +36,8 @@ from .request import Request
 CURES = (
     "Give the model data in which the instruction can be told from the response: labels that are -100 on the "
     "instruction (prompt-completion data, completion-only loss), or `instruction_mask`, a bool tensor of the shape of "
-    "`input_ids`, passed to `forward` or set with `instruction_scope(mask)`, or a config with `response_template`."
+    "`input_ids`, passed to `forward` or set with `instruction_scope(mask)`, or a config with `response_template` (for chat data, "
+    "`response_template='chat'`; for plain text, `instruction_length`)."
 )
 
 
@@ -129,8 +130,9 @@ def from_template(
         found | tokens.new_full(found.shape, missing == "all"),
         tokens,
         f"`response_template` {template} does not occur in row(s) {{}}. It must stand between instruction and response in "
-        "each row, as the tokenizer writes it there: its ids can depend on the text around it, so compare them with the "
-        "row's `input_ids`. If rows have no response, as texts that were cut off have none, set `missing_template='all'`.",
+        "each row, as the tokenizer of the data writes it there. Another tokenizer or chat template than that of "
+        "`tokenizer_name_or_path` writes it differently, and so may the same one in another text: compare it with the row's "
+        "`input_ids`. If rows have no response, as texts that were cut off have none, set `missing_template='all'`.",
     )
     end = torch.where(found, hit.long().argmax(dim=1, keepdim=True) + k, S)  # (B, 1)
     return (torch.arange(S, device=tokens.device) < end) & tokens  # (B, S)
