@@ -99,7 +99,9 @@ def test_a_config_waits_for_trl(packages: Path) -> None:
 
 def test_the_environments_own_sitecustomize_runs(packages: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text("import sys; print('own', __name__, sys.modules[__name__].__file__)")
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys; print('own', __name__, sys.modules[__name__].__file__)"
+    )
     own = f"own sitecustomize {tmp_path / 'site' / 'sitecustomize.py'}\n"
     assert python("import peft", tmp_path / "site", packages)[0] == own + "peft None\nours\nmethods\n"
 
@@ -108,7 +110,11 @@ def test_a_python_without_the_package_says_so(packages: Path) -> None:
     missing = "raise ModuleNotFoundError(name='peft_instance_prompt')"
     (packages / "peft_instance_prompt" / "__init__.py").write_text(missing)
     out, err = python("import peft; print('goes on')", packages)
-    assert out == "peft None\ngoes on\n" and err.startswith("peft_instance_prompt is not installed for") and err.count("\n") == 1
+    assert (
+        out == "peft None\ngoes on\n"
+        and err.startswith("peft_instance_prompt is not installed for")
+        and err.count("\n") == 1
+    )
 
 
 def test_an_error_of_the_package_is_not_hidden(packages: Path) -> None:
@@ -116,7 +122,10 @@ def test_an_error_of_the_package_is_not_hidden(packages: Path) -> None:
     with pytest.raises(AssertionError, match="No module named 'nonesuch'"):
         python("import peft", packages)
     with pytest.raises(AssertionError, match="(?s)nonesuch.*nonesuch"):  # nor is it at a second attempt
-        python("try: import peft\nexcept ImportError as error: print(error, file=__import__('sys').stderr)\nimport peft", packages)
+        python(
+            "try: import peft\nexcept ImportError as error: print(error, file=__import__('sys').stderr)\nimport peft",
+            packages,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- what is started
@@ -143,7 +152,10 @@ def test_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "-m"], "Name a module after `-m`"),
         (["run", "nonesuch.py"], "There is no script 'nonesuch.py'"),
         (["run", "nonesuch"], "There is no command 'nonesuch'"),
-        (["run", "--import", "nonesuch", "sh"], "`--import` names a module that cannot be imported: No module named 'nonesuch'"),
+        (
+            ["run", "--import", "nonesuch", "sh"],
+            "`--import` names a module that cannot be imported: No module named 'nonesuch'",
+        ),
         (["env", "--peft-config", "nonesuch.yaml"], "nonesuch.yaml cannot be read as the config of an adapter"),
     ],
 )
@@ -211,7 +223,9 @@ def test_trl_gets_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     for args in (ModelConfig(), ModelConfig(use_peft=True, lora_task_type="SEQ_CLS")):
         config = trl.get_peft_config(args)
         assert isinstance(config, IAPTConfig) and config.num_virtual_tokens == 3
-        assert config.task_type == args.lora_task_type and "the adapter is a IAPTConfig from" in capsys.readouterr().err
+        assert (
+            config.task_type == args.lora_task_type and "the adapter is a IAPTConfig from" in capsys.readouterr().err
+        )
     with pytest.raises(ValueError, match="--lora_r, --use_dora would have no effect"):
         trl.get_peft_config(ModelConfig(lora_r=4, use_dora=True))
     del trl.get_peft_config

@@ -28,7 +28,9 @@ WORDS = [
 
 @pytest.mark.parametrize(("word", "value", "says"), WORDS, ids=[row[0] for row in WORDS])
 def test_counterpart(kind: str, word: str, value, says: str) -> None:
-    with pytest.raises(TypeError, match=f"^{type(METHODS[kind]()).__name__} does not have these fields of LoRA's. {says}"):
+    with pytest.raises(
+        TypeError, match=f"^{type(METHODS[kind]()).__name__} does not have these fields of LoRA's. {says}"
+    ):
         METHODS[kind](**{word: value})
 
 

@@ -181,6 +181,7 @@ class StackForward(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch.compile cannot break a graph within `try`
+            refuse_export()
             return self._compiled(args, kwargs)
         if is_frozen(self.module):
             return self.call_wrapped(*args, **kwargs)
@@ -199,3 +200,13 @@ class StackForward(StandIn):
         output = self.layer.close(self.call_wrapped(**call))
         current_pass.set(outer)
         return output
+
+
+def refuse_export() -> None:
+    """Raise a ValueError within `torch.export`, which has one graph for all inputs and cannot leave the hooks out."""
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
+    if is_exporting is not None and is_exporting():
+        raise ValueError(
+            "Instance prompts cannot be exported with `torch.export`: where their slots stand depends on the values of masks and "
+            "token ids. Use `torch.compile`, or export the base model after `unload()`."
+        )

@@ -109,10 +109,15 @@ def from_template(
     input_ids: torch.Tensor | None,
     tokens: torch.Tensor,
     missing: Literal["error", "all"] = "error",
+    unlabelled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rule 2: everything up to and including the first occurrence of `template` in each row, (B, S).
 
-    A row without it is an error, or with `missing="all"` an instruction as a whole.
+    A row without it is an error. With `missing="all"` it is an instruction as a whole, or up to the first label if labels tell:
+    those of its tokens that are `unlabelled` (B, S), unless there are none.
+
+    A row without it and without a label is never an error: `max_length` leaves a conversation so that it cuts off before the
+    answer, and nothing of it is predicted.
     """
     if input_ids is None:
         raise ValueError(
@@ -126,8 +131,11 @@ def from_template(
     else:
         hit = tokens.new_zeros(tokens.shape[0], 1)  # (B, 1)
     found = hit.any(dim=1, keepdim=True)  # (B, 1)
+    allowed = found | found.new_full(found.shape, missing == "all")  # (B, 1)
+    if unlabelled is not None:
+        allowed = allowed | (unlabelled | ~tokens).all(dim=1, keepdim=True)  # (B, 1)
     _check_no_empty_row(
-        found | tokens.new_full(found.shape, missing == "all"),
+        allowed,
         tokens,
         f"`response_template` {template} does not occur in row(s) {{}}. It must stand between instruction and response in "
         "each row, as the tokenizer of the data writes it there. Another tokenizer or chat template than that of "
@@ -135,7 +143,17 @@ def from_template(
         "`input_ids`. If rows have no response, as texts that were cut off have none, set `missing_template='all'`.",
     )
     end = torch.where(found, hit.long().argmax(dim=1, keepdim=True) + k, S)  # (B, 1)
-    return (torch.arange(S, device=tokens.device) < end) & tokens  # (B, S)
+    scope = (torch.arange(S, device=tokens.device) < end) & tokens  # (B, S)
+    if unlabelled is None:
+        return scope
+    return torch.where(found | ~unlabelled.any(dim=1, keepdim=True), scope, unlabelled)  # (B, S)
+
+
+def before_labels(labels: torch.Tensor, tokens: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """The tokens (B, S) before the first label that is not -100; `shifted` labels stand one place earlier."""
+    asked = labels != -100  # (B, S)
+    start = torch.where(asked.any(dim=1), asked.long().argmax(dim=1) + int(shifted), tokens.shape[1])  # (B,)
+    return (torch.arange(tokens.shape[1], device=tokens.device) < start[:, None]) & tokens  # (B, S)
 
 
 def from_labels(
@@ -151,10 +169,7 @@ def from_labels(
         ValueError: No token stands before it, or none but special ones (`special_ids`): a collator that masks padding masks BOS,
             too, where both are one token.
     """
-    S = tokens.shape[1]
-    asked = labels != -100  # (B, S)
-    start = torch.where(asked.any(dim=1), asked.long().argmax(dim=1) + int(shifted), S)  # (B,)
-    mask = (torch.arange(S, device=tokens.device) < start[:, None]) & tokens  # (B, S)
+    asked, mask = labels != -100, before_labels(labels, tokens, shifted)  # (B, S) each
     _check_no_empty_row(
         mask,
         tokens,
@@ -229,14 +244,17 @@ def find_scope(
         if causal_lm and request.prompt_length is None:
             check_no_gap(mask, tokens, request.labels, training, request.shifted)
         return mask
+    labels = request.labels if causal_lm else None  # (B, S)
+    labels = labels.to(tokens.device) if labels is not None and labels.shape == tokens.shape else None
     if template is not None:
-        return from_template(template, input_ids, tokens, missing_template)
+        before = None if labels is None else before_labels(labels, tokens, request.shifted)  # (B, S)
+        return from_template(template, input_ids, tokens, missing_template, before)
     if instruction_length is not None:
         return from_length(instruction_length, tokens)
     if request.prompt_length is not None:
         return tokens & (torch.arange(tokens.shape[1], device=tokens.device) < request.prompt_length)  # (B, S)
-    if causal_lm and request.labels is not None and request.labels.shape == tokens.shape:
-        return from_labels(request.labels.to(tokens.device), tokens, request.shifted, input_ids, special_ids)
+    if labels is not None:
+        return from_labels(labels, tokens, request.shifted, input_ids, special_ids)
     if causal_lm and training:
         raise ValueError(f"A causal language model in training mode cannot tell instruction from response. {CURES}")
     if causal_lm and not _SAID["plain"] and len(tokens) > 1:

@@ -376,9 +376,7 @@ def test_a_template_that_another_tokenizer_writes(tmp_path) -> None:
     words.chat_template = words.chat_template.replace("w1 ", "w2 ")
     model = adapted(
         causal_lm(),
-        IAPTConfig(
-            task_type="CAUSAL_LM", response_template="chat", tokenizer_name_or_path=str(tmp_path / "first")
-        ),
+        IAPTConfig(task_type="CAUSAL_LM", response_template="chat", tokenizer_name_or_path=str(tmp_path / "first")),
     )
     chat = [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w7"}]
     ids = torch.tensor([words.apply_chat_template(chat, tokenize=True, return_dict=False)])
