@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["doctor"]:
         return doctor.main(arguments[1:])
     if arguments[:1] in (["run"], ["env"]):
-        return commands.main(*arguments[:1], arguments[1:])
+        return commands.main(arguments[0], arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m peft_instance_prompt",
         description=__doc__.splitlines()[0],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import TemplateError
 from torch import nn
 
 from .config import InstancePromptConfig
@@ -38,6 +37,8 @@ def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[in
 
 def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
     """The ids that a tokenizer's chat template writes between a user's turn and the assistant's answer."""
+    from jinja2 import TemplateError  # with transformers' chat templates, or there is none
+
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"`response_template` is 'chat', but the tokenizer {name!r} has no chat template.")
     user, assistant = {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}

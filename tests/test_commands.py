@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 import torch
 import yaml
 from methods import METHODS
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from tiny import adapted, causal_lm, tokenizer
 from trl import ModelConfig
 
