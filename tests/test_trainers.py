@@ -451,7 +451,7 @@ LONG = [said("w9 " * (4 * i % 12), f"w{8 + i}") for i in range(8)]  # cut off at
 
 
 def test_sft_of_conversations_that_are_cut_off(chat_config: Callable, tmp_path: Path) -> None:
-    """Where answers only are learned, nothing is asked of a row that was cut off before its answer."""
+    """Where answers only are learned, TRL leaves out a row that was cut off before its answer."""
     model = adapted(causal_lm(), chat_config())
     trainer = sft(tmp_path, LONG, model, assistant_only_loss=True, max_length=8)
     trainer.train()

@@ -116,8 +116,8 @@ def from_template(
     A row without it is an error. With `missing="all"` it is an instruction as a whole, or up to the first label if labels tell:
     those of its tokens that are `unlabelled` (B, S), unless there are none.
 
-    A row without it and without a label is never an error: `max_length` leaves a conversation so that it cuts off before the
-    answer, and nothing of it is predicted.
+    A row without it and without a label is never an error: a maximum length leaves a conversation so that it cuts off before
+    the answer, and nothing of it is predicted.
     """
     if input_ids is None:
         raise ValueError(

@@ -369,6 +369,20 @@ def test_rows_without_the_template() -> None:
     assert short.tolist() == [[True]]
 
 
+def test_a_row_that_asks_for_nothing_needs_no_template(kind: str) -> None:
+    """As `max_length` leaves a conversation that it cuts off before the answer, where only answers are learned."""
+    ids, labels = IDS.clone(), IDS.clone()
+    ids[1, 3] = 40
+    labels[:, :SPLIT] = labels[1] = -100
+    mask = MASK.clone()
+    mask[1] = 1
+    model = prompted(kind, response_template=TEMPLATE)
+    assert_same(prompts(model, ids, labels=labels), prompts(prompted(kind), ids, instruction_mask=mask), 1e-6)
+    labels[1, -1] = 40
+    with pytest.raises(ValueError, match=r"does not occur in row\(s\) \[1\]"):
+        prompts(model, ids, labels=labels)
+
+
 def test_a_template_that_another_tokenizer_writes(tmp_path) -> None:
     """The adapter's ids are of the tokenizer that it was made with; the data may come from another."""
     words = tokenizer()
