@@ -7,7 +7,7 @@ Exits with 0 if all is well; with 1 if the adapter can be loaded but should not 
 range); with 2 and one sentence if it cannot be loaded. It is checked as loading does, as far as that goes without the base
 model: of tensors that are not the method's own, only the names.
 
-`python -m peft_instance_prompt doctor` is another command, see tools/doctor.py.
+`doctor`, `run` and `env` are other commands, see tools/doctor.py and commands.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 
+from . import commands
 from .config import InstancePromptConfig
 from .engine.stack import StackInfo
 from .folder import PREFIX, check_files, check_tensors, read_kind
@@ -199,10 +200,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["doctor"]:
         return doctor.main(arguments[1:])
+    if arguments[:1] in (["run"], ["env"]):
+        return commands.main(arguments[0], arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m peft_instance_prompt",
         description=__doc__.splitlines()[0],
-        epilog="`python -m peft_instance_prompt doctor` checks this package with the libraries that are installed.",
+        epilog="`python -m peft_instance_prompt doctor` checks this package with the libraries that are installed, `run TOOL ...` "
+        "runs a tool with this package's methods, and `env` prints what to set for that.",
     )
     parser.add_argument("folder", metavar="ADAPTER_FOLDER", help="as `save_pretrained` writes it")
     parser.add_argument("--json", action="store_true", help="print JSON")

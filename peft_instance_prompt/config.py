@@ -15,6 +15,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .folder import read_kind
+from .lora_words import refuse_lora_words
 from .model_card import write_card
 from .saving import staged
 
@@ -85,10 +86,14 @@ class InstancePromptConfig(PeftConfig):
         weights_digest (`str`, *optional*):
             Filled in in the file when an adapter is saved: the digest of the weights. Loading compares it, and refuses
             weights and a config that belong to two saves. Without it nothing is compared.
+        import_first (`str`, *optional*):
+            Filled in: the package that registers the method. Whoever reads a saved config learns from it what to import before
+            the adapter is loaded.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names the field, its value and what is allowed.
-        TypeError: A field is unknown, or a number or a list of names has the wrong type.
+        TypeError: A field is unknown, or a number or a list of names has the wrong type. For a field of LoRA's, the message names
+            the counterpart.
     """
 
     method: ClassVar[Optional[str]] = None  # set by `register_method`
@@ -138,6 +143,13 @@ class InstancePromptConfig(PeftConfig):
     weights_digest: Optional[str] = field(
         default=None, metadata={"help": "The digest of the weights in the adapter's file; filled in."}
     )
+    import_first: Optional[str] = field(
+        default=None, metadata={"help": "The package to import before the adapter is loaded; filled in."}
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        refuse_lora_words(cls, kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,6 +159,7 @@ class InstancePromptConfig(PeftConfig):
                 f"{type(self).__name__}, Generator)`."
             )
         self.peft_type = PeftType[self.method.upper()]
+        self.import_first = type(self).__module__.partition(".")[0]
         check_int(self, "num_virtual_tokens", minimum=1)
         check_int(self, "bottleneck_dim", minimum=1)
         positions = ("before", "after_first", "end")

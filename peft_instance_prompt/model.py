@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -54,6 +55,10 @@ class InstancePromptModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             take_config(self.peft_config[adapter_name])
+            if "transformers.trainer" in sys.modules:
+                from .trainers import guard_trainers
+
+                guard_trainers()
             with undone_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 check_tensor_names(self.peft_config, names_of(type(self), model, adapter_name).values())
@@ -95,7 +100,10 @@ class InstancePromptModel(BaseTuner):
             how = "Name it with `target_modules`: a module that takes `input_ids` and `inputs_embeds`, or its list of layers."
         else:
             infos = [info for info in infos if matches(peft_config.target_modules, info)]
-            how = f"`target_modules` {peft_config.target_modules!r} matches none of the stacks that this model has: {known}."
+            how = (
+                f"`target_modules` {peft_config.target_modules!r} matches none of the stacks that this model has: {known}. Linear "
+                "layers, which LoRA targets, hold no prompts: leave `target_modules` out, and the stack is found."
+            )
         if peft_config.exclude_modules is not None:
             infos = [info for info in infos if not matches(peft_config.exclude_modules, info)]
             how += f" Mind `exclude_modules` {peft_config.exclude_modules!r}."
@@ -198,7 +206,8 @@ class InstancePromptModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "Prompts that are generated from the instance cannot be merged into the base weights, which are the same for "
-            "all instances. Keep the adapter loaded, or call `unload()` to get the base model back."
+            "all instances. Keep the adapter loaded, or call `unload()` to get the base model back. (TRL merges to send weights to "
+            "vLLM: set `use_vllm=False`.)"
         )
 
     def unload(self) -> nn.Module:

@@ -64,7 +64,7 @@ def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDE
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData(library_name='peft')}\n---\n")
     method = getattr(config.peft_type, "value", config.peft_type)
     title, number = config.paper or (None, None)
-    home = type(config).__module__.partition(".")[0]  # the package that registers the method
+    home = config.import_first
     card.data["tags"] = sorted(
         {*(card.data.tags or []), PACKAGE, method.lower(), *([f"arxiv:{number}"] if number else [])}
     )

@@ -37,22 +37,27 @@ def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[in
 
 def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
     """The ids that a tokenizer's chat template writes between a user's turn and the assistant's answer."""
+    from jinja2 import TemplateError  # with transformers' chat templates, or there is none
+
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"`response_template` is 'chat', but the tokenizer {name!r} has no chat template.")
-    user = [{"role": "user", "content": "1"}]
-    plain, prompted = (
-        tokenizer.apply_chat_template(user, add_generation_prompt=prompt, tokenize=True, return_dict=False)
-        for prompt in (False, True)
-    )
+    user, assistant = {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}
+    try:
+        plain, prompted, both = (
+            tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+            for turns, prompt in (([user], False), ([user], True), ([user, assistant], False))
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"The chat template of the tokenizer {name!r} refuses a user's turn and an assistant's answer ({error}): give "
+            "`response_template` as token ids."
+        ) from error
     ids = prompted[len(plain) :] if prompted[: len(plain)] == plain else []
     if not ids:
         raise ValueError(
             f"The chat template of the tokenizer {name!r} writes nothing between a user's turn and the answer that could be "
             "searched for (`add_generation_prompt` adds nothing at the end): give `response_template` as token ids."
         )
-    both = tokenizer.apply_chat_template(
-        [*user, {"role": "assistant", "content": "2"}], tokenize=True, return_dict=False
-    )
     if not any(both[i : i + len(ids)] == ids for i in range(len(both))):
         raise ValueError(
             f"The chat template of the tokenizer {name!r} writes {ids} where an answer is to be generated, and something else before "

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +100,37 @@ def test_scores_without_a_template_are_not(task: dict, tmp_path: Path, monkeypat
     model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM")).eval()
     scores, _ = measured(model, task)
     assert (torch.tensor(scores) - torch.tensor(by_hand(model))).abs().max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_line(task: dict, tmp_path: Path) -> None:
+    """`lm_eval --model_args pretrained=...,peft=...`, which never imports this package: the scores are the same."""
+    causal_lm().save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    template = word_tokenizer()("w0 w1", add_special_tokens=False)["input_ids"]
+    model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM", response_template=template))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "local.yaml").write_text(json.dumps(task))
+    folders = f"pretrained={tmp_path / 'base'},peft={tmp_path / 'adapter'},max_length=64"
+    line = [
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        folders,
+        "--tasks",
+        "local",
+        "--include_path",
+        tmp_path / "tasks",
+    ]
+    line += ["--device", "cpu", "--batch_size", "4", "--output_path", tmp_path / "out", "--log_samples"]
+    env = {"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "peft_instance_prompt", "run", *map(str, line)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (file,) = (tmp_path / "out").rglob("samples_local*.jsonl")
+    samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    scores = [[float(score) for score, _ in sample["filtered_resps"]] for sample in samples]
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(by_hand(model)), rtol=1e-4, atol=1e-4)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import pytest
 import torch
 import transformers as tf
 from methods import METHODS
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import VOCAB, adapted, assert_same, causal_lm, perturb, tokenizer
 from torch.nn.functional import cross_entropy, logsigmoid
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers.trainer import DEFAULT_CALLBACKS
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt.trainers import SamplingGuard
 
 
 datasets.disable_progress_bars()
@@ -391,6 +394,82 @@ def test_sft_of_assistant_turns(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss_by_hand(trainer.model, batch), rel=1e-5)
 
 
+@pytest.fixture
+def chat_config(tmp_path: Path) -> Callable:
+    """A config whose `response_template` is found in the tokenizer's chat template."""
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    fields = {"response_template": "chat", "tokenizer_name_or_path": str(tmp_path / "tokenizer")}
+    return lambda kind="iapt", **kw: METHODS[kind](task_type="CAUSAL_LM", **fields, **kw)
+
+
+def said(*turns: str) -> dict:
+    """A conversation, in which user and assistant take turns."""
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]}
+
+
+def chat_batch(data: list[dict], cut: int | None = None, assistant_only: bool = False) -> dict[str, torch.Tensor]:
+    """Conversations as token ids, by hand, cut off at a length; what is learned is the answers only, or all tokens."""
+    made = []
+    for row in data:
+        ids, learned = [], []
+        for turn in row["messages"]:
+            words = tokenizer()(turn["content"] + " </s>", add_special_tokens=False)["input_ids"]
+            answer = turn["role"] == "assistant"
+            ids += [5 if answer else 4, *words]  # w1 or w0
+            learned += [not assistant_only, *[answer or not assistant_only] * len(words)]
+        labels = [token if own else -100 for token, own in zip(ids, learned)]
+        made.append({"input_ids": ids[:cut], "labels": labels[:cut]})
+    return collate(made)
+
+
+@torch.no_grad()
+def chat_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> float:
+    """The loss with prompts that are made of what stands up to the first `w1`, by rule 1; of all of a row without it."""
+    marks = batch["input_ids"] == 5
+    scope = (marks.cumsum(dim=1) - marks.long() == 0) & (batch["attention_mask"] == 1)
+    logits = model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"], instruction_mask=scope).logits
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100))
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_sft_of_conversations(kind: str, assistant_only: bool, chat_config: Callable, tmp_path: Path) -> None:
+    """`messages` as they are, of several turns: one more word in the config."""
+    data = [said(f"w{5 + i} w{6 + i}", f"w{8 + i}", *[f"w{20 + i}", f"w{30 + i} w9"] * (i % 2)) for i in range(8)]
+    model = adapted(causal_lm(), chat_config(kind))
+    trainer = sft(tmp_path, data, model, assistant_only_loss=assistant_only)
+    trainer.train()
+    expected = chat_loss(model, chat_batch(data, assistant_only=assistant_only))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sft_of_conversations_without_a_template_proposes_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="for chat data, `response_template='chat'`"):
+        sft(tmp_path, [said("w5", "w6")] * 8).train()
+
+
+LONG = [said("w9 " * (4 * i % 12), f"w{8 + i}") for i in range(8)]  # cut off at 8, some have no answer
+
+
+def test_sft_of_conversations_that_are_cut_off(chat_config: Callable, tmp_path: Path) -> None:
+    """Where answers only are learned, TRL leaves out a row that was cut off before its answer."""
+    model = adapted(causal_lm(), chat_config())
+    trainer = sft(tmp_path, LONG, model, assistant_only_loss=True, max_length=8)
+    trainer.train()
+    batch = chat_batch(LONG, cut=8, assistant_only=True)
+    assert ((batch["labels"] == -100).all(dim=1)).sum() > 0
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(chat_loss(model, batch), rel=1e-5)
+
+
+def test_sft_of_all_tokens_of_conversations_that_are_cut_off(chat_config: Callable, tmp_path: Path) -> None:
+    """There the prompt would read what is learned: that must be asked for."""
+    with pytest.raises(ValueError, match="does not occur in row.*set `missing_template='all'`"):
+        sft(tmp_path / "error", LONG, adapted(causal_lm(), chat_config()), max_length=8).train()
+    model = adapted(causal_lm(), chat_config(missing_template="all"))
+    trainer = sft(tmp_path / "all", LONG, model, max_length=8)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(chat_loss(model, chat_batch(LONG, cut=8)), rel=1e-5)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_sft_with_gradient_checkpointing(use_reentrant: bool, tmp_path: Path) -> None:
     runs = []
@@ -577,3 +656,51 @@ def test_dpo_against_the_base_model(precompute: bool, tmp_path: Path) -> None:
     with trainer.model.disable_adapter():
         reference = margin(trainer.model)
     check_dpo(trainer, reference)
+
+
+ONLINE = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+
+
+def online(path: Path, name: str, model: Any, peft_config: Any = None, **changes: Any) -> tf.Trainer:
+    trainer, config = ONLINE[name]
+    common = {key: value for key, value in COMMON.items() if "batch_size" not in key}
+    sizes = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4, "bf16": False}
+    sizes["temperature"] = 3.0  # the answers to one question must differ, or there is nothing to learn
+    return trainer(
+        model=model,
+        args=config(output_dir=str(path), gradient_checkpointing=False, **{**common, **sizes, **changes}),
+        reward_funcs=lambda completions, **_: [sum(map(ord, text)) / 1000 for text in completions],
+        train_dataset=datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in COMPLETION]),
+        processing_class=tokenizer("left"),
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize("option", ["use_vllm", "use_transformers_continuous_batching"])
+@pytest.mark.parametrize("name", ONLINE)
+def test_online_trainers_refuse_samplers_without_the_adapter(name: str, option: str, tmp_path: Path) -> None:
+    """When they are made, before vLLM is started, whoever makes the adapter; others' adapters are no business of ours."""
+    says = f"cannot be used with `{option}`.*Set `{option}=False`: the trainer then samples with `generate`"
+    with pytest.raises(ValueError, match=says):
+        online(tmp_path, name, adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM")), **{option: True})
+    with pytest.raises(ValueError, match=says):
+        online(tmp_path, name, causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM"), **{option: True})
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ImportError, match="vLLM") if option == "use_vllm" else contextlib.nullcontext():
+        online(tmp_path, name, causal_lm(), lora, **{option: True})
+    assert DEFAULT_CALLBACKS.count(SamplingGuard) == 1
+
+
+def test_online_trainers_sample_with_the_adapter(kind: str, tmp_path: Path) -> None:
+    model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM"))
+    trainer = online(tmp_path, "grpo", model, learning_rate=1e-2)
+    before = trainable(model)
+    trainer.train()
+    assert changed(before, model)
+
+
+def test_weights_that_are_sent_to_vllm(tmp_path: Path) -> None:
+    """What TRL calls before it sends weights, for a trainer that was loaded after the adapter: the cure is named there, too."""
+    model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="cannot be merged.*`use_vllm=False`"):
+        model.merge_adapter()

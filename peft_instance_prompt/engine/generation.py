@@ -73,5 +73,12 @@ class GenerateBatch(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            "Instance prompts cannot be used with continuous batching: it packs several sequences in a row."
+            "Instance prompts cannot be used with continuous batching (`generate_batch`): it packs several sequences in a row. Call "
+            "`generate` with a padded batch."
         )
+
+
+class InitContinuousBatching(GenerateBatch):
+    """The way to continuous batching that `generate_batch`, its context manager and transformers' server take."""
+
+    method = "init_continuous_batching"

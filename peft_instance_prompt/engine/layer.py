@@ -28,7 +28,7 @@ from .calls import LayerCall, by_name, cache_of
 from .close import attend_to_slots, close_slots
 from .fill import fill_slots
 from .frozen import is_frozen
-from .generation import Generate, GenerateBatch
+from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
 from .request import CallNote, NotedForward, current_request
@@ -86,7 +86,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         StackForward(stack, self).install()
         if not stand_ins(model, NotedForward):
             CallNote().register(model)
-            for stand_in in (NotedForward, Generate, GenerateBatch):
+            for stand_in in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
                 if hasattr(model, stand_in.method):
                     stand_in(model).install()
         stand_ins(model, NotedForward)[0].layers.append(self)
@@ -182,6 +182,7 @@ class StackForward(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch.compile cannot break a graph within `try`
+            refuse_export()
             return self._compiled(args, kwargs)
         if is_frozen(self.module):
             return self.call_wrapped(*args, **kwargs)
@@ -200,3 +201,13 @@ class StackForward(StandIn):
         output = self.layer.close(self.call_wrapped(**call))
         current_pass.set(outer)
         return output
+
+
+def refuse_export() -> None:
+    """Raise a ValueError within `torch.export`, which has one graph for all inputs and cannot leave the hooks out."""
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
+    if is_exporting is not None and is_exporting():
+        raise ValueError(
+            "Instance prompts cannot be exported with `torch.export`: where their slots stand depends on the values of masks and "
+            "token ids. Use `torch.compile`, or export the base model after `unload()`."
+        )

@@ -36,10 +36,9 @@ from .request import Request
 CURES = (
     "Give the model data in which the instruction can be told from the response: labels that are -100 on the "
     "instruction (prompt-completion data, completion-only loss), or `instruction_mask`, a bool tensor of the shape of "
-    "`input_ids`, passed to `forward` or set with `instruction_scope(mask)`, or a config with `response_template`."
+    "`input_ids`, passed to `forward` or set with `instruction_scope(mask)`, or a config with `response_template` (for chat data, "
+    "`response_template='chat'`; for plain text, `instruction_length`)."
 )
-
-
 WRAPPED = (
     "Packing that cuts texts anywhere makes such rows of any data (TRL: `packing_strategy='wrapped'`): use 'bfd'."
 )
@@ -118,7 +117,8 @@ def from_template(
     """Rule 2: everything up to and including the first occurrence of `template` in each row, (B, S).
 
     A row without it is an error. With `missing="all"` it is an instruction as a whole, or up to the first label if labels tell:
-    those of its tokens that are `unlabelled` (B, S), unless there are none.
+    those of its tokens that are `unlabelled` (B, S), unless there are none. A row without it and without a label is never an error:
+    a maximum length has cut a conversation off before the answer, and nothing of it is predicted.
     """
     if input_ids is None:
         raise ValueError(
@@ -132,17 +132,20 @@ def from_template(
     else:
         hit = tokens.new_zeros(tokens.shape[0], 1)  # (B, 1)
     found = hit.any(dim=1, keepdim=True)  # (B, 1)
+    allowed = found | found.new_full(found.shape, missing == "all")  # (B, 1)
+    if unlabelled is not None:
+        allowed = allowed | (unlabelled | ~tokens).all(dim=1, keepdim=True)  # (B, 1)
     _check_no_empty_row(
-        found | tokens.new_full(found.shape, missing == "all"),
+        allowed,
         tokens,
         f"`response_template` {template} does not occur in row(s) {{}}. It must stand between instruction and response in "
-        "each row, as the tokenizer writes it there: its ids can depend on the text around it, so compare them with the "
-        "row's `input_ids`. If rows have no response, as texts that were cut off have none, set `missing_template='all'`.",
+        "each row, as the tokenizer of the data writes it there. Another tokenizer or chat template than that of "
+        "`tokenizer_name_or_path` writes it differently, and so may the same one in another text: compare it with the row's "
+        "`input_ids`. If rows have no response, as texts that were cut off have none, set `missing_template='all'`.",
     )
     end = torch.where(found, hit.long().argmax(dim=1, keepdim=True) + k, S)  # (B, 1)
     scope = (torch.arange(S, device=tokens.device) < end) & tokens  # (B, S)
-    if unlabelled is None:
-        return scope
+    unlabelled = scope if unlabelled is None else unlabelled
     return torch.where(found | ~unlabelled.any(dim=1, keepdim=True), scope, unlabelled)  # (B, S)
 
 

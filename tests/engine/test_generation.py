@@ -299,8 +299,21 @@ def test_chunked_prefill_is_refused(kind: str) -> None:
 
 
 def test_continuous_batching_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="continuous batching"):
-        prompted(kind).generate_batch([[1, 2, 3]])
+    """On the tuner and on the inner model, which once gave empty answers, and on every way to it."""
+    model = prompted(kind)
+    base = model.get_base_model()
+    ids = batch(5)["input_ids"]
+    for ask in (
+        lambda: model.generate_batch([[1, 2, 3]]),
+        lambda: model.base_model.generate_batch([[1, 2, 3]]),
+        lambda: base.generate_batch([[1, 2, 3]]),
+        lambda: base.init_continuous_batching(),
+        lambda: base.continuous_batching_context_manager().__enter__(),
+        lambda: base.generate(ids, cache_implementation="paged", max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="continuous batching"):
+            ask()
+    assert model.unload() is base and "init_continuous_batching" not in vars(base)
 
 
 def test_packed_rows_are_refused(kind: str) -> None:

@@ -369,6 +369,36 @@ def test_rows_without_the_template() -> None:
     assert short.tolist() == [[True]]
 
 
+def test_a_row_that_asks_for_nothing_needs_no_template(kind: str) -> None:
+    """As `max_length` leaves a conversation that it cuts off before the answer, where only answers are learned."""
+    ids, labels = IDS.clone(), IDS.clone()
+    ids[1, 3] = 40
+    labels[:, :SPLIT] = labels[1] = -100
+    mask = MASK.clone()
+    mask[1] = 1
+    model = prompted(kind, response_template=TEMPLATE)
+    assert_same(prompts(model, ids, labels=labels), prompts(prompted(kind), ids, instruction_mask=mask), 1e-6)
+    labels[1, -1] = 40
+    with pytest.raises(ValueError, match=r"does not occur in row\(s\) \[1\]"):
+        prompts(model, ids, labels=labels)
+
+
+def test_a_template_that_another_tokenizer_writes(tmp_path) -> None:
+    """The adapter's ids are of the tokenizer that it was made with; the data may come from another."""
+    words = tokenizer()
+    words.save_pretrained(tmp_path / "first")
+    words.chat_template = words.chat_template.replace("w1 ", "w2 ")
+    model = adapted(
+        causal_lm(),
+        IAPTConfig(task_type="CAUSAL_LM", response_template="chat", tokenizer_name_or_path=str(tmp_path / "first")),
+    )
+    chat = [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w7"}]
+    ids = torch.tensor([words.apply_chat_template(chat, tokenize=True, return_dict=False)])
+    says = r"`response_template` \[5\] does not occur in row\(s\) \[0\].*Another tokenizer or chat template than that of `tokenizer_name"
+    with pytest.raises(ValueError, match=says):
+        model(ids, labels=ids)
+
+
 def test_the_config_says_what_a_row_without_the_template_is(kind: str) -> None:
     ids = IDS.clone()
     ids[1, 3] = 40
@@ -494,6 +524,10 @@ def test_chat_template_is_what_stands_before_an_answer(chat_folder: str, kind: s
         (
             "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w3{% endif %}",
             "and something else before an answer that is there",
+        ),
+        (
+            "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('users only') }}{% endif %}w0 {% endfor %}",
+            r"refuses a user's turn and an assistant's answer \(users only\)",
         ),
     ],
 )

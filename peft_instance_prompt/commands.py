@@ -1,0 +1,189 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""`python -m peft_instance_prompt run TOOL ...`: run a tool that never imports this package, with its methods.
+
+PEFT learns of the methods by an import, and who runs a tool from its command line has no line to write it on. So `run` puts the
+folder `startup/` on PYTHONPATH and becomes the tool. Each Python that starts there, and in child processes, reads
+`startup/sitecustomize.py`, and imports this package together with PEFT.
+
+`python -m peft_instance_prompt env` prints the same settings for a shell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME
+
+
+STARTUP = str(Path(__file__).parent / "startup")
+# What child processes inherit. `startup/sitecustomize.py` spells the second, too.
+IMPORTS = "PEFT_INSTANCE_PROMPT_IMPORT"
+CONFIG = "PEFT_INSTANCE_PROMPT_CONFIG"
+
+
+# ------------------------------------------------------------------------------------------------- in a tool's process
+
+
+def import_methods() -> None:
+    """Import the packages of other methods that `--import` named."""
+    for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
+        import_module(name)
+
+
+def choose_config() -> None:
+    """Have `trl.get_peft_config`, which makes configs of LoRA only, return the config that `--peft-config` named.
+
+    Raises:
+        RuntimeError: This TRL has no such function.
+    """
+    trl = sys.modules["trl"]
+    if "get_peft_config" not in dir(trl):
+        raise RuntimeError("`--peft-config` needs the function `trl.get_peft_config`, which this TRL does not have.")
+    trl.get_peft_config = chosen_config  # type: ignore[attr-defined]
+
+
+def chosen_config(model_args: Any) -> PeftConfig:
+    """The config that `--peft-config` named, in place of the one that TRL makes of its own `model_args`.
+
+    Raises:
+        ValueError: An option of TRL's for LoRA is set, which would have no effect.
+    """
+    path = os.environ[CONFIG]
+    without_effect = [
+        f"--{field.name}"
+        for field in fields(model_args)
+        if (field.name.startswith("lora_") or field.name in ("use_rslora", "use_dora"))
+        and field.name != "lora_task_type"
+        and getattr(model_args, field.name) != field.default
+    ]
+    if without_effect:
+        raise ValueError(f"{', '.join(without_effect)} would have no effect: the adapter's config is {path}.")
+    config = read_config(path, task_type=model_args.lora_task_type)
+    print(f"peft_instance_prompt: the adapter is a {type(config).__name__} from {path}", file=sys.stderr)
+    return config
+
+
+def read_config(path: str | os.PathLike, **defaults: Any) -> PeftConfig:
+    """The config of a fresh adapter, from a file or an adapter's folder.
+
+    Args:
+        path (`str`): A YAML or JSON file of a config's fields, `peft_type` among them, or a folder that holds an
+            `adapter_config.json`.
+        **defaults: Fields that it need not give.
+
+    Raises:
+        ValueError: It cannot be read, names no method, or holds values that the method refuses.
+    """
+    file = Path(path, CONFIG_NAME) if Path(path).is_dir() else Path(path)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as the config of an adapter: {error}.") from error
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind.upper() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise ValueError(f"{file} must be the fields of a config, with a `peft_type` among {known}; got {kind!r}.")
+    given = {**defaults, **{name: value for name, value in content.items() if name != "peft_type"}}
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} holds no config of {kind.upper()}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------- the two commands
+
+
+def settings(options: argparse.Namespace) -> dict[str, str]:
+    """The environment variables that have every Python beneath them import this package together with PEFT.
+
+    Raises:
+        ValueError: A module of `--import` or the config of `--peft-config` does not hold.
+    """
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != STARTUP]
+    found = {"PYTHONPATH": os.pathsep.join([STARTUP, *paths])}
+    if options.imports:
+        found[IMPORTS] = ",".join(options.imports)
+        try:
+            for name in options.imports:
+                import_module(name)
+        except ImportError as error:
+            raise ValueError(f"`--import` names a module that cannot be imported: {error}.") from error
+    if options.peft_config is not None:
+        read_config(options.peft_config)
+        found[CONFIG] = os.path.abspath(options.peft_config)
+    return found
+
+
+def find_tool(tool: Sequence[str], module: Sequence[str] | None) -> list[str]:
+    """The command line of a tool: a module, a Python script, or a command of this environment or of the PATH.
+
+    Raises:
+        ValueError: No tool is named, or there is none of that name.
+    """
+    if module is not None:
+        if not module:
+            raise ValueError("Name a module after `-m`.")
+        return [sys.executable, "-m", *module]
+    if not tool:
+        raise ValueError("Name a tool to run: a script, `-m module`, or a command such as `lm_eval`.")
+    name, *rest = tool
+    if name.endswith(".py") or Path(name, "__main__.py").is_file():
+        if not Path(name).exists():
+            raise ValueError(f"There is no script {name!r}.")
+        return [sys.executable, name, *rest]
+    command = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if command is None:
+        raise ValueError(
+            f"There is no command {name!r}, neither beside {sys.executable} nor on the PATH. Modules are run with `-m`."
+        )
+    return [command, *rest]
+
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """`run` becomes the tool and does not return; `env` prints what to set, and returns 0. Both return 2 after an error."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m peft_instance_prompt {command}",
+        description={
+            "run": "Run a tool that never imports peft_instance_prompt, with its methods.",
+            "env": "Print what has every Python import peft_instance_prompt together with PEFT, for a shell's `eval`.",
+        }[command],
+    )
+    parser.add_argument(
+        "--peft-config",
+        metavar="PATH",
+        help="what `trl.get_peft_config` returns: a YAML or JSON file with a config's fields, or an adapter's folder",
+    )
+    parser.add_argument(
+        "--import", dest="imports", action="append", metavar="MODULE", help="another package that registers methods"
+    )
+    if command == "run":
+        parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module to run, with its arguments")
+        parser.add_argument("tool", nargs=argparse.REMAINDER, help="a script or a command to run, with its arguments")
+    options = parser.parse_args(arguments)
+    try:
+        found = settings(options)
+        line = find_tool(options.tool, options.module) if command == "run" else []
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if command == "env":
+        print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in found.items()))
+        return 0
+    os.environ.update(found)
+    sys.stdout.flush()
+    os.execv(line[0], line)

@@ -1,0 +1,314 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""`python -m peft_instance_prompt run` and `env`: tools that never import the package, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from methods import METHODS
+from peft import PeftConfig, PeftModel
+from tiny import adapted, causal_lm, tokenizer
+from trl import ModelConfig
+
+from peft_instance_prompt import IAPTConfig, commands
+from peft_instance_prompt.__main__ import main
+
+
+ROOT = Path(__file__).parent.parent
+IDS = torch.arange(3, 9)[None]
+
+
+def start(*line: str, **env: str) -> subprocess.CompletedProcess:
+    """Run a command with the package on the path, as it is for whoever installs it."""
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return subprocess.run(line, env={**os.environ, **own, **env}, capture_output=True, text=True, check=False)
+
+
+def run(*line: str) -> subprocess.CompletedProcess:
+    done = start(sys.executable, "-m", "peft_instance_prompt", "run", *map(str, line))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+# ------------------------------------------------------------------------------------------------- how Python is started
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Path:
+    """Packages that are called like PEFT, TRL and ours, and tell in which order they are imported."""
+    body = {
+        "peft.py": "import os; print('peft', os.environ.get('SET_BY_THE_SCRIPT'))",
+        "trl.py": "print('trl')",
+        "peft_instance_prompt/__init__.py": "import peft; print('ours')",
+        "peft_instance_prompt/commands.py": "import peft, sys\n"
+        "def import_methods(): print('methods')\ndef choose_config(): print('config', sys.modules['trl'].__name__)",
+        "other.py": "",
+    }
+    for name, text in body.items():
+        file = tmp_path / "packages" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return tmp_path / "packages"
+
+
+def python(code: str, *folders: Path, **env: str) -> tuple[str, str]:
+    path = os.pathsep.join(map(str, (commands.STARTUP, *folders)))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],  # -P: without this folder
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_the_package_follows_peft(packages: Path) -> None:
+    """At its first import and not at the start: what the script sets before still counts, and a probe imports nothing."""
+    code = "import os, sys, importlib.util as u\nu.find_spec('peft')\nprint('peft' in sys.modules, 'torch' in sys.modules)\n"
+    code += "os.environ['SET_BY_THE_SCRIPT'] = '1'\nimport other, peft, trl, peft_instance_prompt\nprint(peft.__spec__.name)"
+    assert python(code, packages)[0].split("\n") == ["False False", "peft 1", "ours", "methods", "trl", "peft", ""]
+
+
+def test_a_process_without_peft_is_left_alone(packages: Path) -> None:
+    code = "import sys; print([n for n in ('torch', 'peft', 'peft_instance_prompt') if n in sys.modules], sys.path[0])"
+    assert python(code, packages)[0] == f"[] {packages}\n", "the folder stays on nobody's sys.path"
+
+
+def test_the_package_that_comes_first(packages: Path) -> None:
+    assert python("import peft_instance_prompt", packages)[0] == "peft None\nmethods\nours\n"
+
+
+def test_a_config_waits_for_trl(packages: Path) -> None:
+    assert python("import trl, peft", packages)[0] == "trl\npeft None\nours\nmethods\n"
+    found = python("import trl, peft", packages, PEFT_INSTANCE_PROMPT_CONFIG="x.yaml")[0]
+    assert found == "trl\npeft None\nmethods\nours\nconfig trl\n"
+
+
+def test_the_environments_own_sitecustomize_runs(packages: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys; print('own', __name__, sys.modules[__name__].__file__)"
+    )
+    own = f"own sitecustomize {tmp_path / 'site' / 'sitecustomize.py'}\n"
+    assert python("import peft", tmp_path / "site", packages)[0] == own + "peft None\nours\nmethods\n"
+
+
+def test_a_python_without_the_package_says_so(packages: Path) -> None:
+    missing = "raise ModuleNotFoundError(name='peft_instance_prompt')"
+    (packages / "peft_instance_prompt" / "__init__.py").write_text(missing)
+    out, err = python("import peft; print('goes on')", packages)
+    assert (
+        out == "peft None\ngoes on\n"
+        and err.startswith("peft_instance_prompt is not installed for")
+        and err.count("\n") == 1
+    )
+
+
+def test_an_error_of_the_package_is_not_hidden(packages: Path) -> None:
+    (packages / "peft_instance_prompt" / "__init__.py").write_text("import nonesuch")
+    with pytest.raises(AssertionError, match="No module named 'nonesuch'"):
+        python("import peft", packages)
+    with pytest.raises(AssertionError, match="(?s)nonesuch.*nonesuch"):  # nor is it at a second attempt
+        python(
+            "try: import peft\nexcept ImportError as error: print(error, file=__import__('sys').stderr)\nimport peft",
+            packages,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- what is started
+
+
+def test_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "__main__.py").touch()
+    python, scripts = sys.executable, Path(sys.executable).parent
+    assert commands.find_tool([str(script), "--a"], None) == [python, str(script), "--a"]
+    assert commands.find_tool([str(tmp_path / "app")], None) == [python, str(tmp_path / "app")]
+    assert commands.find_tool([], ["trl.scripts.sft", "-m", "x"]) == [python, "-m", "trl.scripts.sft", "-m", "x"]
+    monkeypatch.setenv("PATH", "/bin")  # an environment that was not activated
+    assert commands.find_tool(["lm_eval", "--tasks", "x"], None) == [str(scripts / "lm_eval"), "--tasks", "x"]
+    assert commands.find_tool(["sh", "train.sh"], None) == ["/bin/sh", "train.sh"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["run"], "Name a tool to run: a script"),
+        (["run", "-m"], "Name a module after `-m`"),
+        (["run", "nonesuch.py"], "There is no script 'nonesuch.py'"),
+        (["run", "nonesuch"], "There is no command 'nonesuch'"),
+        (
+            ["run", "--import", "nonesuch", "sh"],
+            "`--import` names a module that cannot be imported: No module named 'nonesuch'",
+        ),
+        (["env", "--peft-config", "nonesuch.yaml"], "nonesuch.yaml cannot be read as the config of an adapter"),
+    ],
+)
+def test_what_cannot_be_started(line: list[str], says: str, capsys) -> None:
+    assert main(line) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("error: ") and says in said.err and said.err.count("\n") == 1
+
+
+def test_env_prints_what_run_sets(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my config.yaml"
+    file.write_text("peft_type: IAPT")
+    monkeypatch.setenv("PYTHONPATH", f"{commands.STARTUP}{os.pathsep}/x y")
+    monkeypatch.chdir(tmp_path)
+    assert main(["env", "--peft-config", "my config.yaml", "--import", "json", "--import", "mean_prompt"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"export PYTHONPATH='{commands.STARTUP}{os.pathsep}/x y'",
+        "export PEFT_INSTANCE_PROMPT_IMPORT=json,mean_prompt",
+        f"export PEFT_INSTANCE_PROMPT_CONFIG='{file}'",
+    ]
+    done = []
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.setattr(os, "execv", lambda *call: done.append((call, os.environ["PYTHONPATH"])))
+    main(["run", "sh", "-c", "true"])
+    assert done == [(("/bin/sh", ["/bin/sh", "-c", "true"]), f"{commands.STARTUP}{os.pathsep}/x y")]
+
+
+# ------------------------------------------------------------------------------------------------------ TRL's own config
+
+
+def test_config_of_a_fresh_adapter(kind: str, tmp_path: Path) -> None:
+    config = METHODS[kind](num_virtual_tokens=3, response_template=[4, 5])
+    config.save_pretrained(tmp_path)
+    assert commands.read_config(tmp_path, task_type="CAUSAL_LM").num_virtual_tokens == 3
+    fields = {"peft_type": config.peft_type.value.lower(), "num_virtual_tokens": 3, "response_template": [4, 5]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(fields))
+    found = commands.read_config(tmp_path / "config.yaml", task_type="CAUSAL_LM")
+    assert type(found) is type(config) and found.response_template == [4, 5] and found.task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [", "cannot be read as the config of an adapter"),
+        ("- 1", "a `peft_type` among .*IAPT.*; got None"),
+        ("peft_type: IAPTS", "got 'IAPTS'"),
+        ("peft_type: IAPT\nr: 8", "holds no config of IAPT: IAPTConfig does not have these fields of LoRA's"),
+        ("peft_type: IAPT\nnum_virtual_token: 8", "unexpected keyword argument 'num_virtual_token'"),
+        ("peft_type: IDPG\nnum_virtual_tokens: 0", "`num_virtual_tokens` must be at least 1, got 0"),
+    ],
+)
+def test_files_that_are_no_config(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"c.yaml .*{says}"):
+        commands.read_config(tmp_path / "c.yaml")
+
+
+def test_trl_gets_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Whatever `use_peft` says: to train all weights in silence is not what `--peft-config` is typed for."""
+    trl = SimpleNamespace(get_peft_config=None)
+    monkeypatch.setitem(sys.modules, "trl", trl)
+    (tmp_path / "c.yaml").write_text("peft_type: IAPT\nnum_virtual_tokens: 3")
+    monkeypatch.setenv(commands.CONFIG, str(tmp_path / "c.yaml"))
+    commands.choose_config()
+    for args in (ModelConfig(), ModelConfig(use_peft=True, lora_task_type="SEQ_CLS")):
+        config = trl.get_peft_config(args)
+        assert isinstance(config, IAPTConfig) and config.num_virtual_tokens == 3
+        assert (
+            config.task_type == args.lora_task_type and "the adapter is a IAPTConfig from" in capsys.readouterr().err
+        )
+    with pytest.raises(ValueError, match="--lora_r, --use_dora would have no effect"):
+        trl.get_peft_config(ModelConfig(lora_r=4, use_dora=True))
+    del trl.get_peft_config
+    with pytest.raises(RuntimeError, match="which this TRL does not have"):
+        commands.choose_config()
+
+
+def test_trl_still_has_the_function() -> None:
+    done = start(sys.executable, "-c", "import trl; assert 'get_peft_config' in dir(trl)")
+    assert done.returncode == 0, done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- the real tools
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    causal_lm().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+SCRIPT = """
+import multiprocessing, sys, torch
+from peft import AutoPeftModelForCausalLM
+
+def logits(folder):
+    model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    return model(torch.arange(3, 9)[None]).logits.tolist()
+
+if __name__ == "__main__":
+    folder, out = sys.argv[1:]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        torch.save([logits(folder), pool.apply(logits, [folder])], out)
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launch_and_its_workers(base: str, tmp_path: Path) -> None:
+    """A launcher starts a script, which starts workers anew: no line of them knows of this package."""
+    model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(tmp_path / "adapter")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    rest = ["--cpu", "--num_processes", "1", script, tmp_path / "adapter", tmp_path / "out.pt"]
+    run("accelerate", "launch", *rest)
+    for found in torch.load(tmp_path / "out.pt"):
+        torch.testing.assert_close(torch.tensor(found), model(IDS).logits, rtol=0, atol=1e-6)
+    done = start(sys.executable, script, str(tmp_path / "adapter"), "x")
+    assert done.returncode == 1 and "KeyError: 'IAPT'" in done.stderr, "without us it stays PEFT's error"
+
+
+MESSAGES = [
+    {"messages": [{"role": "user", "content": f"w{5 + i} w{6 + i}"}, {"role": "assistant", "content": f"w{8 + i}"}]}
+    for i in range(8)
+]
+
+
+@pytest.mark.slow
+def test_trl_sft(base: str, tmp_path: Path) -> None:
+    """`trl sft` goes through accelerate to a script of TRL's, on chat data, with a YAML that chooses the method."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MESSAGES))
+    config = {"peft_type": "IAPT", "num_virtual_tokens": 3, "response_template": "chat"}
+    (tmp_path / "iapt.yaml").write_text(yaml.safe_dump(config))
+    options = {
+        "model_name_or_path": base,
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "learning_rate": 0.1,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "assistant_only_loss": True,
+    }
+    line = [part for name, value in options.items() for part in (f"--{name}", value)]
+    done = run("--peft-config", tmp_path / "iapt.yaml", "trl", "sft", *line)
+    assert "the adapter is a IAPTConfig from" in done.stderr
+    found = PeftConfig.from_pretrained(tmp_path / "out")
+    assert isinstance(found, IAPTConfig) and found.num_virtual_tokens == 3 and found.task_type == "CAUSAL_LM"
+    assert found.response_template == [5], "`w1`, which the tokenizer's chat template writes before an answer"
+    model = PeftModel.from_pretrained(causal_lm(), tmp_path / "out").eval()
+    with model.disable_adapter():
+        bare = model(IDS).logits
+    assert not torch.allclose(model(IDS).logits, bare, atol=1e-3)
