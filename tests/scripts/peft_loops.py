@@ -126,7 +126,10 @@ def several_adapters(config: PeftConfig, folder: Path) -> Job:
         with tempfile.TemporaryDirectory() as both:
             model.save_pretrained(both)  # a folder in it for each adapter
             again = load_both(both)
-            must(distance(under_each(again), under_each(model)) < 1e-5, "adapters loaded side by side give other outputs")
+            must(
+                distance(under_each(again), under_each(model)) < 1e-5,
+                "adapters loaded side by side give other outputs",
+            )
             again.delete_adapter("second")
             again.save_pretrained(both)
             shutil.copytree(f"{both}/first", to, dirs_exist_ok=True)

@@ -82,10 +82,14 @@ GROUPS: dict[str, dict[str, Script]] = {
     "TRL: supervised fine-tuning": {
         "SFT, prompt and completion": Script(trl_sft.prompt_completion),
         "SFT, `messages`": Script(trl_sft.messages, words=CHAT),
-        "SFT, `assistant_only_loss`": Script(functools.partial(trl_sft.messages, assistant_only_loss=True), words=CHAT),
+        "SFT, `assistant_only_loss`": Script(
+            functools.partial(trl_sft.messages, assistant_only_loss=True), words=CHAT
+        ),
         "SFT, `text`": Script(trl_sft.text, words=PLAIN),
         "SFT, `packing`": Script(functools.partial(trl_sft.prompt_completion, packing=True, max_length=32)),
-        "SFT, `padding_free`": Script(functools.partial(trl_sft.prompt_completion, padding_free=True, max_length=None)),
+        "SFT, `padding_free`": Script(
+            functools.partial(trl_sft.prompt_completion, padding_free=True, max_length=None)
+        ),
     },
     "TRL: preferences and rewards": {
         "DPO": Script(trl_preference.dpo),
@@ -168,12 +172,8 @@ def title(method: str) -> str:
     if method == "lora":
         return "LoRA"
     made = METHODS[method]()
-    defaults = {field.name: field.default for field in dataclasses.fields(made)}
-    words = [
-        f"{name}={value!r}"
-        for name, value in vars(made).items()
-        if isinstance(value, (str, bool)) and name in defaults and value != defaults[name] and name != "peft_type"
-    ]
+    defaults = vars(type(made)())
+    words = [f"{n}={v!r}" for n, v in vars(made).items() if isinstance(v, (str, bool)) and v != defaults[n]]
     return f"{type(made).__name__.removesuffix('Config')}{' `' + ', '.join(words) + '`' if words else ''}"
 
 
@@ -222,8 +222,12 @@ def page(results: dict[tuple[str, str], Cell]) -> str:
     lines += ["| script | words |", "|---|---|", *(f"| {name} | {words} |" for name, words in WORDS.items()), ""]
     for group, scripts in GROUPS.items():
         lines += [f"## {group}", "", *table(results, list(scripts), notes), ""]
-    lines += ["`several adapters` trains two adapters, loads both beside each other, switches, mixes them in one batch, and deletes"]
-    lines += ["one. PEFT's notebook goes on to merge them (`add_weighted_adapter`), which prompts cannot: see [What works](conformance.md)."]
+    lines += [
+        "`several adapters` trains two adapters, loads both beside each other, switches, mixes them in one batch, and deletes"
+    ]
+    lines += [
+        "one. PEFT's notebook goes on to merge them (`add_weighted_adapter`), which prompts cannot: see [What works](conformance.md)."
+    ]
     return "\n".join([*lines, "", "## Reasons", "", *(f"{i}. {why}" for i, why in enumerate(notes, start=1)), ""])
 
 
@@ -246,7 +250,9 @@ def read(text: str) -> dict[tuple[str, str], Cell]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write docs/scripts.md")
-    parser.add_argument("--only", default="", help="run the scripts only whose names contain this text, and print them")
+    parser.add_argument(
+        "--only", default="", help="run the scripts only whose names contain this text, and print them"
+    )
     parser.add_argument("--method", choices=COLUMNS, nargs="+", default=COLUMNS, help="with these methods only")
     args = parser.parse_args()
     torch.set_num_threads(1)
