@@ -4,17 +4,17 @@
 """`accelerate launch` with the configs of examples/launch_configs: two processes on one machine, and one on each of two.
 
 A machine is a launcher of its own here; they meet over the loopback. One launch serves all methods, since it is the imports that take
-time. DeepSpeed is not among what the tests install: `make test-machines` runs this file with it.
+time. `make test-machines` runs this file, in an environment with DeepSpeed; elsewhere it is skipped.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import machines_worker
@@ -26,7 +26,10 @@ from safetensors.torch import load_file
 from tiny import assert_same, causal_lm
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="`make test-machines` has DeepSpeed"),
+]
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "examples" / "launch_configs"
 WAYS = {"ddp": {"ACCELERATE_USE_CPU": "true"}, "fsdp2": {}, "deepspeed_zero3": {"DS_ACCELERATOR": "cpu"}}
@@ -104,8 +107,6 @@ def machines(request: pytest.FixtureRequest) -> int:
 def launched(
     request: pytest.FixtureRequest, machines: int, models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    if request.param == "deepspeed_zero3" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed; `make test-machines` has it")
     folder = tmp_path_factory.mktemp(f"{request.param}-{machines}")
     launch(request.param, machines, models, folder)
     return folder
@@ -114,7 +115,7 @@ def launched(
 def test_processes_are_as_one(kind: str, launched: Path, alone: dict[str, dict], models: Path) -> None:
     found = torch.load(launched / "results.pt")[kind]
     assert len(found["losses"]) == machines_worker.STEPS
-    assert found["losses"] == pytest.approx(alone[kind]["losses"], rel=1e-3)  # the log has four digits
+    assert found["losses"] == pytest.approx(alone[kind]["losses"], rel=1e-4)
     # What the processes saved together is the adapter that one would have trained. Adam makes a whole step of what is rounding
     # where there is no gradient, so it is not weights that are compared, but what they do.
     ids = torch.stack([row["input_ids"] for row in machines_worker.rows()])
@@ -129,7 +130,7 @@ def test_processes_are_as_one(kind: str, launched: Path, alone: dict[str, dict],
 
 def test_resuming_goes_on_as_if_never_stopped(kind: str, launched: Path) -> None:
     found = torch.load(launched / "results.pt")[kind]
-    assert found["resumed"] == pytest.approx(found["losses"][machines_worker.SAVED :], rel=1e-3)
+    assert found["resumed"] == pytest.approx(found["losses"], rel=1e-5)  # those up to the checkpoint are read from it
     whole, resumed = (weights(launched, kind, which) for which in ("adapter", "resumed"))
     assert whole.keys() == resumed.keys() and whole
     for name, value in whole.items():
