@@ -8,6 +8,7 @@
 # make test-all   all that is too long for CI, part by part; each is a target of its own:
 #   test-floor      the suite on the oldest supported releases
 #   test-previous   the suite on the newest transformers whose own `add_adapter` takes this PEFT
+#   test-machines   `accelerate launch` on one and two machines, DeepSpeed too
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
 #
 # Nothing has to be installed first but Python >= 3.11.
@@ -26,10 +27,10 @@ STAMP := $(VENV)/.$(basename $(notdir $(CONSTRAINTS)))
 PINS := $(CONSTRAINTS) constraints/common.txt
 
 # The parts of `make test-all`.
-ALL := test-floor test-previous test test-fresh
+ALL := test-floor test-previous test test-machines test-fresh
 LOGS := outputs/test-all
 
-.PHONY: test coverage lint format types docs demo bench test-all test-floor test-previous test-fresh clean
+.PHONY: test coverage lint format types docs demo bench test-all test-floor test-previous test-machines test-fresh clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -72,6 +73,11 @@ test-floor:
 test-previous:
 	$(MAKE) test VENV=.venv-previous CONSTRAINTS=constraints/previous.txt
 
+# An environment of its own: DeepSpeed is large, and the other tests need none of it.
+test-machines:
+	$(MAKE) .venv-machines/.newest-machines VENV=.venv-machines
+	.venv-machines/bin/python -m pytest tests/test_distributed.py tests/test_machines.py $(PYTEST_ARGS)
+
 # Anew each time. What is tested is the wheel, not this folder: -P keeps the folder off the path.
 FRESH := .venv-fresh
 FRESH_PYTHON := $(FRESH)/bin/python
@@ -89,11 +95,11 @@ test-fresh:
 # torch first and alone: its exact pin decides the build, before another requirement can ask for a different one.
 $(STAMP)-torch: $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	rm -f $(VENV)/.*-torch $(VENV)/.*-test $(VENV)/.*-examples $(VENV)/.*-dev
+	rm -f $(VENV)/.*-torch $(VENV)/.*-test $(VENV)/.*-examples $(VENV)/.*-machines $(VENV)/.*-dev
 	$(PIP) install -c $(CONSTRAINTS) torch
 	touch $@
 
-$(STAMP)-test $(STAMP)-examples $(STAMP)-dev: $(STAMP)-%: $(STAMP)-torch pyproject.toml
+$(STAMP)-test $(STAMP)-examples $(STAMP)-machines $(STAMP)-dev: $(STAMP)-%: $(STAMP)-torch pyproject.toml
 	$(PIP) install -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
 
@@ -104,6 +110,6 @@ $(STAMP)-ruff: $(PINS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-previous $(FRESH) $(VENV)
+	rm -rf .venv .venv-floor .venv-previous .venv-machines $(FRESH) $(VENV)
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,6 +31,7 @@ from .config import InstancePromptConfig
 from .engine.calls import check_release, check_understood
 from .engine.layer import InstancePromptLayer
 from .engine.request import adapters_of, current_request, note
+from .engine.sharded import whole
 from .engine.stack import StackInfo, describe, find_stacks, walk
 from .generator import PromptGenerator
 from .loading import check_arrival, names_of, take_config
@@ -145,7 +146,8 @@ class InstancePromptModel(BaseTuner):
         weight = stack.get_input_embeddings().weight
         if weight.device.type != "meta" and not any(p.is_meta for p in generator.parameters()):
             generator.to(weight.device, weight.dtype if weight.is_floating_point() else None)
-            generator.begin(weight.detach())
+            with whole([weight]):
+                generator.begin(weight.detach())
         if layer is None:
             layer = InstancePromptLayer(info, self.prefix)
             stack.add_module(name, layer)

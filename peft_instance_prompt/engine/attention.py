@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .calls import forward_args
+from .sharded import whole
 
 
 class Attention(NamedTuple):
@@ -69,12 +70,13 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
     probe: PreTrainedModel = _without_layers(stack, layers_name.split("."))
     probe.config = copy.deepcopy(stack.config)
     probe.config._attn_implementation = "eager"  # other kernels get causality as a flag, without a mask
-    embedding = stack.get_input_embeddings().weight
-    device = torch.device("cpu") if embedding.is_meta else embedding.device
-    dtype = embedding.dtype if embedding.is_floating_point() else torch.float32
-    embeds = torch.zeros(1, 3, embedding.shape[1], device=device, dtype=dtype)  # (1, 3, e)
+    embedding = stack.get_input_embeddings()
+    weight = embedding.weight
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    embeds = torch.zeros(1, 3, embedding.embedding_dim, device=device, dtype=dtype)  # (1, 3, e)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), whole(probe.parameters()):
             probe(
                 inputs_embeds=embeds, attention_mask=torch.ones(1, 3, dtype=torch.long, device=device), use_cache=False
             )

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .attention import Attention, read_attention
 from .calls import forward_args
+from .sharded import num_elements
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _find_layers(stack: nn.Module) -> str | None:
     """The list of layers is the module list that holds most of the parameters and lies in no other."""
     lists = {name: module for name, module in walk(stack) if isinstance(module, nn.ModuleList)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outer.items()}
+    sizes = {name: sum(map(num_elements, module.parameters())) for name, module in outer.items()}
     return max(sizes, key=sizes.__getitem__) if sizes and max(sizes.values()) > 0 else None
 
 

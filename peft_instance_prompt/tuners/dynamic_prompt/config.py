@@ -100,6 +100,12 @@ class DynamicPromptConfig(InstanceVectorConfig):
             check_choice(self, name, ("off", "task", "instance"))
         check_choice(self, "representation", ("off", "instance"))
         check_choice(self, "order", ("paper", "dpt"))
+        if self.instruction_length is not None:
+            raise ValueError(
+                f"`instruction_length` must be None, got {self.instruction_length}: the prompt is split around the instance, and the "
+                "part before it would let the first tokens of plain text be predicted from a prompt that has read them. Give rows "
+                "with labels or a `response_template`, or use another method."
+            )
         check_choice(self, "prompt_position", (None, "before", "after_first"))
         for name in ("relu_logits", "sample_at_eval"):
             check_choice(self, name, (True, False))

@@ -1,0 +1,271 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which script runs with which method, found out by running it: `python tests/scripts/script_table.py --write`.
+
+Each cell of the tables in docs/scripts.md is one script of this folder with one config. LoRA, as PEFT has it, runs through the
+same scripts. An error that a library raises on purpose is a refusal, with its message; any other exception is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import linecache
+import os
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [folder for folder in (str(HERE), str(HERE.parent)) if folder not in sys.path]
+
+import datasets  # noqa: E402
+import peft_loops  # noqa: E402
+import peft_trainer  # noqa: E402
+import torch  # noqa: E402
+import transformers as tf  # noqa: E402
+import trl_preference  # noqa: E402
+import trl_sft  # noqa: E402
+from common import Job, check, load  # noqa: E402
+from methods import METHODS  # noqa: E402
+from peft import LoraConfig, PeftConfig  # noqa: E402
+
+
+ROOT = HERE.parent.parent
+PAGE = ROOT / "docs" / "scripts.md"
+COLUMNS = ["lora", *METHODS]
+
+
+class Cell(NamedTuple):
+    """`what` is "works", "refused" or "fails"; `why` says it in a sentence."""
+
+    what: str
+    why: str = ""
+
+
+@dataclasses.dataclass
+class Script:
+    """One script, and what its config says.
+
+    Attributes:
+        run (`Callable`): Takes a config and a folder for the trainer, and returns the `Job`.
+        base (`Callable`): The base model anew.
+        task_type (`str`): Of the config.
+        words (`dict`): What a config of ours says beside the method and the task; LoRA's says nothing more.
+    """
+
+    run: Callable[[PeftConfig, Path], Job]
+    base: Callable[[], torch.nn.Module] = functools.partial(load, tf.AutoModelForCausalLM, "llama")
+    task_type: str = "CAUSAL_LM"
+    words: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CHAT = {"response_template": "chat"}
+PLAIN = {"instruction_length": trl_sft.TEXT_LENGTH, "prompt_position": "end"}
+
+
+def classifier(kind: str, auto: type, **kwargs: Any) -> Callable[[], torch.nn.Module]:
+    return functools.partial(load, auto, kind, **kwargs)
+
+
+GROUPS: dict[str, dict[str, Script]] = {
+    "TRL: supervised fine-tuning": {
+        "SFT, prompt and completion": Script(trl_sft.prompt_completion),
+        "SFT, `messages`": Script(trl_sft.messages, words=CHAT),
+        "SFT, `assistant_only_loss`": Script(
+            functools.partial(trl_sft.messages, assistant_only_loss=True), words=CHAT
+        ),
+        "SFT, `text`": Script(trl_sft.text, words=PLAIN),
+        "SFT, `packing`": Script(functools.partial(trl_sft.prompt_completion, packing=True, max_length=32)),
+        "SFT, `padding_free`": Script(
+            functools.partial(trl_sft.prompt_completion, padding_free=True, max_length=None)
+        ),
+    },
+    "TRL: preferences and rewards": {
+        "DPO": Script(trl_preference.dpo),
+        "KTO": Script(trl_preference.kto),
+        "GRPO": Script(trl_preference.grpo),
+        "RLOO": Script(trl_preference.rloo),
+        "reward model": Script(
+            trl_preference.reward,
+            classifier("llama", tf.AutoModelForSequenceClassification, num_labels=1),
+            "SEQ_CLS",
+        ),
+    },
+    "PEFT": {
+        "causal": Script(peft_loops.causal),
+        "seq2seq": Script(peft_loops.seq2seq, classifier("t5", tf.AutoModelForSeq2SeqLM), "SEQ_2_SEQ_LM"),
+        "classification": Script(
+            peft_loops.classification,
+            classifier("bert", tf.AutoModelForSequenceClassification, num_labels=3),
+            "SEQ_CLS",
+        ),
+        "tokens": Script(
+            peft_trainer.token_classification,
+            classifier("bert", tf.AutoModelForTokenClassification, num_labels=3),
+            "TOKEN_CLS",
+        ),
+        "questions": Script(
+            peft_trainer.question_answering, classifier("bert", tf.AutoModelForQuestionAnswering), "QUESTION_ANS"
+        ),
+        "several adapters": Script(peft_loops.several_adapters),
+    },
+}
+SCRIPTS = {name: script for group in GROUPS.values() for name, script in group.items()}
+
+
+def config(method: str, script: Script) -> PeftConfig:
+    if method == "lora":
+        return LoraConfig(task_type=script.task_type, r=4)
+    return METHODS[method](task_type=script.task_type, **script.words)
+
+
+def run(name: str, method: str) -> Cell:
+    """The outcome of one cell."""
+    script = SCRIPTS[name]
+    torch.manual_seed(0)
+    tf.logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        try:
+            check(script.run(config(method, script), Path(folder)), script.base)
+        except Exception as error:
+            return outcome(error)
+    return Cell("works")
+
+
+def outcome(error: Exception) -> Cell:
+    """A refusal is what a `raise` of a library says; if it is not ours, its line is shown."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    line = linecache.getline(frame.filename, frame.lineno).strip()
+    if not line.startswith("raise") or isinstance(error, AssertionError):
+        kind = "" if isinstance(error, AssertionError) else type(error).__name__ + ": "
+        return Cell("fails", kind + sentence(error))
+    file = Path(frame.filename).as_posix()
+    upstream = re.search(r"/site-packages/((?!peft_instance_prompt/).*)", file)
+    return Cell("refused", sentence(error) + (f" ({upstream[1]}, `{frame.name}`)" if upstream else ""))
+
+
+def sentence(error: Exception) -> str:
+    """The first sentence of a message, on one line."""
+    line = " ".join(str(error).split()).replace(f"{ROOT}/", "")
+    return line.split(". ")[0].rstrip(".") + "."
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def title(method: str) -> str:
+    """The method, and the words in its config that are not the defaults. Sizes are not told."""
+    if method == "lora":
+        return "LoRA"
+    made = METHODS[method]()
+    defaults = vars(type(made)())
+    words = [f"{n}={v!r}" for n, v in vars(made).items() if isinstance(v, (str, bool)) and v != defaults[n]]
+    return f"{type(made).__name__.removesuffix('Config')}{' `' + ', '.join(words) + '`' if words else ''}"
+
+
+def table(results: dict[tuple[str, str], Cell], names: list[str], notes: list[str]) -> list[str]:
+    """A table in Markdown; reasons are added to `notes` and their numbers stand in the cells."""
+    lines = [f"| method | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for method in COLUMNS:
+        cells = []
+        for name in names:
+            what, why = results[name, method]
+            if why and why not in notes:
+                notes.append(why)
+            cells.append(f"{what} [{notes.index(why) + 1}]" if why else what)
+        lines.append(f"| {title(method)} | {' | '.join(cells)} |")
+    return lines
+
+
+HEAD = """# Scripts of TRL and PEFT
+
+Made by `python tests/scripts/script_table.py --write`, which runs each cell: a small script, written after one of TRL's or PEFT's,
+with the config of one method, for four steps on a tiny model of random weights. PEFT's LoRA runs through the same scripts. A script
+changes from LoRA to one of our methods by its config alone:
+
+```diff
+- peft_config = LoraConfig(task_type="CAUSAL_LM", r=4)
++ peft_config = IAPTConfig(task_type="CAUSAL_LM")
+```
+
+*works* means that all of this holds: each loss is finite; all weights of the adapter moved and none of the base model; no prompt was
+generated from more tokens than the instruction has; the adapter that was saved and loaded gives the same outputs, and the same text;
+the adapter has an effect on the states of the stack, and none when it is disabled. *refused*: an error that a library raises on
+purpose, with the sentence given below; if it is not our sentence, the file and the function that raise it. *fails*: another exception,
+or something of the above does not hold. `tests/scripts/test_script_table.py` runs cells again and compares.
+
+Trainers have their defaults, gradient checkpointing too, except for bfloat16, which is off.
+"""
+WORDS = {
+    "`messages`, `assistant_only_loss`": '`response_template="chat"`',
+    "`text`": f'`instruction_length={trl_sft.TEXT_LENGTH}, prompt_position="end"`',
+}
+
+
+def page(results: dict[tuple[str, str], Cell]) -> str:
+    notes: list[str] = []
+    lines = [HEAD, "What a config of ours says beside the method and the task, where it says more:", ""]
+    lines += ["| script | words |", "|---|---|", *(f"| {name} | {words} |" for name, words in WORDS.items()), ""]
+    for group, scripts in GROUPS.items():
+        lines += [f"## {group}", "", *table(results, list(scripts), notes), ""]
+    lines += [
+        "`several adapters` trains two adapters, loads both beside each other, switches, mixes them in one batch, and deletes"
+    ]
+    lines += [
+        "one. PEFT's notebook goes on to merge them (`add_weighted_adapter`), which prompts cannot: see [What works](conformance.md)."
+    ]
+    return "\n".join([*lines, "", "## Reasons", "", *(f"{i}. {why}" for i, why in enumerate(notes, start=1)), ""])
+
+
+def read(text: str) -> dict[tuple[str, str], Cell]:
+    """The cells of a page."""
+    notes = dict(line.split(". ", 1) for line in text.partition("## Reasons")[2].splitlines() if ". " in line)
+    methods = {title(method): method for method in COLUMNS}
+    results, names = {}, []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if cells[0] == "method":
+            names = cells[1:]
+        elif cells[0] in methods:
+            for name, cell in zip(names, cells[1:]):
+                what, _, number = cell.partition(" ")
+                results[name, methods[cells[0]]] = Cell(what, notes[number.strip("[]")] if number else "")
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write docs/scripts.md")
+    parser.add_argument(
+        "--only", default="", help="run the scripts only whose names contain this text, and print them"
+    )
+    parser.add_argument("--method", choices=COLUMNS, nargs="+", default=COLUMNS, help="with these methods only")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for name in (name for name in SCRIPTS if args.only in name):
+        for method in args.method:
+            results[name, method] = run(name, method)
+        print(f"{name:30}", *(results[name, method].what for method in args.method), flush=True)
+        for why in sorted({results[name, method].why for method in args.method} - {""}):
+            print(" " * 8 + why)
+    if args.write and not args.only and args.method == COLUMNS:
+        PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
