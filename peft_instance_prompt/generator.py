@@ -126,8 +126,7 @@ class PromptGenerator(TextStart):
         self.causal = info.causal
         self.copies_last: bool = info.causal and config.prompt_position == "end"
         self.depths: tuple[int, ...] = tuple(sorted(chosen_layers(config, info) if depths is None else depths))
-        if config.init_text is not None:
-            self.add_text(self.depths, self.num_slots, info.hidden_size, info.embedding_size)
+        self.add_text(config, self.depths, info)
         self.constant_condition: bool = config.condition == "constant"
         if self.constant_condition and self.feeds_constant:
             widths = {info.embedding_size if depth == INPUT else info.hidden_size for depth in self.depths}
@@ -231,20 +230,14 @@ class PromptGenerator(TextStart):
     # --------------------------------------------------------------------------------------------- what the engine calls
 
     def forward(self, instances: Instances, depth: int, weights: Weights | None = None) -> torch.Tensor:
-        """The prompt vectors of one depth: `p = start + rms(start) * generated`, the start being the `init_text`'s or the method's.
-        Where the vectors are added to the states in the slots, there is no `start +`, since these states began with it.
+        """The prompt vectors (G, l, w) of one depth: `p = start + rms(start) * generated`, the start being the `init_text`'s or the
+        method's. Where they are added to the states in the slots, there is no `start +`, since these states began with it.
 
         The first token is the attention sink of a causal model. A second copy of its state changes next to nothing, so an adapter
         whose `generated` begins at zero begins as a near no-op, where any other vector does great harm. The papers have no such
         term; with `init_weights="paper"` there is none.
 
-        Args:
-            instances (`Instances`): As in `generate`.
-            depth (`int`): As in `generate`.
-            weights (`Mapping[str, torch.Tensor]`, *optional*): As in `generate`. Default: the generator's own.
-
-        Returns:
-            `torch.Tensor`: Shape (G, l, w).
+        `instances`, `depth` and `weights` are those of `generate`, the weights by default the generator's own.
         """
         weights = self.weights(depth) if weights is None else weights
         G = len(instances.mask)
@@ -298,3 +291,9 @@ def chosen_layers(config: Any, info: StackInfo) -> list[int]:
     """The layers of a config's `layers_to_transform`: all of the stack's if it is None."""
     layers = config.layers_to_transform
     return list(range(info.num_layers)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+
+
+def stack_weights(of_adapters: Iterable[Weights]) -> dict[str, torch.Tensor]:
+    """The weights of several adapters of one signature, one per instance: (G, a, b) each."""
+    each = list(of_adapters)
+    return {name: torch.stack([weights[name] for weights in each]) for name in each[0]}  # (G, a, b)

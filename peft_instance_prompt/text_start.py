@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+
+if TYPE_CHECKING:
+    from .engine.stack import StackInfo
 
 
 class TextStart(nn.Module):
@@ -24,16 +29,14 @@ class TextStart(nn.Module):
         text_input (`torch.Tensor`): Shape (1, l, e). The input embeddings, if prompts stand there.
     """
 
-    from_text = False
-
-    def add_text(self, depths: Sequence[int], num_slots: int, hidden_size: int, embedding_size: int) -> None:
-        """Make room for the states of a text: of l tokens, at layers, and at the input if `depths` has a negative number."""
-        self.from_text, self.text_depths = True, tuple(depths)
-        layers = [depth for depth in depths if depth >= 0]
-        if layers:
-            self.register_buffer("text", torch.zeros(len(layers), num_slots, hidden_size))
-        if len(layers) < len(depths):
-            self.register_buffer("text_input", torch.zeros(1, num_slots, embedding_size))
+    def add_text(self, config: Any, depths: Sequence[int], info: StackInfo) -> None:
+        """Make room for the states of the config's `init_text`: at layers, and at the input if `depths` has a negative number."""
+        self.from_text, self.text_depths = config.init_text is not None, tuple(depths)
+        layers, l = [depth for depth in depths if depth >= 0], config.num_virtual_tokens
+        if self.from_text and layers:
+            self.register_buffer("text", torch.zeros(len(layers), l, info.hidden_size))
+        if self.from_text and len(layers) < len(depths):
+            self.register_buffer("text_input", torch.zeros(1, l, info.embedding_size))
 
     @torch.no_grad()
     def begin_from_text(self, states: Mapping[int, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from ..generator import Instances, PromptGenerator
+from ..generator import Instances, PromptGenerator, stack_weights
 from .instances import Selection
 from .intercept import intercepted
 from .layout import Layout
@@ -75,8 +75,7 @@ class Group:
             return None if managed else self._of(0, depth)
         assert self.rows_of is not None  # several adapters share the rows of the batch
         each = [self._of(number, depth) for number in range(len(self.generators))]
-        of_instances = [weights for weights, rows in zip(each, self.rows_of) for _ in rows]
-        return {name: torch.stack([weights[name] for weights in of_instances]) for name in each[0]}  # (G, a, b)
+        return stack_weights(weights for weights, rows in zip(each, self.rows_of) for _ in rows)
 
     def _of(self, number: int, depth: int) -> dict[str, torch.Tensor]:
         """One adapter's parameters at a depth."""
