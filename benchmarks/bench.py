@@ -135,6 +135,16 @@ def dynamic(position: str, length: str):
     return make_config
 
 
+def several_tasks(base):
+    """The same prompt, positions and lengths as "dynamic-task", chosen by the task of each row: 8 tasks."""
+    from peft_instance_prompt import DynamicPromptConfig
+
+    fields = {"position": "task", "length": "task", "num_tasks": BATCH}
+    return get_peft_model(base, DynamicPromptConfig(task_type="CAUSAL_LM", **fields)), {
+        "task_ids": torch.arange(BATCH)
+    }
+
+
 METHODS = {
     "bare": bare,
     "lora": one_adapter(lora),
@@ -153,6 +163,8 @@ METHODS = {
     "lpt-mixed": adapter_per_row(lpt),
     "fixed-prompt": one_adapter(dynamic("off", "off")),
     "dynamic": one_adapter(dynamic("instance", "instance")),
+    "dynamic-task": one_adapter(dynamic("task", "task")),
+    "dynamic-tasks": several_tasks,  # to be compared with it: --train-reference dynamic-task
 }
 
 

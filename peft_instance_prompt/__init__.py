@@ -13,6 +13,7 @@ from .loading import guard_loading
 from .model_card import teach_peft
 from .registry import register_method
 from .saving import guard_saving
+from .task_ids import carry_task_ids
 from .tuners import (
     Choices,
     DynamicPromptConfig,
@@ -25,6 +26,7 @@ from .tuners import (
     IPTModel,
     LPTConfig,
     LPTModel,
+    learned_position,
     record_choices,
 )
 
@@ -55,6 +57,7 @@ warn_of_untested_release()
 teach_peft(InstancePromptConfig)
 guard_loading(InstancePromptConfig)
 guard_saving(InstancePromptConfig)
+carry_task_ids(InstancePromptConfig)
 
 __all__ = [
     "Choices",
@@ -74,6 +77,7 @@ __all__ = [
     "instance_report",
     "instruction_scope",
     "learn_activations",
+    "learned_position",
     "record_choices",
     "register_method",
     "to_prompt_embeds",

@@ -47,6 +47,12 @@ class InstancePromptConfig(PeftConfig):
             own form and start, which disturbs a pretrained causal model badly. It is a property of the trained adapter,
             not only of its start: do not change it afterwards. (At the `"end"` of a causal model, where the next token is
             predicted at the last slot, the copies are of the last instruction token, and no start is a near no-op.)
+        init_text (`str` or `list[int]`, *optional*):
+            A text, or its token ids, whose states in the frozen base model the prompt begins as, depth by depth, in place of the
+            copies of the first token. At most `num_virtual_tokens` tokens; a shorter text is repeated. A text is turned into ids
+            by the tokenizer `tokenizer_name_or_path`, without special tokens. The states are computed once, when the adapter is
+            made, are saved with it, and are not trained. A fresh adapter before the text of a causal model then acts as these
+            tokens do, and is no near no-op. Not for `init_weights="paper"`, whose prompts have no such part.
         condition (`str`):
             `"instance"`, or `"constant"` for the control experiment: the same generator fed a learned constant, so that
             the generated part is the same for all instances. With `init_weights="paper"` so is the whole prompt; otherwise
@@ -66,7 +72,7 @@ class InstancePromptConfig(PeftConfig):
             For plain text, which has no instruction: the prompt is generated from the first n tokens and stands behind them
             (`prompt_position="end"`), so that every later token is predicted from it and none is read by it.
         tokenizer_name_or_path (`str`, *optional*):
-            The tokenizer for a `response_template` given as text. Defaults to the base model's.
+            The tokenizer for a `response_template` or an `init_text` given as text. Defaults to the base model's.
         target_modules (`str` or `list[str]`, *optional*):
             The transformer stacks, or their lists of layers, by name or by the end of their name, e.g. `"decoder"` or
             `"model.layers"`; a string is a regular expression that the whole name must match. Defaults to the stack that is
@@ -110,6 +116,9 @@ class InstancePromptConfig(PeftConfig):
     init_weights: Union[bool, Literal["paper"]] = field(
         default=True, metadata={"help": "True: near no-op; False: random; 'paper': the paper's own form and start."}
     )
+    init_text: Optional[Union[list[int], str]] = field(
+        default=None, metadata={"help": "The text (or its token ids) whose states the prompt begins as."}
+    )
     condition: Literal["instance", "constant"] = field(
         default="instance", metadata={"help": "'instance', or 'constant' for the input-independent control."}
     )
@@ -124,7 +133,8 @@ class InstancePromptConfig(PeftConfig):
         default=None, metadata={"help": "For plain text: how many tokens at the start are the instruction."}
     )
     tokenizer_name_or_path: Optional[str] = field(
-        default=None, metadata={"help": "The tokenizer for a `response_template` that is given as text."}
+        default=None,
+        metadata={"help": "The tokenizer for a `response_template` or `init_text` that is given as text."},
     )
     target_modules: Optional[Union[list[str], str]] = field(
         default=None, metadata={"help": "The transformer stacks, or their lists of layers; None: found by itself."}
@@ -211,12 +221,18 @@ class InstancePromptConfig(PeftConfig):
             raise ValueError(
                 f"`layers_to_transform` must be layer numbers from 0, each once, or None, got {layers!r}."
             )
-        template = self.response_template
-        ids = isinstance(template, (list, tuple)) and all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST for n in template
-        )
-        if template is not None and (not template or not (ids or isinstance(template, str))):
-            raise ValueError(f"`response_template` must be token ids or a text, not empty, or None, got {template!r}.")
+        for name in ("response_template", "init_text"):
+            text = getattr(self, name)
+            ids = isinstance(text, (list, tuple)) and all(
+                isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST for n in text
+            )
+            if text is not None and (not text or not (ids or isinstance(text, str))):
+                raise ValueError(f"`{name}` must be token ids or a text, not empty, or None, got {text!r}.")
+        if self.init_text is not None and self.init_weights == "paper":
+            raise ValueError(
+                f"`init_text` must be None with `init_weights='paper'`, got {self.init_text!r}: the paper's prompts have no part "
+                "that could begin as a text."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any):

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .nn.pooling import rms
+from .text_start import TextStart
 
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Source:
         embeds (`torch.Tensor`): Shape (G, n, e). The input embeddings.
         mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
         instance_embeds (`torch.Tensor`, *optional*): Shape (G, k). The caller's vectors of the instances.
+        task_ids (`torch.LongTensor`, *optional*): Shape (G,). The caller's tasks of the instances.
         frozen_states (`Callable`): Returns the last hidden states (G, n, d) of the stack without prompts, gradient and dropout.
             The pass is run at most once per call of the model.
     """
@@ -63,6 +65,7 @@ class Source:
     embeds: torch.Tensor
     mask: torch.Tensor
     instance_embeds: torch.Tensor | None
+    task_ids: torch.Tensor | None
     frozen_states: Callable[[], torch.Tensor]
 
 
@@ -82,7 +85,7 @@ class Placement(NamedTuple):
 Weights = Mapping[str, torch.Tensor]
 
 
-class PromptGenerator(nn.Module):
+class PromptGenerator(TextStart):
     """Base class of the generators.
 
     Every parameter that `generate` reads is an attribute of the generator itself. It has a first dimension over the depths that do
@@ -123,6 +126,7 @@ class PromptGenerator(nn.Module):
         self.causal = info.causal
         self.copies_last: bool = info.causal and config.prompt_position == "end"
         self.depths: tuple[int, ...] = tuple(sorted(chosen_layers(config, info) if depths is None else depths))
+        self.add_text(config, self.depths, info)
         self.constant_condition: bool = config.condition == "constant"
         if self.constant_condition and self.feeds_constant:
             widths = {info.embedding_size if depth == INPUT else info.hidden_size for depth in self.depths}
@@ -149,8 +153,8 @@ class PromptGenerator(nn.Module):
     def check(cls, config: Any, info: StackInfo) -> None:
         """Raise a ValueError if the config does not fit the stack. Called before anything of the model is changed."""
 
-    def begin(self, embeddings: torch.Tensor) -> None:
-        """Called once, when the generator has been made, with the stack's table of input embeddings (V, e)."""
+    def begin(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Called once, when the generator has been made. `embed` gives the stack's input embeddings (n, e) of token ids (n,)."""
 
     def encode(self, source: Source) -> torch.Tensor | None:
         """A vector or vectors (G, ...) of each instance, made once per instance before the stack runs. None: not needed.
@@ -227,24 +231,19 @@ class PromptGenerator(nn.Module):
     # --------------------------------------------------------------------------------------------- what the engine calls
 
     def forward(self, instances: Instances, depth: int, weights: Weights | None = None) -> torch.Tensor:
-        """The prompt vectors of one depth: `p = start + rms(start) * generated`. Where they are added to the states in the slots,
-        there is no `start +`, since these states began with it.
+        """The prompt vectors (G, l, w) of one depth: `p = start + rms(start) * generated`, the start being the `init_text`'s or the
+        method's. Where they are added to the states in the slots, there is no `start +`, since these states began with it.
 
         The first token is the attention sink of a causal model. A second copy of its state changes next to nothing, so an adapter
         whose `generated` begins at zero begins as a near no-op, where any other vector does great harm. The papers have no such
         term; with `init_weights="paper"` there is none.
 
-        Args:
-            instances (`Instances`): As in `generate`.
-            depth (`int`): As in `generate`.
-            weights (`Mapping[str, torch.Tensor]`, *optional*): As in `generate`. Default: the generator's own.
-
-        Returns:
-            `torch.Tensor`: Shape (G, l, w).
+        `instances`, `depth` and `weights` are those of `generate`, the weights by default the generator's own.
         """
         weights = self.weights(depth) if weights is None else weights
         G = len(instances.mask)
-        start = self.start(instances, depth)  # (G, 1, w)
+        text = self.text_state(weights)  # (l, w) or (G, l, w)
+        start = self.start(instances, depth) if text is None else text  # or (G, 1, w)
         if self.constant_condition and self.feeds_constant:
             states = weights["constant"].expand(G, -1, -1)  # (G, l, w)
             mask = instances.mask.new_ones(states.shape[:2])  # (G, l)
@@ -261,12 +260,12 @@ class PromptGenerator(nn.Module):
         self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None
     ) -> dict[str, torch.Tensor]:
         """The parameters of one depth, by name; from `unbound` parameters if a pass has made these."""
-        rows = self.rows_at(depth).items()
+        rows = {**self.rows_at(depth), **self.text_row(depth)}.items()
         return {name: (getattr(self, name) if unbound is None else unbound[name])[row] for name, row in rows}
 
     def unbind(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """The parameters that `generate` reads, one tensor per depth. Backward through `unbind` costs less than an index."""
-        names = {name for depth in self.depths for name in self.rows_at(depth)}
+        names = {name for depth in self.depths for name in (*self.rows_at(depth), *self.text_row(depth))}
         return {name: getattr(self, name).unbind(0) for name in names}
 
     @property
@@ -277,9 +276,16 @@ class PromptGenerator(nn.Module):
     @property
     def signature(self) -> tuple:
         """Generators with equal signatures differ in their weights only, and run together in a batch of several adapters."""
-        skip = {"response_template", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
+        skip = {
+            "response_template",
+            "init_text",
+            "base_model_name_or_path",
+            "revision",
+            "inference_mode",
+            "auto_mapping",
+        }
         fields = sorted((name, repr(value)) for name, value in self.config.to_dict().items() if name not in skip)
-        return type(self), tuple(fields), tuple(parameter.dtype for parameter in self.parameters())
+        return type(self), self.from_text, tuple(fields), tuple(parameter.dtype for parameter in self.parameters())
 
 
 def chosen_layers(config: Any, info: StackInfo) -> list[int]:

@@ -68,6 +68,11 @@ def announced(arrival: Arrival) -> Iterator[None]:
         _arrival.reset(token)
 
 
+def is_loading() -> bool:
+    """Whether an adapter is being made whose weights are about to be loaded."""
+    return _arrival.get() is not None
+
+
 def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstancePromptConfig | None:
     """The config in a folder or on the hub; None if it belongs to another package.
 

@@ -29,13 +29,15 @@ from .attaching import (
 )
 from .config import InstancePromptConfig
 from .engine.calls import check_release, check_understood
+from .engine.frozen import states_of_text
 from .engine.layer import InstancePromptLayer
 from .engine.request import adapters_of, current_request, note
 from .engine.sharded import whole
-from .engine.stack import StackInfo, describe, find_stacks, walk
+from .engine.stack import StackInfo, describe, embed_ids, find_stacks, walk
 from .generator import PromptGenerator
-from .loading import check_arrival, names_of, take_config
-from .template import tokenize_template
+from .loading import check_arrival, is_loading, names_of, take_config
+from .template import tokenize_init_text, tokenize_template
+from .text_start import repeat_to
 
 
 class InstancePromptModel(BaseTuner):
@@ -86,6 +88,13 @@ class InstancePromptModel(BaseTuner):
             check_memory(partial(self.generator_cls, peft_config, info), peft_config, info.hidden_size)
         if isinstance(peft_config.response_template, str):
             peft_config.response_template = tokenize_template(peft_config, self.model)
+        if peft_config.init_text is not None:
+            if any(info.decoder_of_pair for info in infos):
+                raise ValueError(
+                    f"`init_text` must be None in the decoder of an encoder-decoder model, whose states depend on the encoder's "
+                    f"text, got {peft_config.init_text!r}."
+                )
+            peft_config.init_text = tokenize_init_text(peft_config, self.model, infos[0].vocab_size)
         for name in SIZES:
             if hasattr(peft_config, name):
                 setattr(peft_config, name, getattr(infos[0], name))
@@ -144,10 +153,20 @@ class InstancePromptModel(BaseTuner):
         # In the mode of the stack: an adapter of a model in evaluation must not apply dropout.
         generator = self.generator_cls(peft_config, info).train(stack.training)
         weight = stack.get_input_embeddings().weight
-        if weight.device.type != "meta" and not any(p.is_meta for p in generator.parameters()):
+        in_memory = weight.device.type != "meta" and not any(p.is_meta for p in generator.parameters())
+        if in_memory:
             generator.to(weight.device, weight.dtype if weight.is_floating_point() else None)
             with whole([weight]):
-                generator.begin(weight.detach())
+                generator.begin(partial(embed_ids, stack))
+        if generator.from_text and not is_loading():  # a saved adapter brings the states along
+            if not in_memory:
+                raise ValueError(
+                    "`init_text` needs the base model's weights in memory, and some are on the device 'meta'."
+                )
+            assert isinstance(peft_config.init_text, list)  # `_prepare_adapter_config` has made ids of it
+            ids = repeat_to(peft_config.init_text, generator.num_slots)
+            with whole(stack.parameters()):
+                generator.begin_from_text(states_of_text(stack, target, ids))
         if layer is None:
             layer = InstancePromptLayer(info, self.prefix)
             stack.add_module(name, layer)
@@ -170,7 +189,7 @@ class InstancePromptModel(BaseTuner):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, which takes `instruction_mask` and `instance_embeds`, see [`Generate`]."""
+        """The base model's `generate`, which takes `instruction_mask`, `instance_embeds` and `task_ids`, see [`Generate`]."""
         return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

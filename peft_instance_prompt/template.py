@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The token ids of a `response_template` that was given as text, or as `"chat"`."""
+"""What a config leaves to the tokenizer: the ids of a `response_template` or an `init_text`."""
 
 from __future__ import annotations
 
@@ -18,21 +18,28 @@ def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[in
     Raises:
         ValueError: No tokenizer is known, the text has no tokens, or the chat template writes nothing before an answer.
     """
-    from transformers import AutoTokenizer
-
-    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
-    if not name:
-        raise ValueError(
-            "`response_template` is a text, and no tokenizer is known to turn it into token ids: give "
-            "`tokenizer_name_or_path`, or the ids themselves."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    name, tokenizer = load_tokenizer(
+        config,
+        model,
+        "`response_template` is a text, and no tokenizer is known to turn it into token ids: give "
+        "`tokenizer_name_or_path`, or the ids themselves.",
+    )
     if config.response_template == "chat":
         return chat_template_ids(tokenizer, name)
     ids = tokenizer(config.response_template, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"`response_template` {config.response_template!r} has no tokens in the tokenizer {name!r}.")
     return list(ids)
+
+
+def load_tokenizer(config: InstancePromptConfig, model: nn.Module, complaint: str) -> tuple[str, Any]:
+    """The tokenizer of a config or of its base model, with its name; a ValueError with the complaint if none is known."""
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
+    if not name:
+        raise ValueError(complaint)
+    return name, AutoTokenizer.from_pretrained(name)
 
 
 def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
@@ -64,3 +71,31 @@ def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
             f"an answer that is there: {both}. Give the ids that both have in common as `response_template`."
         )
     return list(ids)
+
+
+def tokenize_init_text(config: InstancePromptConfig, model: nn.Module, vocab_size: int) -> list[int]:
+    """The ids of an `init_text`, without special tokens.
+
+    Raises:
+        ValueError: No tokenizer is known, the text has no tokens or more than there are slots, or the base model lacks an id.
+    """
+    ids = config.init_text
+    if isinstance(ids, str):
+        name, tokenizer = load_tokenizer(
+            config,
+            model,
+            "`init_text` is a text, and no tokenizer is known to turn it into token ids: give `tokenizer_name_or_path`, or the ids "
+            "themselves.",
+        )
+        ids = tokenizer(ids, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"`init_text` {config.init_text!r} has no tokens in the tokenizer {name!r}.")
+    ids = list(ids or ())
+    if len(ids) > config.num_virtual_tokens:
+        raise ValueError(
+            f"`init_text` must have at most `num_virtual_tokens` {config.num_virtual_tokens} tokens, got {len(ids)}: "
+            f"{config.init_text!r}."
+        )
+    if outside := [number for number in ids if number >= vocab_size]:
+        raise ValueError(f"`init_text` must have ids below {vocab_size}, the size of the vocabulary, got {outside}.")
+    return ids

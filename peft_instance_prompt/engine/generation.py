@@ -11,7 +11,7 @@ import torch
 
 from .cache import SlotCache
 from .calls import cache_of, declared
-from .request import adapters_of, known_of, note
+from .request import OWN_ARGUMENTS, adapters_of, known_of, note
 from .stand_in import StandIn
 
 
@@ -22,6 +22,7 @@ class Generate(StandIn):
         instruction_mask (`torch.Tensor`, *optional*): Shape (B, S), bool or 0/1: the tokens that the prompt is generated from.
             Defaults to what `response_template` says, else to all tokens but padding.
         instance_embeds (`torch.Tensor`, *optional*): Shape (B, k): instance vectors for methods that take them.
+        task_ids (`torch.LongTensor`, *optional*): Shape (B,): the task of each row, for adapters over several tasks.
         *args, **kwargs: As for the base model.
 
     Raises:
@@ -32,7 +33,7 @@ class Generate(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         model = self.module
-        fields = {name: kwargs.pop(name, None) for name in ("instruction_mask", "instance_embeds")}
+        fields = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
         config = kwargs.get("generation_config")
         chunk = kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
         if chunk or getattr(model.generation_config, "prefill_chunk_size", None):

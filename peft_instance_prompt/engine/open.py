@@ -102,12 +102,13 @@ def encode(
     """The group with the output of `encode` of each of its adapters."""
     vectors: list[Any] = []  # a tensor of each, or None: the generators are of one class
     for generator, rows in group:
-        own = selection.pick(rows)
+        own, said = selection.pick(rows), request.of_rows(len(selection), rows)
         source = Source(
             token_ids=None if text.ids is None else own.take(text.ids),  # (G, n)
             embeds=own.take(text.embeds),  # (G, n, e)
             mask=own.mask,
-            instance_embeds=request.of_rows(len(selection), rows).instance_embeds,
+            instance_embeds=said.instance_embeds,
+            task_ids=said.task_ids,
             frozen_states=partial(_take_states, own, frozen_states),  # (G, n, d)
         )
         vectors.append(intercepted(generator.encode(source), depth=None, generators=[generator], rows=rows))

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .layer import InstancePromptLayer
 
 
+# What `forward` and `generate` take beside the base model's arguments: tensors with a row for each row of the batch.
+OWN_ARGUMENTS = ("instruction_mask", "instance_embeds", "task_ids")
+
 # {layer: (names of the active adapters, {name: generator})}
 Adapters = dict[nn.Module, tuple[list[str], dict[str, PromptGenerator]]]
 
@@ -35,6 +38,7 @@ class Request:
         model (`nn.Module`, *optional*): The base model that is called; None stands for any.
         instruction_mask (`torch.Tensor`, *optional*): Shape (B, S).
         instance_embeds (`torch.Tensor`, *optional*): Shape (B, k).
+        task_ids (`torch.LongTensor`, *optional*): Shape (B,).
         input_ids (`torch.LongTensor`, *optional*): Shape (B, S).
         labels (`torch.LongTensor`, *optional*): Shape (B, S).
         shifted (`bool`): Whether the labels are TRL's `shift_labels`, which stand one place earlier.
@@ -55,6 +59,7 @@ class Request:
     model: nn.Module | None = None
     instruction_mask: torch.Tensor | None = None
     instance_embeds: torch.Tensor | None = None
+    task_ids: torch.Tensor | None = None
     input_ids: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     shifted: bool = False
@@ -85,7 +90,7 @@ class Request:
     def of_rows(self, num_rows: int, rows: torch.Tensor | None) -> Request:
         """The request for some rows of a batch of `num_rows`; in `generate`, one row may have become several beams."""
         picked: dict[str, Any] = {}
-        for name in ("instruction_mask", "instance_embeds", "labels"):
+        for name in (*OWN_ARGUMENTS, "labels"):
             value = getattr(self, name)
             if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] > 0:
                 if self.prompt_length is not None and num_rows % value.shape[0] == 0:
@@ -218,7 +223,7 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     """Take this package's own arguments out of a call of a base model, and note everything that tells the scope."""
     known = known_of(model)
     kwargs = dict(kwargs)
-    fields = {name: kwargs.pop(name) for name in ("instruction_mask", "instance_embeds") if name in kwargs}
+    fields = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
     fields = {name: value for name, value in fields.items() if value is not None}
     named = {**dict(zip(forward_args(model), args)), **kwargs} if args else kwargs
     shifted = named.get("labels") is None and named.get("shift_labels") is not None

@@ -132,6 +132,12 @@ def embed(stack: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     )
 
 
+@torch.no_grad()
+def embed_ids(stack: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The input embeddings (n, e) that a stack makes of token ids (n,), on any device."""
+    return embed(stack, ids[None].to(stack.get_input_embeddings().weight.device))[0]  # (n, e)
+
+
 def embed_per_layer(
     stack: PreTrainedModel, input_ids: torch.Tensor | None, embeds: torch.Tensor
 ) -> torch.Tensor | None:

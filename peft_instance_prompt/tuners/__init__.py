@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-from .dynamic_prompt import Choices, DynamicPromptConfig, DynamicPromptModel, record_choices
+from .dynamic_prompt import Choices, DynamicPromptConfig, DynamicPromptModel, learned_position, record_choices
 from .iapt import IAPTConfig, IAPTModel
 from .idpg import IDPGConfig, IDPGModel
 from .ipt import IPTConfig, IPTModel
@@ -20,5 +20,6 @@ __all__ = [
     "IPTModel",
     "LPTConfig",
     "LPTModel",
+    "learned_position",
     "record_choices",
 ]

@@ -31,6 +31,7 @@ def test_parameter_counts_of_the_paper() -> None:
     expected = {"adap_pos": 21, "adap_ins_pos": 21_525, "adap_length": 21, "adap_ins_length": 21_525}
     expected["adap_ins_vec"] = 3 * 20 * 1024 + 4 * 1025  # a pool of 4 prompts and its head, beyond the one prompt
     expected["adap_ins_vec_pos"] = expected["adap_ins_vec"] + 21_525
+    expected["adap_pos_ins_vec"] = expected["adap_ins_vec"] + 21
     assert expected.keys() == PRESETS.keys()
     for name, count in expected.items():
         with torch.device("meta"):
@@ -49,7 +50,7 @@ def test_preset_overrides() -> None:
         "off",
         3,
     )
-    with pytest.raises(ValueError, match="no preset 'adap'.*adap_ins_vec_pos"):
+    with pytest.raises(ValueError, match="no preset 'adap'.*adap_ins_vec_pos.*adap_pos_ins_vec"):
         DynamicPromptConfig.preset("adap")
 
 
@@ -58,7 +59,21 @@ def test_preset_overrides() -> None:
     [
         ({"position": "row"}, "`position` must be one of .*'row'"),
         ({"length": True}, "`length` must be one of .*True"),
-        ({"representation": "task"}, "`representation` must be one of .*'task'"),
+        ({"representation": "row"}, "`representation` must be one of .*'row'"),
+        ({"representation": "task"}, "`representation='task'` needs `num_tasks`"),
+        ({"position": 21}, "`position` must be one of .* from 0 to `num_virtual_tokens` 20; .*got 21"),
+        ({"position": -1}, "`position` must be .*got -1"),
+        ({"position": True}, "`position` must be .*got True"),
+        ({"position": [1, 2]}, "`position` must be .*got .1, 2. with `num_tasks` None"),
+        (
+            {"position": [1, 2], "num_tasks": 3},
+            "`position` must be .*one for each task; got .1, 2. with `num_tasks` 3",
+        ),
+        ({"num_tasks": 0}, "`num_tasks` must be at least 1, got 0"),
+        ({"num_tasks": 2}, "`num_tasks` is for choices per task: .*got 2 with 'instance', 'off' and 'off'"),
+        ({"init": "vocab"}, "`init` must be one of .*'vocab'"),
+        ({"init": "embeddings"}, "`init='embeddings'` needs `init_weights='paper'`, got True"),
+        ({"tanh_logits": 1}, "`tanh_logits` must be one of .* got 1"),
         ({"order": "reverse"}, "`order` must be one of .*'reverse'"),
         ({"num_pool": 0}, "`num_pool` must be at least 1, got 0"),
         ({"anneal_steps": 0}, "`anneal_steps` must be at least 1, got 0"),

@@ -35,14 +35,25 @@ def places(u: int, j: int, start: int, end: int, S: int, order: str, dead_first:
     return dead + row if dead_first else row + dead
 
 
-def explicit_sum(model: PeftModel, embeds: torch.Tensor, vector: torch.Tensor, seed: int, start: int, end: int):
+def explicit_sum(
+    model: PeftModel,
+    embeds: torch.Tensor,
+    vector: torch.Tensor | None,
+    seed: int,
+    start: int,
+    end: int,
+    tasks: torch.Tensor | None = None,
+):
     """For each row the sum `sum_j w_j C_j` (N, e) of all arrangements, and the chosen one's `places`."""
     generator, config = generator_of(model), generator_of(model).config
     B, S = embeds.shape[:2]
     draw = Draws(seed)
 
     def logits(name: str) -> torch.Tensor:
-        return generator.heads[name](vector) if name in generator.heads else generator.logits[name].expand(B, -1)
+        if name in generator.heads:
+            return generator.heads[name](vector)
+        own = generator.logits[name]
+        return own.expand(B, -1) if tasks is None else torch.stack([own[int(task)] for task in tasks])
 
     def straight_through(name: str) -> torch.Tensor:
         soft = (logits(name) + draw(B, L + 1)).softmax(dim=-1)

@@ -2,12 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from ...registry import register_method
-from .choices import record_choices
+from .choices import learned_position, record_choices
 from .config import DynamicPromptConfig
 from .generator import Choices, DynamicPromptGenerator
 
 
-__all__ = ["Choices", "DynamicPromptConfig", "DynamicPromptGenerator", "DynamicPromptModel", "record_choices"]
+__all__ = [
+    "Choices",
+    "DynamicPromptConfig",
+    "DynamicPromptGenerator",
+    "DynamicPromptModel",
+    "learned_position",
+    "record_choices",
+]
 
 DynamicPromptModel = register_method(
     "dynamic_prompt",

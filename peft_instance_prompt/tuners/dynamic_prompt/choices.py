@@ -7,9 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 
 from ...engine.intercept import Generated, intercept
 from .generator import Choices, DynamicPromptGenerator
+
+
+def learned_position(model: nn.Module) -> int | list[int]:
+    """How many prompt vectors stand behind the instance, in the active adapter whose `position` was learned per `"task"`.
+
+    For the second stage of `adap_pos_ins_vec`, in which the position is fixed.
+
+    Args:
+        model (`nn.Module`): The model with the adapter.
+
+    Returns:
+        `int`: The likeliest number; with `num_tasks`, a list with the one of each task.
+
+    Raises:
+        ValueError: The active adapter is none of dynamic prompting with `position="task"`, or there is none.
+
+    Example:
+
+    ```py
+    >>> model = get_peft_model(base, DynamicPromptConfig.preset("adap_pos", task_type="CAUSAL_LM"))
+    >>> train(model)
+    >>> position, base = learned_position(model), model.unload()
+    >>> config = DynamicPromptConfig.preset("adap_pos_ins_vec", position=position, task_type="CAUSAL_LM")
+    >>> train(get_peft_model(base, config))
+    ```
+    """
+    # Tools are imported when they are asked for.
+    from ...tools.inspection import active_generator
+
+    generator: Any = active_generator(model)[1]
+    found = generator.config.position if isinstance(generator, DynamicPromptGenerator) else None
+    if found != "task":
+        raise ValueError(
+            f"The active adapter must be dynamic prompting with `position='task'`, got {type(generator.config).__name__}"
+            f" with `position` {found!r}."
+        )
+    return generator.logits["position"].argmax(dim=-1).tolist()
 
 
 @contextmanager

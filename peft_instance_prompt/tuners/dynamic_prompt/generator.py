@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ...nn.straight_through import (
     length_gate,
     straight_through_choice,
 )
+from ...task_ids import check_task_ids
 from ..instance_vector import instance_vector, vector_width
 
 
@@ -47,14 +49,17 @@ class Choices:
 class DynamicPromptGenerator(PromptGenerator):
     """The generator of dynamic prompting (https://arxiv.org/abs/2303.02909).
 
-    All choices are made in `encode`, once per forward pass. Its output (G, K) holds side by side the weights of the
+    With P (l, e) a row's prompt and X (n, e) its text, the input is `[P[:l - j]; X; P[l - j:]]`; of l vectors the first i are used;
+    and `P = sum_k beta_k P_k` with `beta = softmax(head(x))`, x the instance vector. All choices are made in `encode`, once per forward pass. Its output (G, K) holds side by side the weights of the
     candidates of each choice: one-hot in value, and with the gradient of the Gumbel-softmax, for position and length (l + 1
     each); the softmax for the mixture (k). A choice per task has as many logits as candidates, one per instance a linear head
-    on the instance vector, `(d + 1) * (l + 1)` or `(d + 1) * k` weights; the prompts have `l * e` or `k * l * e`.
+    on the instance vector, `(d + 1) * (l + 1)` or `(d + 1) * k` weights; the prompts have `l * e` or `k * l * e`. With T tasks a
+    choice per task has T times its logits.
 
     Attributes:
         prompts (`nn.Parameter`): Shape (1, k, l*e), k being 1 where no prompts are mixed.
-        heads (`nn.ModuleDict`), logits (`nn.ParameterDict`): By choice, `"position"`, `"length"` or `"representation"`.
+        heads (`nn.ModuleDict`), logits (`nn.ParameterDict`): By choice, `"position"`, `"length"` or `"representation"`: linear
+            layers of the choices per instance; of the choices per task, shape (candidates,) or, with `num_tasks`, (T, candidates).
         constant (`nn.Parameter`): Shape (1, width). With `condition="constant"`: the instance vector that the heads read.
         step (`torch.LongTensor`): How many forward passes in training there were, a buffer, for the temperature.
         sampling (`SamplingSwitch`): Whether choices are drawn at random.
@@ -66,7 +71,7 @@ class DynamicPromptGenerator(PromptGenerator):
     def __init__(self, config: DynamicPromptConfig, info: StackInfo):
         super().__init__(config, info, depths=[INPUT])
         l, e = config.num_virtual_tokens, info.embedding_size
-        pool = config.num_pool if config.representation == "instance" else 1
+        pool = config.num_pool if config.representation != "off" else 1
         # The released code draws the prompts from this range, or copies the embeddings of the first l words.
         self.prompts = nn.Parameter(torch.rand(1, pool, l * e) - 0.5)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
@@ -77,9 +82,9 @@ class DynamicPromptGenerator(PromptGenerator):
         per_instance = [name for name in self.sizes if getattr(config, name) == "instance"]
         width = vector_width(config, info)
         self.heads = nn.ModuleDict({name: nn.Linear(width, self.sizes[name]) for name in per_instance})
-        self.logits = nn.ParameterDict(
-            {name: nn.Parameter(torch.rand(size) - 0.5) for name, size in self.sizes.items() if name not in self.heads}
-        )
+        tasks = () if config.num_tasks is None else (config.num_tasks,)
+        per_task = [name for name in self.sizes if getattr(config, name) == "task"]
+        self.logits = nn.ParameterDict({n: nn.Parameter(torch.rand(*tasks, self.sizes[n]) - 0.5) for n in per_task})
         if self.constant_condition and self.heads:
             self.constant = nn.Parameter(torch.randn(1, width))
         self.zero_at_start(self.prompts)
@@ -95,10 +100,25 @@ class DynamicPromptGenerator(PromptGenerator):
         for name, plain in (("position", 0), ("length", self.num_slots)):
             if name in self.heads:
                 nn.init.zeros_(self.heads.get_parameter(f"{name}.weight"))
-            if name in self.sizes:
+            if name in self.heads or name in self.logits:
                 logits = self.heads.get_parameter(f"{name}.bias") if name in self.heads else self.logits[name]
                 logits.zero_()
-                logits[plain] = torch.tensor(float(self.num_slots)).log()
+                logits[..., plain] = torch.tensor(float(self.num_slots)).log()
+
+    @classmethod
+    def check(cls, config: DynamicPromptConfig, info: StackInfo) -> None:
+        pool = config.num_pool if config.representation != "off" else 1
+        if config.init == "embeddings" and pool * config.num_virtual_tokens > info.vocab_size:
+            raise ValueError(
+                f"`init='embeddings'` needs {pool} x {config.num_virtual_tokens} embeddings (`num_pool` x `num_virtual_tokens`), and "
+                f"{info.layers_name!r} has {info.vocab_size}."
+            )
+
+    @torch.no_grad()
+    def begin(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.config.init == "embeddings":
+            ids = torch.arange(self.prompts.shape[1] * self.num_slots)  # (k * l,)
+            self.prompts.copy_(embed(ids).reshape(self.prompts.shape))
 
     @property
     def temperature(self) -> float:
@@ -113,23 +133,40 @@ class DynamicPromptGenerator(PromptGenerator):
         learns = self.training and torch.is_grad_enabled()
         temperature = self.temperature if learns else self.config.temperature
         vector = self._vector(source) if self.heads else None  # (G, width)
+        tasks = self._tasks(source)  # (G,)
         weights = []
-        for name in self.sizes:
+        for name, size in self.sizes.items():
             mixes = name == "representation"
+            if name not in self.heads and name not in self.logits:
+                fixed = self._of_tasks(torch.tensor(self.config.position, device=self.prompts.device), tasks)  # (G,)
+                weights.append(F.one_hot(fixed, size).float())  # (G, candidates)
+                continue
             if name in self.heads:
                 head: Any = self.heads[name]  # `nn.Linear`
                 logits = head(vector.to(head.weight.device, head.weight.dtype))  # (G, candidates)
                 # The released code has a ReLU before its choices, and none before its softmax over the pool.
                 logits = torch.relu(logits) if self.config.relu_logits and not mixes else logits
             else:
-                logits = self.logits[name].expand(len(source.mask), -1)  # (G, candidates)
+                logits = self._of_tasks(self.logits[name], tasks)  # (G, candidates)
             if mixes:
+                logits = torch.tanh(logits) if self.config.tanh_logits else logits
                 weights.append(logits.float().softmax(dim=-1))
             else:
                 weights.append(straight_through_choice(logits, temperature, self.sampling.on)[1])
         if learns:
             self.step += 1
         return torch.cat(weights, dim=-1)  # (G, K)
+
+    def _tasks(self, source: Source) -> torch.Tensor:
+        """The task (G,) of each instance; 0 where there is one task."""
+        if self.config.num_tasks is None:
+            return torch.zeros(len(source.mask), dtype=torch.long, device=self.prompts.device)  # (G,)
+        return check_task_ids(source.task_ids, len(source.mask), self.config.num_tasks).to(self.prompts.device)
+
+    def _of_tasks(self, values: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
+        """What `values`, one or with a first dimension over tasks, hold for each of the tasks (G,): (G, ...)."""
+        shared = self.config.num_tasks is None or values.dim() == 0
+        return values.expand(len(tasks), *values.shape) if shared else values[tasks]  # (G, ...)
 
     def _vector(self, source: Source) -> torch.Tensor:
         """The vector of each instance that the heads read, (G, width)."""
@@ -203,7 +240,7 @@ class DynamicPromptGenerator(PromptGenerator):
         end: torch.Tensor,
     ) -> torch.Tensor:
         weights = self._weights(vector, "position")  # (B, l + 1)
-        if weights is None or not weights.requires_grad:
+        if weights is None or not weights.requires_grad or not isinstance(self.config.position, str):
             return widened
         places = (front, end, self.config.order)
         known = (weights.to(widened.device), prompts.detach(), embeds.detach(), *places)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -113,7 +114,7 @@ class IPTGenerator(PromptGenerator):
         return {name: x for name, x in self.state_dict().items() if name.startswith(("table.", "encoder_"))}
 
     @torch.no_grad()
-    def begin(self, embeddings: torch.Tensor) -> None:
+    def begin(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.constant_condition:
             return
         if self.config.init_file is not None:
@@ -121,7 +122,7 @@ class IPTGenerator(PromptGenerator):
             for name, tensor in self._pretrained().items():
                 tensor.copy_(loaded[name])
         elif self.config.init == "embeddings" and self.table is not None:
-            self.table.weight.copy_(embeddings)
+            self.table.weight.copy_(embed(torch.arange(len(self.table.weight))))
 
     def encode(self, source: Source) -> torch.Tensor | None:
         if source.instance_embeds is not None:

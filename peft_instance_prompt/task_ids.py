@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""`task_ids`: the task of each row, for one adapter over several tasks, under the name that PEFT's multitask prompt tuning has."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from .engine.request import note
+
+
+def check_task_ids(given: torch.Tensor | None, num_instances: int, num_tasks: int) -> torch.Tensor:
+    """`task_ids` as int64 (G,), if they are there and name tasks of the adapter.
+
+    Args:
+        given (`torch.Tensor`, *optional*): What the caller said.
+        num_instances (`int`): G.
+        num_tasks (`int`): T. Ids count from 0.
+
+    Raises:
+        TypeError: They are no tensor of integers.
+        ValueError: They are missing, have another shape, or lie outside 0..T - 1.
+    """
+    if given is None:
+        raise ValueError(
+            f"This adapter needs `task_ids`, integers of shape {(num_instances,)} from 0 to {num_tasks - 1} (`num_tasks` "
+            f"{num_tasks}): pass them to `forward` and `generate` beside `input_ids`. With transformers' `Trainer`, a column "
+            "`task_ids` reaches the model with `remove_unused_columns=False`."
+        )
+    if not isinstance(given, torch.Tensor) or given.is_floating_point() or given.dtype == torch.bool:
+        raise TypeError(
+            f"`task_ids` must be a tensor of integers, got {getattr(given, 'dtype', type(given).__name__)}."
+        )
+    if tuple(given.shape) != (num_instances,):
+        raise ValueError(f"`task_ids` must have the shape (batch,), {(num_instances,)}, got {tuple(given.shape)}.")
+    outside = (given < 0) | (given >= num_tasks)  # (G,)
+    if bool(outside.any()):
+        raise ValueError(
+            f"`task_ids` must lie in 0..{num_tasks - 1}, as the adapter has `num_tasks` {num_tasks}, got "
+            f"{sorted(set(given[outside].tolist()))}."
+        )
+    return given.long()
+
+
+def carry_task_ids(config_cls: type) -> None:
+    """Make the forward of PEFT's models hand `task_ids` on, if the active adapter's config is a `config_cls`.
+
+    These name the argument, and drop it for all methods but their own.
+    """
+    from peft import peft_model
+
+    for cls in vars(peft_model).values():
+        forward = vars(cls).get("forward") if isinstance(cls, type) and issubclass(cls, peft_model.PeftModel) else None
+        if forward is not None and "task_ids" in inspect.signature(forward).parameters:
+            setattr(cls, "forward", _carried(forward, config_cls))
+
+
+def _carried(forward: Any, config_cls: type) -> Any:
+    @functools.wraps(forward)
+    def carried(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("task_ids") is None or not isinstance(self.active_peft_config, config_cls):
+            return forward(self, *args, **kwargs)
+        with note(self.get_base_model(), task_ids=kwargs.pop("task_ids")):
+            return forward(self, *args, **kwargs)
+
+    return carried

@@ -1,0 +1,76 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""`init_text`: prompts that begin as the states of a text, for every method (after Cartridges, https://arxiv.org/abs/2506.06266)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from .engine.stack import StackInfo
+
+
+class TextStart(nn.Module):
+    """What a generator with an `init_text` holds, and nothing without one.
+
+    With s (l, w) the states of the text's tokens at a depth of the frozen base model, the prompt is `s + rms(s) * generated`
+    there, in place of the copies of the row's first token. They are not trained. They are buffers, saved with the adapter, so that
+    a saved adapter does without the text.
+
+    Attributes:
+        from_text (`bool`): Whether there is a text.
+        text (`torch.Tensor`): Shape (layers, l, d). The states at the layers, in their order.
+        text_input (`torch.Tensor`): Shape (1, l, e). The input embeddings, if prompts stand there.
+    """
+
+    def add_text(self, config: Any, depths: Sequence[int], info: StackInfo) -> None:
+        """Make room for the states of the config's `init_text`: at layers, and at the input if `depths` has a negative number."""
+        self.from_text, self.text_depths = config.init_text is not None, tuple(depths)
+        layers, l = [depth for depth in depths if depth >= 0], config.num_virtual_tokens
+        if self.from_text and layers:
+            self.register_buffer("text", torch.zeros(len(layers), l, info.hidden_size))
+        if self.from_text and len(layers) < len(depths):
+            self.register_buffer("text_input", torch.zeros(1, l, info.embedding_size))
+
+    @torch.no_grad()
+    def begin_from_text(self, states: Mapping[int, torch.Tensor]) -> None:
+        """Fill the buffers.
+
+        Args:
+            states (`Mapping[int, torch.Tensor]`): By depth: the states (l, w) of the text's tokens.
+
+        Raises:
+            ValueError: They have another shape.
+        """
+        for depth in self.text_depths:
+            ((name, row),) = self.text_row(depth).items()
+            own = self.get_buffer(name)[row]  # (l, w)
+            if own.shape != states[depth].shape:
+                raise ValueError(
+                    f"`init_text` must have states of shape {tuple(own.shape)} at depth {depth}, got {tuple(states[depth].shape)}: "
+                    "leave it None for this model, or choose a method that writes to the input only."
+                )
+            own.copy_(states[depth])
+
+    def text_row(self, depth: int) -> dict[str, int]:
+        """Which buffer, and which row of it, holds the states at a depth."""
+        if not self.from_text:
+            return {}
+        layers = [number for number in self.text_depths if number >= 0]
+        return {"text_input": 0} if depth < 0 else {"text": layers.index(depth)}
+
+    def text_state(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """The states (l, w), or (G, l, w) of several adapters, among the tensors of a depth."""
+        return weights.get("text", weights.get("text_input"))
+
+
+def repeat_to(ids: Iterable[int], length: int) -> list[int]:
+    """The ids of a text over and over until there are `length`, as PEFT's prompt tuning has them."""
+    ids = list(ids)
+    return (ids * -(-length // len(ids)))[:length]
