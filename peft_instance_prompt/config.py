@@ -20,6 +20,8 @@ from .saving import staged
 
 
 LARGEST = 2**31 - 1  # of sizes, layers and token ids
+PLAIN_POSITIONS = ("before", "after_first", "end")
+PAIR_POSITIONS = ("before_separator", "after_separator")  # of rows that hold two sentences
 
 
 @dataclass
@@ -35,7 +37,11 @@ class InstancePromptConfig(PeftConfig):
             The place of the prompt: `"before"`, the default, the first token that is not padding; `"after_first"`, behind that
             token (BOS or [CLS]); or at the `"end"`, which in a causal model is behind the last instruction token, so that the
             next token is predicted at the last slot, and in an encoder before the last token that is not padding ([SEP]
-            or </s>).
+            or </s>). In rows that hold two sentences also `"before_separator"`, the first separator between them, or
+            `"after_separator"`, before the first token of the second sentence.
+        separator_id (`int`, *optional*):
+            The token between the two sentences of a row, for these two positions. Filled in when the adapter is made: the
+            tokenizer's `sep_token`, or its `eos_token` if it has none.
         layers_to_transform (`int` or `list[int]`, *optional*):
             The layers at whose input vectors are generated, counted from 0. In the other layers the prompt positions keep
             what the layer before them made of them. Defaults to all layers.
@@ -93,11 +99,16 @@ class InstancePromptConfig(PeftConfig):
 
     method: ClassVar[Optional[str]] = None  # set by `register_method`
     paper: ClassVar[Optional[tuple[str, str]]] = None  # title and arXiv number, for the model card
+    conditions: ClassVar[tuple[str, ...]] = ("instance", "constant")
 
     num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: int = field(default=16, metadata={"help": "The width of the generator's bottleneck."})
-    prompt_position: Literal["before", "after_first", "end"] = field(
-        default="before", metadata={"help": "Where the prompt stands: 'before' the first token, 'after_first', 'end'."}
+    prompt_position: Literal["before", "after_first", "end", "before_separator", "after_separator"] = field(
+        default="before",
+        metadata={"help": "'before' the first token, 'after_first', 'end', 'before_separator' or 'after_separator'."},
+    )
+    separator_id: Optional[int] = field(
+        default=None, metadata={"help": "The token between the two sentences of a row; filled in if it is needed."}
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None, metadata={"help": "The layers at whose input vectors are generated; None for all."}
@@ -149,12 +160,19 @@ class InstancePromptConfig(PeftConfig):
         self.peft_type = PeftType[self.method.upper()]
         check_int(self, "num_virtual_tokens", minimum=1)
         check_int(self, "bottleneck_dim", minimum=1)
-        positions = ("before", "after_first", "end")
+        positions = (*PLAIN_POSITIONS, *PAIR_POSITIONS)
         decided = type(self).prompt_position is not None  # else it is filled in when the stack is known
         check_choice(self, "prompt_position", positions if decided else (None, *positions))
         check_choice(self, "init_weights", (True, False, "paper"))
-        check_choice(self, "condition", ("instance", "constant"))
+        check_choice(self, "condition", type(self).conditions)
         check_choice(self, "missing_template", ("error", "all"))
+        if self.separator_id is not None:
+            check_int(self, "separator_id", minimum=0)
+            if self.prompt_position not in PAIR_POSITIONS:
+                raise ValueError(
+                    f"`separator_id` is for `prompt_position` in {list(PAIR_POSITIONS)}, got {self.separator_id} with "
+                    f"{self.prompt_position!r}."
+                )
         if self.instruction_length is not None:
             check_int(self, "instruction_length", minimum=1)
             if self.prompt_position != "end":

@@ -26,14 +26,14 @@ from .attaching import (
     matches,
     undone_on_error,
 )
-from .config import InstancePromptConfig
+from .config import PAIR_POSITIONS, InstancePromptConfig
 from .engine.calls import check_release, check_understood
 from .engine.layer import InstancePromptLayer
 from .engine.request import adapters_of, current_request, note
 from .engine.stack import StackInfo, describe, find_stacks, walk
 from .generator import PromptGenerator
 from .loading import check_arrival, names_of, take_config
-from .template import tokenize_template
+from .template import find_separator, tokenize_template
 
 
 class InstancePromptModel(BaseTuner):
@@ -80,6 +80,8 @@ class InstancePromptModel(BaseTuner):
             check_memory(partial(self.generator_cls, peft_config, info), peft_config, info.hidden_size)
         if isinstance(peft_config.response_template, str):
             peft_config.response_template = tokenize_template(peft_config, self.model)
+        if peft_config.prompt_position in PAIR_POSITIONS and peft_config.separator_id is None:
+            peft_config.separator_id = find_separator(peft_config, self.model)
         for name in SIZES:
             if hasattr(peft_config, name):
                 setattr(peft_config, name, getattr(infos[0], name))

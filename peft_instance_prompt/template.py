@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The token ids of a `response_template` that was given as text, or as `"chat"`."""
+"""What a config leaves to the tokenizer: the ids of a `response_template` that was given as text, or as `"chat"`; the separator."""
 
 from __future__ import annotations
 
@@ -18,21 +18,49 @@ def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[in
     Raises:
         ValueError: No tokenizer is known, the text has no tokens, or the chat template writes nothing before an answer.
     """
-    from transformers import AutoTokenizer
-
-    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
-    if not name:
-        raise ValueError(
-            "`response_template` is a text, and no tokenizer is known to turn it into token ids: give "
-            "`tokenizer_name_or_path`, or the ids themselves."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    name, tokenizer = load_tokenizer(
+        config,
+        model,
+        "`response_template` is a text, and no tokenizer is known to turn it into token ids: give "
+        "`tokenizer_name_or_path`, or the ids themselves.",
+    )
     if config.response_template == "chat":
         return chat_template_ids(tokenizer, name)
     ids = tokenizer(config.response_template, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"`response_template` {config.response_template!r} has no tokens in the tokenizer {name!r}.")
     return list(ids)
+
+
+def find_separator(config: InstancePromptConfig, model: nn.Module) -> int:
+    """The token that the tokenizer writes between two sentences: its `sep_token`, or its `eos_token` if it has none (T5).
+
+    Raises:
+        ValueError: No tokenizer is known, or it has neither.
+    """
+    name, tokenizer = load_tokenizer(
+        config,
+        model,
+        f"`prompt_position={config.prompt_position!r}` needs the separator, and no tokenizer is known that has one: give "
+        "`tokenizer_name_or_path`, or the token's id as `separator_id`.",
+    )
+    found = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    if found is None:
+        raise ValueError(
+            f"`prompt_position={config.prompt_position!r}` needs the separator, and the tokenizer {name!r} has neither a "
+            "`sep_token` nor an `eos_token`: give the token's id as `separator_id`."
+        )
+    return found
+
+
+def load_tokenizer(config: InstancePromptConfig, model: nn.Module, complaint: str) -> tuple[str, Any]:
+    """The tokenizer of a config or of its base model, with its name; a ValueError with the complaint if none is known."""
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
+    if not name:
+        raise ValueError(complaint)
+    return name, AutoTokenizer.from_pretrained(name)
 
 
 def chat_template_ids(tokenizer: Any, name: str) -> list[int]:

@@ -9,7 +9,7 @@ Shapes: B rows, S tokens, L slots, N = S + L positions in the stack, e the width
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache as once
 from functools import partial
 from typing import Any
@@ -18,35 +18,18 @@ import torch
 from torch import nn
 
 from ..generator import INPUT, Source
-from ..nn.pooling import last_index
 from .batch import Group, pick, put
 from .cache import length, make_room
 from .calls import FOREIGN_ARGUMENTS, PER_TOKEN_ARGUMENTS, cache_of
 from .frozen import run_frozen
 from .instances import Selection
 from .intercept import intercepted
-from .layout import Layout, arrange, insert, insert_positions, take
+from .layout import Layout, insert, insert_positions, take
 from .masks import beyond_causal, check_not_packed, pad_to_static_cache, padding_mask, see_beyond_causal
+from .place import Text, edges, place_slots
 from .request import Request
 from .scope import find_scope
 from .stack import StackInfo, embed, embed_per_layer
-
-
-@dataclass(frozen=True)
-class Text:
-    """The tokens that a stack is called with.
-
-    Attributes:
-        ids (`torch.LongTensor`, *optional*): Shape (B, S). None if they are not known.
-        embeds (`torch.Tensor`): Shape (B, S, e).
-        mask (`torch.Tensor`, *optional*): Shape (B, S). As the caller gave it, or None.
-        tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
-    """
-
-    ids: torch.Tensor | None
-    embeds: torch.Tensor
-    mask: torch.Tensor | None
-    tokens: torch.Tensor
 
 
 def read_text(stack: nn.Module, call: Mapping[str, Any], request: Request) -> Text:
@@ -168,46 +151,6 @@ def encode(
 
 def _take_states(selection: Selection, states: Callable[[], torch.Tensor]) -> torch.Tensor:
     return selection.take(states())  # (G, n, d)
-
-
-def place_slots(groups: list[Group], text: Text, selection: Selection, info: StackInfo) -> Layout:
-    """Ask the adapters where their slots stand, and lay out the rows.
-
-    Raises:
-        ValueError: Rows have different numbers of slots in a stack that counts its positions itself.
-    """
-    B, S = text.tokens.shape
-    L = max(group.model.num_slots for group in groups)
-    everywhere = all(group.rows is None for group in groups)
-    front = selection.first[:, None].expand(B, L)  # (B, L)
-    before_token, since = front, torch.zeros_like(front)  # (B, L) each
-    live = torch.full_like(text.tokens[:, :1], everywhere).expand(B, L)  # (B, L)
-    predicts = torch.zeros_like(live)  # (B, L)
-    for group in groups:
-        model, own = group.model, selection.pick(group.rows)
-        behind, used = model.place(own.mask, group.vector)  # (G, l) each
-        behind = behind.to(front.device)
-        start, stop = edges(group, text, selection, info)  # (G,) each
-        before_token = put(before_token, group.rows, torch.where(behind, stop[:, None], start[:, None]))
-        live = put(live, group.rows, torch.ones_like(behind) if used is None else used.to(front.device))
-        predicts = put(predicts, group.rows, behind)
-        since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
-    numbers_columns = info.max_positions is not None and "position_ids" not in info.forward_args
-    full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
-    if info.causal and numbers_columns and not everywhere and full < B:
-        raise ValueError(
-            f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, which counts its positions "
-            "itself: give all of them adapters with the same `num_virtual_tokens`."
-        )
-    late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
-    return arrange(before_token, S, live, predicts if info.causal else None, since, late, dead_at_end=not info.causal)
-
-
-def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens before which the slots of each instance (G,) stand: those before the instruction, and those behind it."""
-    start = selection.first + (group.model.config.prompt_position == "after_first")  # (B,)
-    end = selection.last + 1 if info.causal else last_index(text.tokens)  # (B,); an encoder's end token stays the last
-    return pick(start, group.rows), pick(torch.maximum(start, end), group.rows)
 
 
 def embed_slots(

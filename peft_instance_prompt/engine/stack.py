@@ -67,6 +67,11 @@ class StackInfo:
     special_ids: tuple[int, ...] = ()
     begins_with_special: bool = True
 
+    @property
+    def numbers_columns(self) -> bool:
+        """Whether it gives each column of its input the learned position of its number, and takes no position ids: BART."""
+        return self.max_positions is not None and "position_ids" not in self.forward_args
+
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules` without the modules inside adapters: no stack is among them, and a thousand adapters are many modules.
