@@ -193,6 +193,15 @@ def test_rows_are_named_by_their_place_in_the_batch() -> None:
         model(**padded([[1, 10], [1, 10, SEP, 20], [1, 11]]), adapter_names=["__base__", "default", "default"])
 
 
+def test_separator_in_the_response_is_none() -> None:
+    """Where the prompt stands must not tell what the response is."""
+    model = adapted(causal_lm(), config("before_separator", task_type="CAUSAL_LM"))
+    ids = torch.tensor([[1, 10, 11, 20, SEP, 21]])
+    with pytest.raises(ValueError, match=r"row\(s\) \[0\] have none"):
+        model(ids, instruction_mask=torch.arange(6)[None] < 4)
+    assert model(ids, instruction_mask=torch.arange(6)[None] < 5).logits.isfinite().all()
+
+
 def test_embeddings_in_place_of_ids() -> None:
     model = adapted(encoder(), config("before_separator"))
     with pytest.raises(

@@ -160,11 +160,8 @@ def test_layer_0_is_a_prompt_at_the_input() -> None:
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-def test_no_graph_below_and_none_into_the_embeddings() -> None:
+def test_no_graph_below() -> None:
     model = idspam(insertion_layer=2).train()
-    embedding = model.get_input_embeddings()
-    embedding.weight.requires_grad_(True)
-    embedding.register_forward_hook(lambda module, args, out: out.detach())  # the text reads a copy
     seen = {}
     for depth, layer in enumerate(model.get_base_model().model.layers):
         layer.register_forward_hook(lambda _, args, out, depth=depth: seen.__setitem__(depth, out.requires_grad))
@@ -173,7 +170,6 @@ def test_no_graph_below_and_none_into_the_embeddings() -> None:
     labels[:, :5] = -100
     model(**inputs, labels=labels).loss.backward()
     assert seen == {0: False, 1: False, 2: True, 3: True}
-    assert embedding.weight.grad is None
     assert all(p.grad is not None and p.grad.any() for p in generator_of(model).parameters())
 
 

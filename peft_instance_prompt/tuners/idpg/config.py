@@ -90,7 +90,7 @@ class IDPGConfig(InstanceVectorConfig):
             "'after_first' if it is a special token."
         },
     )
-    condition: Literal["instance", "constant", "bias"] = field(
+    condition: Literal["instance", "constant", "bias"] = field(  # type: ignore[assignment]  # one more than the others have
         default="instance",
         metadata={"help": "'instance', or a control: 'constant', or 'bias' for output biases only."},
     )
