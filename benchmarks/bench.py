@@ -5,6 +5,7 @@ What a method costs, as ratios: decoding and prefill against the bare model, a t
 `import peft`.
 
     python benchmarks/bench.py --methods iapt,lora --json bench.json
+    python benchmarks/bench.py --methods idspam,lpt --measure train --train-reference iapt
 
 Milliseconds depend on the machine and on what else it does; ratios hardly do, if everything is measured in one run and in
 turns (A, B, A, B, ...). So each round measures every candidate once, and what is reported is the median over the rounds of a
@@ -122,6 +123,12 @@ def lpt():
     return LPTConfig(task_type="CAUSAL_LM")
 
 
+def idspam():
+    from peft_instance_prompt import IDSPAMConfig
+
+    return IDSPAMConfig(task_type="CAUSAL_LM")
+
+
 def dynamic(position: str, length: str):
     """A prompt of 20 vectors, with choices from the mean of the input embeddings, so without a frozen pass."""
 
@@ -161,6 +168,8 @@ METHODS = {
     "s-idpg-stored": stored_vectors("s-phm"),
     "lpt": one_adapter(lpt),
     "lpt-mixed": adapter_per_row(lpt),
+    "idspam": one_adapter(idspam),
+    "idspam-mixed": adapter_per_row(idspam),
     "fixed-prompt": one_adapter(dynamic("off", "off")),
     "dynamic": one_adapter(dynamic("instance", "instance")),
     "dynamic-task": one_adapter(dynamic("task", "task")),

@@ -1,12 +1,10 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The fields that the configs of all methods have, and their checks."""
+"""The fields that the configs of all methods have."""
 
 from __future__ import annotations
 
-import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional, Union
@@ -14,13 +12,15 @@ from typing import Any, ClassVar, Literal, Optional, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .checks import LARGEST, check_choice, check_int, check_pattern
 from .folder import read_kind
 from .lora_words import refuse_lora_words
 from .model_card import write_card
 from .saving import staged
 
 
-LARGEST = 2**31 - 1  # of sizes, layers and token ids
+PLAIN_POSITIONS = ("before", "after_first", "end")
+PAIR_POSITIONS = ("before_separator", "after_separator")  # of rows that hold two sentences
 
 
 @dataclass
@@ -36,7 +36,11 @@ class InstancePromptConfig(PeftConfig):
             The place of the prompt: `"before"`, the default, the first token that is not padding; `"after_first"`, behind that
             token (BOS or [CLS]); or at the `"end"`, which in a causal model is behind the last instruction token, so that the
             next token is predicted at the last slot, and in an encoder before the last token that is not padding ([SEP]
-            or </s>).
+            or </s>). In rows that hold two sentences also `"before_separator"`, the first separator between them, or
+            `"after_separator"`, before the first token of the second sentence.
+        separator_id (`int`, *optional*):
+            The token between the two sentences of a row, for these two positions. Filled in when the adapter is made: the
+            tokenizer's `sep_token`, or its `eos_token` if it has none.
         layers_to_transform (`int` or `list[int]`, *optional*):
             The layers at whose input vectors are generated, counted from 0. In the other layers the prompt positions keep
             what the layer before them made of them. Defaults to all layers.
@@ -104,11 +108,16 @@ class InstancePromptConfig(PeftConfig):
 
     method: ClassVar[Optional[str]] = None  # set by `register_method`
     paper: ClassVar[Optional[tuple[str, str]]] = None  # title and arXiv number, for the model card
+    conditions: ClassVar[tuple[str, ...]] = ("instance", "constant")
 
     num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: int = field(default=16, metadata={"help": "The width of the generator's bottleneck."})
-    prompt_position: Literal["before", "after_first", "end"] = field(
-        default="before", metadata={"help": "Where the prompt stands: 'before' the first token, 'after_first', 'end'."}
+    prompt_position: Literal["before", "after_first", "end", "before_separator", "after_separator"] = field(
+        default="before",
+        metadata={"help": "'before' the first token, 'after_first', 'end', 'before_separator' or 'after_separator'."},
+    )
+    separator_id: Optional[int] = field(
+        default=None, metadata={"help": "The token between the two sentences of a row; filled in if it is needed."}
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None, metadata={"help": "The layers at whose input vectors are generated; None for all."}
@@ -172,12 +181,19 @@ class InstancePromptConfig(PeftConfig):
         self.import_first = type(self).__module__.partition(".")[0]
         check_int(self, "num_virtual_tokens", minimum=1)
         check_int(self, "bottleneck_dim", minimum=1)
-        positions = ("before", "after_first", "end")
+        positions = (*PLAIN_POSITIONS, *PAIR_POSITIONS)
         decided = type(self).prompt_position is not None  # else it is filled in when the stack is known
         check_choice(self, "prompt_position", positions if decided else (None, *positions))
         check_choice(self, "init_weights", (True, False, "paper"))
-        check_choice(self, "condition", ("instance", "constant"))
+        check_choice(self, "condition", type(self).conditions)
         check_choice(self, "missing_template", ("error", "all"))
+        if self.separator_id is not None:
+            check_int(self, "separator_id", minimum=0)
+            if self.prompt_position not in PAIR_POSITIONS:
+                raise ValueError(
+                    f"`separator_id` is for `prompt_position` in {list(PAIR_POSITIONS)}, got {self.separator_id} with "
+                    f"{self.prompt_position!r}."
+                )
         if self.instruction_length is not None:
             check_int(self, "instruction_length", minimum=1)
             if self.prompt_position != "end":
@@ -250,47 +266,3 @@ class InstancePromptConfig(PeftConfig):
         with staged(save_directory, "README.md") as folder:
             super().save_pretrained(str(folder), **kwargs)
             write_card(folder, self)
-
-
-def check_int(config: PeftConfig, name: str, minimum: int) -> None:
-    """Raise a TypeError or ValueError if a field is not a whole number of at least `minimum` and below 2^31."""
-    value = getattr(config, name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
-    if value > LARGEST:
-        raise ValueError(f"`{name}` must be at most {LARGEST}, got {value}.")
-
-
-def check_pattern(config: PeftConfig, name: str) -> None:
-    """Raise a ValueError if a field is no regular expression."""
-    value = getattr(config, name)
-    try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"`{name}` must be a regular expression if it is a text, got {value!r}: {error}.") from error
-
-
-def check_number(config: PeftConfig, name: str) -> None:
-    """Make a field a float; raise a TypeError or ValueError if it is not a number, not finite, or too large for one."""
-    value = getattr(config, name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not -sys.float_info.max <= value <= sys.float_info.max:  # False for NaN, too
-        raise ValueError(f"`{name}` must be finite, got {value!r}.")
-    setattr(config, name, float(value))  # torch takes no whole number beyond 64 bits
-
-
-def check_dropout(config: PeftConfig) -> None:
-    """Raise a TypeError or ValueError if `dropout` is not a number from 0 to below 1."""
-    check_number(config, "dropout")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"`dropout` must lie in [0, 1), got {config.dropout!r}.")
-
-
-def check_choice(config: PeftConfig, name: str, allowed: tuple) -> None:
-    """Raise a ValueError if a field is none of the allowed values."""
-    value = getattr(config, name)
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
-        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")

@@ -27,7 +27,7 @@ from .attaching import (
     matches,
     undone_on_error,
 )
-from .config import InstancePromptConfig
+from .config import PAIR_POSITIONS, InstancePromptConfig
 from .engine.calls import check_release, check_understood
 from .engine.frozen import states_of_text
 from .engine.layer import InstancePromptLayer
@@ -36,7 +36,7 @@ from .engine.sharded import whole
 from .engine.stack import StackInfo, describe, embed_ids, find_stacks, walk
 from .generator import PromptGenerator
 from .loading import check_arrival, is_loading, names_of, take_config
-from .template import tokenize_init_text, tokenize_template
+from .template import find_separator, tokenize_init_text, tokenize_template
 from .text_start import repeat_to
 
 
@@ -95,6 +95,8 @@ class InstancePromptModel(BaseTuner):
                     f"text, got {peft_config.init_text!r}."
                 )
             peft_config.init_text = tokenize_init_text(peft_config, self.model, infos[0].vocab_size)
+        if peft_config.prompt_position in PAIR_POSITIONS and peft_config.separator_id is None:
+            peft_config.separator_id = find_separator(peft_config, self.model)
         for name in SIZES:
             if hasattr(peft_config, name):
                 setattr(peft_config, name, getattr(infos[0], name))

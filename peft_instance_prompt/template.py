@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a config leaves to the tokenizer: the ids of a `response_template` or an `init_text`."""
+"""What a config leaves to the tokenizer: the ids of a `response_template` or an `init_text`, and the separator of two sentences."""
 
 from __future__ import annotations
 
@@ -30,6 +30,27 @@ def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[in
     if not ids:
         raise ValueError(f"`response_template` {config.response_template!r} has no tokens in the tokenizer {name!r}.")
     return list(ids)
+
+
+def find_separator(config: InstancePromptConfig, model: nn.Module) -> int:
+    """The token that the tokenizer writes between two sentences: its `sep_token`, or its `eos_token` if it has none (T5).
+
+    Raises:
+        ValueError: No tokenizer is known, or it has neither.
+    """
+    name, tokenizer = load_tokenizer(
+        config,
+        model,
+        f"`prompt_position={config.prompt_position!r}` needs the separator, and no tokenizer is known that has one: give "
+        "`tokenizer_name_or_path`, or the token's id as `separator_id`.",
+    )
+    found = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    if found is None:
+        raise ValueError(
+            f"`prompt_position={config.prompt_position!r}` needs the separator, and the tokenizer {name!r} has neither a "
+            "`sep_token` nor an `eos_token`: give the token's id as `separator_id`."
+        )
+    return found
 
 
 def load_tokenizer(config: InstancePromptConfig, model: nn.Module, complaint: str) -> tuple[str, Any]:

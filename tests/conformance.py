@@ -51,7 +51,15 @@ from tiny import (  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, README = ROOT / "docs" / "conformance.md", ROOT / "README.md"
 BEGIN, END = "<!-- conformance:begin -->", "<!-- conformance:end -->"
-TITLES = {"lora": "LoRA", "iapt": "IAPT", "lpt": "LPT", "idpg": "IDPG", "ipt": "IPT", "dynamic_prompt": "DP"}
+TITLES = {
+    "lora": "LoRA",
+    "iapt": "IAPT",
+    "lpt": "LPT",
+    "idpg": "IDPG",
+    "ipt": "IPT",
+    "dynamic_prompt": "DP",
+    "idspam": "ID-SPAM",
+}
 COLUMNS = ["lora", *(kind for kind in KINDS if type(METHODS[kind]()).__module__.startswith("peft_instance_prompt."))]
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 LENGTHS = (9, 6, 4)

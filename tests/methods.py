@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mean_prompt import MeanPromptConfig
 
-from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IPTConfig, LPTConfig
+from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IDSPAMConfig, IPTConfig, LPTConfig
 
 
 # Each makes a config for a tiny model; `kw` are the fields that all methods have.
@@ -49,6 +49,9 @@ METHODS: dict[str, Callable] = {
             "init_weights": "paper",
             **kw,
         }
+    ),
+    "idspam": lambda **kw: IDSPAMConfig(
+        **{"num_virtual_tokens": 4, "bottleneck_dim": 8, "attention_dim": 8, "dropout": 0.0, **kw}
     ),
     "ipt": lambda **kw: IPTConfig(**{"num_virtual_tokens": 4, "table_rank": 4, **kw}),
     "ipt_encoder": lambda **kw: IPTConfig(
@@ -102,6 +105,9 @@ SKIPS: dict[tuple[str, str], str] = {
     ("lpt", "test_attentions_are_those_among_tokens"): "the layers below the prompt do not attend to it",
     ("lpt", "test_model_with_positions_for_no_slots"): "late slots take no positions",
     ("lpt", "test_ranges_and_tuples_become_lists"): "`layers_to_transform` is refused",
+    ("idspam", "test_attentions_are_those_among_tokens"): "the layers below the prompt do not attend to it",
+    ("idspam", "test_model_with_positions_for_no_slots"): "late slots take no positions",
+    ("idspam", "test_ranges_and_tuples_become_lists"): "`layers_to_transform` is refused",
     ("dynamic_prompt", "test_ranges_and_tuples_become_lists"): "`layers_to_transform` is refused",
     ("dynamic_prompt", "test_assistant_model"): "refused as an assistant, see tuners/test_dynamic_prompt.py",
     (
@@ -117,3 +123,8 @@ SKIPS: dict[tuple[str, str], str] = {
 
 # One method per kind, the first of each: for tests whose outcome depends on the kind only, and for slow ones.
 KINDS: list[str] = list({type(make()): name for name, make in reversed(METHODS.items())}.values())[::-1]
+
+
+def at_the_first_layer(method: str) -> dict[str, int]:
+    """The field that lets late prompts enter where nothing is below them: in BART's decoder they are refused otherwise."""
+    return {"insertion_layer": 0} if hasattr(METHODS[method](), "insertion_layer") else {}

@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from methods import KINDS, METHODS
+from methods import KINDS, METHODS, at_the_first_layer
 from peft import PeftModel, PeftModelForSeq2SeqLM
 from tiny import PAIRS, VOCAB, adapted, assert_same, batch, pair
 
@@ -29,6 +29,8 @@ CASES = [(m, f) for i, m in enumerate(METHODS) for f in PAIRS if i == 0 or f == 
 
 def prompted(method: str, family: str = "t5", side: str = "encoder", **fields) -> PeftModel:
     fields = {"task_type": "SEQ_2_SEQ_LM", "target_modules": SIDES[side], **fields}
+    if family == "bart" and side != "encoder":
+        fields.update(at_the_first_layer(method))
     return adapted(pair(family), METHODS[method](**fields))
 
 

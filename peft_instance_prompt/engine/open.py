@@ -18,13 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..generator import INPUT, Source
-from ..nn.pooling import last_index
-from .batch import Group, pick, put
+from .batch import Group, put
 from .calls import PACKED_ARGUMENTS, cache_of
 from .frozen import run_frozen
 from .instances import Selection
 from .intercept import intercepted
-from .layout import Layout, Seats, arrange, insert, take
+from .layout import Layout, insert, take
+from .place import edges, place_slots
 from .request import Request
 from .stack import StackInfo
 from .text import Text, count_positions, find_scopes, read_text
@@ -120,57 +120,6 @@ def encode(
 
 def _take_states(selection: Selection, states: Callable[[], torch.Tensor]) -> torch.Tensor:
     return selection.take(states())  # (G, n, d)
-
-
-def place_slots(groups: list[Group], text: Text, selection: Selection, info: StackInfo) -> Layout:
-    """Ask the adapters where their slots stand, and lay out the rows.
-
-    Raises:
-        ValueError: Rows have different numbers of slots in a stack that counts its positions itself.
-    """
-    B, S, packing = *text.tokens.shape, text.packing
-    L = max(group.model.num_slots for group in groups)
-    everywhere = all(group.rows is None for group in groups)
-    # A row per instance: G rows.
-    front = selection.first[:, None].expand(-1, L)  # (G, L)
-    before_token, since = front, torch.zeros_like(front)  # (G, L) each
-    live = torch.full_like(front, everywhere, dtype=torch.bool)  # (G, L)
-    predicts = torch.zeros_like(live)  # (G, L)
-    for group in groups:
-        model, own = group.model, selection.pick(group.rows)
-        behind, used = model.place(own.mask, group.vector)  # (G, l) each
-        behind = behind.to(front.device)
-        start, stop = edges(group, text, selection, info)  # (G,) each
-        before_token = put(before_token, group.rows, torch.where(behind, stop[:, None], start[:, None]))
-        live = put(live, group.rows, torch.ones_like(behind) if used is None else used.to(front.device))
-        predicts = put(predicts, group.rows, behind)
-        since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
-    numbers_columns = info.max_positions is not None and "position_ids" not in info.forward_args
-    full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
-    if info.causal and numbers_columns and not everywhere and full < B:
-        raise ValueError(
-            f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, which counts its positions "
-            "itself: give all of them adapters with the same `num_virtual_tokens`."
-        )
-    late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
-    seats = None
-    if packing is not None:
-        seats = Seats.of_live(live, packing.rows, B)
-        empty = front.new_zeros(B, seats.num_slots)  # (B, L)
-        tables = (before_token, since, front, live, predicts)
-        before_token, since, front, live, predicts = (
-            seats.put(empty.to(table.dtype), None, table) for table in tables
-        )
-    answers = predicts if info.causal else None
-    layout = arrange(before_token, S, live, answers, since, late, not info.causal, front, seats)  # B rows
-    return layout if packing is None else replace(layout, stretch=packing.widen(layout))
-
-
-def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens before which the slots of each instance (G,) stand: those before the instruction, and those behind it."""
-    start = selection.first + (group.model.config.prompt_position == "after_first")  # (B,)
-    end = selection.last + 1 if info.causal else last_index(text.tokens)  # (B,); an encoder's end token stays the last
-    return pick(start, group.rows), pick(torch.maximum(start, end), group.rows)
 
 
 def embed_slots(

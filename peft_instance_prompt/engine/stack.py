@@ -73,6 +73,11 @@ class StackInfo:
     mixing_layer: str | None = None
     attention_kinds: frozenset[str] = frozenset()
 
+    @property
+    def numbers_columns(self) -> bool:
+        """Whether it gives each column of its input the learned position of its number, and takes no position ids: BART."""
+        return self.max_positions is not None and "position_ids" not in self.forward_args
+
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules` without the modules inside adapters: no stack is among them, and a thousand adapters are many modules.
@@ -218,7 +223,7 @@ def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
         why = "packed rows are for decoder-only models"
     elif info.mixing_layer is not None:
         why = f"{info.mixing_layer!r} mixes neighbouring tokens without attention, and would need `seq_idx`"
-    elif info.max_positions is not None and "position_ids" not in info.forward_args:
+    elif info.numbers_columns:
         why = "it takes no `position_ids` and counts positions by columns"
     elif strange := info.attention_kinds - {"full_attention", "sliding_attention"}:
         why = f"layers of the kind {min(strange)!r} are not known to heed a mask that keeps sequences apart"

@@ -40,6 +40,31 @@ def attention_pool(values: torch.Tensor, scores: torch.Tensor, mask: torch.Tenso
     return (weights.transpose(-1, -2) @ kept.to(weights.dtype)).to(values.dtype)  # (B, l, S) @ (B, S, m) = (B, l, m)
 
 
+def mean_attention(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    One head of self-attention over each row's tokens, averaged over the tokens that ask: the share that each token has in
+    the mean of the outputs. Used by ID-SPAM (https://arxiv.org/abs/2506.05629).
+
+    Args:
+        queries, keys (`torch.Tensor` of shape `(B, S, k)`): The scores are their products, divided by `sqrt(k)`.
+        mask (`torch.Tensor` of shape `(B, S)`): Bool, True for the tokens that ask and are asked.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`: Each row sums to 1; zeros for a row with no token. In the dtype of `queries`.
+
+    Raises:
+        ValueError: If `mask` is not bool, or its shape does not fit `queries` and `keys`.
+    """
+    _check_mask(mask, queries=queries, keys=keys)
+    dropped = ~mask.unsqueeze(-1)  # (B, S, 1)
+    asking, asked = (x.masked_fill(dropped, 0.0) for x in (queries, keys))  # (B, S, k) each
+    scores = _at_least_float32(asking @ asked.transpose(-1, -2)) * queries.shape[-1] ** -0.5  # (B, S, S)
+    weights = scores.masked_fill(~mask.unsqueeze(-2), torch.finfo(scores.dtype).min).softmax(dim=-1)  # (B, S, S)
+    counts = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # (B, 1)
+    # An empty row's weights are uniform, but none of its tokens asks.
+    return (weights.masked_fill(dropped, 0.0).sum(dim=-2) / counts).to(queries.dtype)  # (B, S)
+
+
 def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     Mean over each row's kept tokens.

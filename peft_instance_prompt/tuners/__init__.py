@@ -4,6 +4,7 @@
 from .dynamic_prompt import Choices, DynamicPromptConfig, DynamicPromptModel, learned_position, record_choices
 from .iapt import IAPTConfig, IAPTModel
 from .idpg import IDPGConfig, IDPGModel
+from .idspam import IDSPAMConfig, IDSPAMModel
 from .ipt import IPTConfig, IPTModel
 from .lpt import LPTConfig, LPTModel
 
@@ -16,6 +17,8 @@ __all__ = [
     "IAPTModel",
     "IDPGConfig",
     "IDPGModel",
+    "IDSPAMConfig",
+    "IDSPAMModel",
     "IPTConfig",
     "IPTModel",
     "LPTConfig",

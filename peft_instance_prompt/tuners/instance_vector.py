@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal, Optional
 
 import torch
 
-from ..config import InstancePromptConfig, check_choice, check_int
+from ..checks import check_choice, check_int
+from ..config import InstancePromptConfig
 from ..generator import Source
 from ..nn.pooling import mean_pool
 

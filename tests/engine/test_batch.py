@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers as tf
-from methods import KINDS, METHODS
+from methods import KINDS, METHODS, at_the_first_layer
 from packaging import version
 from peft import LoraConfig, PeftModel
 from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb
@@ -298,7 +298,8 @@ def test_bad_names(kind: str, call: str) -> None:
 @torch.no_grad()
 def test_decoder_that_counts_its_own_positions(kind: str) -> None:
     """BART's decoder takes no position ids, so rows with fewer slots than others would be moved."""
-    model = several(pair("bart"), kind, "SEQ_2_SEQ_LM", target_modules=["decoder"])
+    fields = {"target_modules": ["decoder"], **at_the_first_layer(kind)}
+    model = several(pair("bart"), kind, "SEQ_2_SEQ_LM", **fields)
     inputs = {**batch(9, 6, side="right"), "decoder_input_ids": batch(4, 4, seed=3)["input_ids"]}
     for names in (["a", "c"], ["a", "__base__"]):
         with pytest.raises(

@@ -14,6 +14,7 @@ from peft_instance_prompt.nn.pooling import (
     first_token,
     last_index,
     last_token,
+    mean_attention,
     mean_pool,
     rms,
     rms_norm,
@@ -55,9 +56,24 @@ def adaptive(kind, length):
     return lambda x: pool(x.T[None])[0].T
 
 
+def self_attention(states, scores, mask):
+    """With two of the scores as queries and two as keys, the states as values."""
+    shares = mean_attention(scores[..., :2], scores[..., 2:], mask)[:, None]  # (B, 1, S)
+    return (shares @ states.masked_fill(~mask[..., None], 0.0).to(shares)).to(states.dtype)
+
+
+def self_attention_row(states, scores):
+    outputs = []
+    for query in scores[:, :2]:
+        shares = torch.exp(scores[:, 2:] @ query / 2**0.5)
+        outputs.append((shares / shares.sum()) @ states)
+    return torch.stack(outputs).mean(0, keepdim=True)
+
+
 # name: (the function under test on (states, scores, mask), the reference on one row's kept tokens, outputs per row)
 POOLS = {
     "attention": (attention_pool, softmax_pool_row, 4),
+    "self-attention": (self_attention, self_attention_row, 1),
     "mean": (lambda x, s, m: mean_pool(x, m)[:, None], lambda x, s: x.mean(0, keepdim=True), 1),
 }
 for n in (1, 2, 4, 5, 11, 13):
@@ -164,7 +180,16 @@ def test_bad_length(pool):
         pool(make_states(B, S, D), make_mask(), 0)
 
 
-@pytest.mark.parametrize("pool", [mean_pool, first_token, last_token, lambda x, m: attention_pool(x, x, m)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        mean_pool,
+        first_token,
+        last_token,
+        lambda x, m: attention_pool(x, x, m),
+        lambda x, m: mean_attention(x, x, m),
+    ],
+)
 def test_bad_mask(pool):
     states = make_states(B, S, D)
     with pytest.raises(ValueError, match=r"`mask`.*bool.*int64"):
@@ -177,6 +202,13 @@ def test_bad_mask(pool):
 def test_index_of_bad_mask(index):
     with pytest.raises(ValueError, match=r"`mask`.*bool.*int64"):
         index(make_mask().long())
+
+
+def test_shares_sum_to_one_over_the_kept_tokens():
+    mask = make_mask()
+    shares = mean_attention(make_states(B, S, 4), make_states(B, S, 4), mask)
+    torch.testing.assert_close(shares.sum(dim=1), mask.any(dim=1).to(shares))
+    assert not shares[~mask].any()
 
 
 def test_attention_pool_names_scores_of_another_length():

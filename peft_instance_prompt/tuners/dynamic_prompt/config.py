@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
-from ...config import check_choice, check_int, check_number
+from ...checks import check_choice, check_int, check_number
 from ..instance_vector import InstanceVectorConfig
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...config import InstancePromptConfig, check_choice, check_int
+from ...checks import check_choice, check_int
+from ...config import InstancePromptConfig
 from ...nn.rational import FIXED_ACTIVATIONS, GELU_FITS
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
-from ...config import check_choice, check_dropout, check_int
+from ...checks import check_choice, check_dropout, check_int
 from ..instance_vector import InstanceVectorConfig
 
 
@@ -62,24 +62,37 @@ class IDPGConfig(InstanceVectorConfig):
             Defaults to `"auto"`: the last in a causal model, the mean in the encoder of an encoder-decoder model (not all
             of which have a first token of their own), else the first.
         instance_embeds_dim (`int`, *optional*): The width k of the given vectors, for `instance_source="instance_embeds"`.
+        generator_residual (`bool`): An ablation of the paper: the prompt at the input is M(x) plus the layer norm of p, which needs
+            an M(x) of the embeddings' width. It is there from the start, so a fresh adapter is no near no-op. Defaults to `False`.
+        generator_layer_norm (`bool`): Another: the prompt at the input is what the generator makes, residual and all, after
+            a layer norm. Defaults to `False`.
         dropout (`float`): The dropout on u, in training only. Defaults to 0.1.
         prompt_position (`str`, *optional*): Defaults to `"after_first"`, the paper's, or to `"before"` where the text does not begin
-            with a special token (T5). Filled in when the adapter is made.
+            with a special token (T5). Filled in when the adapter is made. In its appendix the paper finds `"before_separator"`
+            best for pairs of sentences.
+        condition (`str`): As for all methods, or `"bias"`: the control with W1 = W2 = 0. The prompt is the output bias b2, which the
+            paper calls the task prompt, and nothing else is there to be trained.
 
     The fields that all methods have are those of [`InstancePromptConfig`].
     """
 
+    conditions = ("instance", "constant", "bias")
     paper = ("IDPG: An Instance-Dependent Prompt Generation Method", "2204.04497")
 
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: Optional[int] = field(
         default=None, metadata={"help": "The width of the bottleneck; None: 16 if `multi_layer`, else 256."}
     )
-    prompt_position: Optional[Literal["before", "after_first", "end"]] = field(
+    prompt_position: Optional[Literal["before", "after_first", "end", "before_separator", "after_separator"]] = field(
         default=None,
         metadata={
-            "help": "'before' the first token, 'after_first' or at the 'end'; None: 'after_first' if it is a special token."
+            "help": "'before' the first token, 'after_first', at the 'end', 'before_separator' or 'after_separator'; None: "
+            "'after_first' if it is a special token."
         },
+    )
+    condition: Literal["instance", "constant", "bias"] = field(  # type: ignore[assignment]  # one more than the others have
+        default="instance",
+        metadata={"help": "'instance', or a control: 'constant', or 'bias' for output biases only."},
     )
     multi_layer: bool = field(default=True, metadata={"help": "M-IDPG (every layer) or S-IDPG (the input only)."})
     projection: Literal["phm", "dense"] = field(default="phm", metadata={"help": "The kind of the two matrices."})
@@ -97,6 +110,12 @@ class IDPGConfig(InstanceVectorConfig):
         default="auto",
         metadata={"help": "How states are pooled: 'first' or 'last' instruction token, 'mean', 'auto'."},
     )
+    generator_residual: bool = field(
+        default=False, metadata={"help": "Whether the prompt at the input is M(x) plus the layer norm of p."}
+    )
+    generator_layer_norm: bool = field(
+        default=False, metadata={"help": "Whether a layer norm ends the generator at the input."}
+    )
     dropout: float = field(default=0.1, metadata={"help": "The dropout in the bottleneck, in training only."})
 
     def __post_init__(self):
@@ -106,7 +125,7 @@ class IDPGConfig(InstanceVectorConfig):
             self.phm_share_A = not self.multi_layer
         super().__post_init__()
         check_int(self, "phm_n", minimum=1)
-        for name in ("multi_layer", "phm_share_A"):
+        for name in ("multi_layer", "phm_share_A", "generator_residual", "generator_layer_norm"):
             check_choice(self, name, (True, False))
         check_choice(self, "projection", ("phm", "dense"))
         check_choice(self, "layer_sharing", ("all", "bias", "none"))
@@ -118,6 +137,20 @@ class IDPGConfig(InstanceVectorConfig):
                 "`layers_to_transform` must be None with `multi_layer=False`, which writes to the input only, got "
                 f"{self.layers_to_transform!r}."
             )
+        if self.generator_residual and self.condition == "bias":
+            raise ValueError(
+                "`generator_residual` must be False with `condition='bias'`, which has no M(x), got True."
+            )
+        layers = self.layers_to_transform
+        for name in ("generator_residual", "generator_layer_norm"):
+            if (
+                getattr(self, name)
+                and layers is not None
+                and 0 not in ([layers] if isinstance(layers, int) else layers)
+            ):
+                raise ValueError(
+                    f"`{name}` acts on the prompt at the input, so `layers_to_transform` must hold 0 or be None, got {layers!r}."
+                )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> IDPGConfig:

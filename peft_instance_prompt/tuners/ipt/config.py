@@ -7,7 +7,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
-from ...config import InstancePromptConfig, check_choice, check_dropout, check_int, check_number
+from ...checks import check_choice, check_dropout, check_int, check_number
+from ...config import InstancePromptConfig
 
 
 @dataclass

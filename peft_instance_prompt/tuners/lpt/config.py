@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal
 
-from ...config import InstancePromptConfig, check_choice, check_dropout, check_int
+from ...checks import check_choice, check_dropout
+from ..late_prompt import LatePromptConfig
 
 
 @dataclass
-class LPTConfig(InstancePromptConfig):
+class LPTConfig(LatePromptConfig):
     """Configuration of [`LPTModel`], late prompt tuning (https://arxiv.org/abs/2210.11292).
 
     The prompt enters at the input of one layer in the middle of the model and stays in the stream from there on. The layers
@@ -45,19 +46,9 @@ class LPTConfig(InstancePromptConfig):
     generator_type: Literal["npg", "appg", "mppg", "none"] = field(
         default="npg", metadata={"help": "'npg' (one token's state), 'appg', 'mppg' (pooled states), or 'none'."}
     )
-    insertion_layer: Optional[int] = field(
-        default=None, metadata={"help": "The layer at whose input the prompt enters; None for the middle."}
-    )
     dropout: float = field(default=0.1, metadata={"help": "Dropout on the generated vectors in training."})
 
     def __post_init__(self):
         super().__post_init__()
         check_choice(self, "generator_type", ("npg", "appg", "mppg", "none"))
-        if self.insertion_layer is not None:
-            check_int(self, "insertion_layer", minimum=0)
         check_dropout(self)
-        if self.layers_to_transform is not None:
-            raise ValueError(
-                f"`layers_to_transform` must be None, as late prompts enter at one layer, `insertion_layer`; got "
-                f"{self.layers_to_transform!r}."
-            )

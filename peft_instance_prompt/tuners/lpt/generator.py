@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ...generator import Instances, PromptGenerator, Weights
+from ...generator import Instances, Weights
 from ...nn.init import fan_in_uniform
 from ...nn.pooling import adaptive_avg_pool, adaptive_max_pool, first_token, last_token, rms
+from ..late_prompt import LatePromptGenerator
 
 
 if TYPE_CHECKING:
@@ -18,12 +19,7 @@ if TYPE_CHECKING:
     from .config import LPTConfig
 
 
-def insertion_layer(config: LPTConfig, info: StackInfo) -> int:
-    """The layer at which the prompt enters; by default the middle."""
-    return info.num_layers // 2 if config.insertion_layer is None else config.insertion_layer
-
-
-class LPTGenerator(PromptGenerator):
+class LPTGenerator(LatePromptGenerator):
     """The generator of late prompt tuning (https://arxiv.org/abs/2210.11292).
 
     With H (n, d) the input of layer k at the instruction's tokens and h one of its rows:
@@ -39,13 +35,10 @@ class LPTGenerator(PromptGenerator):
         prompt (`nn.Parameter`): Shape (1, l, d). Of `none`, and nothing else.
     """
 
-    feeds_constant = False
-
     def __init__(self, config: LPTConfig, info: StackInfo):
-        layer = insertion_layer(config, info)
-        super().__init__(config, info, depths=[layer])
+        super().__init__(config, info)
         d, m, l = info.hidden_size, config.bottleneck_dim, config.num_virtual_tokens
-        self.first_visible_layer, self.width = layer, d
+        self.width = d
         self.kind = config.generator_type
         self.dropout = nn.Dropout(config.dropout)
         if self.kind == "none":
@@ -60,26 +53,6 @@ class LPTGenerator(PromptGenerator):
         else:
             self.down, self.down_bias = fan_in_uniform(1, d, m), fan_in_uniform(1, 1, m, fan_in=d)
         self.zero_at_start(self.up, self.up_bias)
-
-    @classmethod
-    def check(cls, config: LPTConfig, info: StackInfo) -> None:
-        if config.insertion_layer is not None and config.insertion_layer >= info.num_layers:
-            raise ValueError(
-                f"`insertion_layer` must lie in 0..{info.num_layers - 1} for {info.layers_name!r}, got "
-                f"{config.insertion_layer}."
-            )
-        start = insertion_layer(config, info)
-        if below := [number for number in info.recurrent_layers if number < start]:
-            raise ValueError(
-                f"Late prompts cannot be hidden from the layers {below} of {info.layers_name!r}, which have a state and no "
-                f"attention: choose an `insertion_layer` that is not above them, got {start}, or another method."
-            )
-        if start > 0 and info.counts_columns and config.prompt_position != "before":
-            raise ValueError(
-                f"`prompt_position` must be 'before' for late prompts in {info.layers_name!r}, got {config.prompt_position!r}: it "
-                "reads distances off the columns of its input, so slots that stand among the tokens would move these in the layers "
-                "below, which are to run as if there were no prompt."
-            )
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
         G, l = len(instances.mask), self.num_slots

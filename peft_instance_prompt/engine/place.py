@@ -1,0 +1,109 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where the slots of each row stand among its tokens.
+
+Shapes: B rows, S tokens, L slots, G instances: rows, or the sequences of packed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..config import PAIR_POSITIONS, PLAIN_POSITIONS
+from ..nn.pooling import last_index
+from .batch import Group, pick, put
+from .instances import Selection
+from .layout import Layout, Seats, arrange
+from .stack import StackInfo
+from .text import Text
+
+
+def place_slots(groups: list[Group], text: Text, selection: Selection, info: StackInfo) -> Layout:
+    """Ask the adapters where their slots stand, and lay out the rows.
+
+    Raises:
+        ValueError: Rows have different numbers of slots in a stack that counts its positions itself.
+    """
+    B, S, packing = *text.tokens.shape, text.packing
+    L = max(group.model.num_slots for group in groups)
+    everywhere = all(group.rows is None for group in groups)
+    # A row per instance: G rows.
+    front = selection.first[:, None].expand(-1, L)  # (G, L)
+    before_token, since = front, torch.zeros_like(front)  # (G, L) each
+    live = torch.full_like(front, everywhere, dtype=torch.bool)  # (G, L)
+    predicts = torch.zeros_like(live)  # (G, L)
+    for group in groups:
+        model, own = group.model, selection.pick(group.rows)
+        behind, used = model.place(own.mask, group.vector)  # (G, l) each
+        behind = behind.to(front.device)
+        start, stop = edges(group, text, selection, info)  # (G,) each
+        if info.numbers_columns and not info.causal and model.first_visible_layer > 0:
+            # Where only learned positions tell the columns apart, late vectors, which have none, may stand in any of them: behind
+            # the last token they move no other.
+            start = stop = torch.full_like(start, S)  # (G,)
+        before_token = put(before_token, group.rows, torch.where(behind, stop[:, None], start[:, None]))
+        live = put(live, group.rows, torch.ones_like(behind) if used is None else used.to(front.device))
+        predicts = put(predicts, group.rows, behind)
+        since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
+    full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
+    if info.causal and info.numbers_columns and not everywhere and full < B:
+        raise ValueError(
+            f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, which counts its positions "
+            "itself: give all of them adapters with the same `num_virtual_tokens`."
+        )
+    late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
+    seats = None
+    if packing is not None:
+        seats = Seats.of_live(live, packing.rows, B)
+        empty = front.new_zeros(B, seats.num_slots)  # (B, L)
+        tables = (before_token, since, front, live, predicts)
+        before_token, since, front, live, predicts = (
+            seats.put(empty.to(table.dtype), None, table) for table in tables
+        )
+    answers = predicts if info.causal else None
+    layout = arrange(before_token, S, live, answers, since, late, not info.causal, front, seats)  # B rows
+    return layout if packing is None else replace(layout, stretch=packing.widen(layout))
+
+
+def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens before which the slots of each instance (G,) stand: those before the instruction, and those behind it."""
+    position = group.model.config.prompt_position
+    start = pick(selection.first + (position == "after_first"), group.rows)  # (G,)
+    end = selection.last + 1 if info.causal else last_index(text.tokens)  # (B,); an encoder's end token stays the last
+    if position in PAIR_POSITIONS:
+        start = at_separator(group, text, selection.pick(group.rows))  # (G,)
+    return start, torch.maximum(start, pick(end, group.rows))
+
+
+def at_separator(group: Group, text: Text, selection: Selection) -> torch.Tensor:
+    """The first separator (G,) of each instance of a group that has two sentences, or the first token of its second sentence.
+
+    Raises:
+        ValueError: A row has no separator behind its first token, or nothing behind it.
+    """
+    position, separator = group.model.config.prompt_position, group.model.config.separator_id
+    if text.ids is None:
+        raise ValueError(
+            f"`prompt_position={position!r}` looks for the separator in `input_ids`, but the model got `inputs_embeds`: pass "
+            f"`input_ids`, or choose one of {list(PLAIN_POSITIONS)}."
+        )
+    rows = selection.rows  # (G,); a packed row has several instances
+    tokens, ids = pick(text.tokens, rows), pick(text.ids, rows).to(text.tokens.device)  # (G, S) each
+    columns = torch.arange(tokens.shape[1], device=tokens.device)  # (S,)
+    # Not the first token: some tokenizers begin a text with what ends it. Nor the response, which the prompt must not depend on.
+    inside = tokens & (columns > selection.first[:, None]) & (columns <= selection.last[:, None])  # (G, S)
+    found = inside & (ids == separator)  # (G, S)
+    if position == "after_separator":  # RoBERTa writes two in a row
+        found = inside & ~found & (found.cumsum(dim=1) > 0)  # (G, S)
+    if (missing := ~found.any(dim=1) & tokens.any(dim=1)).any():
+        bad = missing.nonzero().flatten()  # (rows,)
+        bad = bad if rows is None else rows.to(bad.device)[bad]  # (rows,)
+        raise ValueError(
+            f"`prompt_position={position!r}` needs rows of two sentences with the separator {separator} (`separator_id`) between "
+            f"them, and row(s) {bad.tolist()} have none{' with text behind it' if position == 'after_separator' else ''}. For "
+            f"single sentences choose one of {list(PLAIN_POSITIONS)}."
+        )
+    return found.int().argmax(dim=1)  # (G,)
