@@ -557,7 +557,8 @@ def test_sft_of_texts_that_are_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", [None, [3]])
 def test_wrapped_packing_is_refused(template: list[int] | None, tmp_path: Path) -> None:
     """It cuts texts anywhere and does not say where they begin, so a row begins with what is to be predicted."""
-    model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM", response_template=template))
+    config = METHODS["iapt"](task_type="CAUSAL_LM", response_template=template, missing_template="all")
+    model = adapted(causal_lm(), config)
     data = [{**row, "prompt": row["prompt"] + " <unk>"} for row in COMPLETION]
     with pytest.raises(ValueError, match="packing_strategy='wrapped'"):
         sft(tmp_path, data, model, packing=True, packing_strategy="wrapped", max_length=9).train()

@@ -100,7 +100,9 @@ def test_packed_rows_are_the_sequences_alone(method: str, attention: str) -> Non
 
 SPREAD = ("gpt2", "gemma3", "mistral", "falcon", "opt", "mpt", "bloom")
 CASES = [(method, family) for method in ("iapt", "lpt", "dynamic_prompt_all") for family in SPREAD]
-CASES += [("idpg", family) for family in DECODERS if family not in SPREAD]
+CASES += [("idpg", family) for family in DECODERS if family not in SPREAD] + [
+    ("idpg", "opt")
+]  # which leaks, frozen too
 LEAKY = ("opt", "mpt", "bloom")
 
 
