@@ -32,7 +32,7 @@ def to_prompt_embeds(
         model (`nn.Module`): The model with the active adapter, in evaluation mode.
         input_ids (`torch.LongTensor`): Shape (B, S). The whole prompts, as `generate` takes them.
         attention_mask (`torch.Tensor`, *optional*): Shape (B, S). 0 where there is padding.
-        kwargs: Other arguments of the model that bear on the prompts: `instruction_mask`, `instance_embeds`.
+        kwargs: Other arguments of the model that bear on the prompts: `instruction_mask`, `instance_embeds`, `task_ids`.
 
     Returns:
         `list[torch.Tensor]`: One of shape (positions, e) for each row, in the dtype of the base model.
