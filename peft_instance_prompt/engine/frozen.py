@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..generator import INPUT
+from .calls import LayerCall
 from .passes import Pass, current_pass
 from .stack import embed_ids, walk
 
@@ -40,7 +42,7 @@ def run_frozen(stack: PreTrainedModel, call: dict[str, Any], stretch: torch.Tens
             module.training = True
 
 
-def states_of_text(stack: nn.Module, layers: nn.ModuleList, ids: Sequence[int]) -> dict[int, torch.Tensor]:
+def states_of_text(stack: PreTrainedModel, layers: nn.ModuleList, ids: Sequence[int]) -> dict[int, torch.Tensor]:
     """The states (n, w) of the n tokens of a text, by depth: the input embeddings, and the input of each layer.
 
     Args:
@@ -51,7 +53,7 @@ def states_of_text(stack: nn.Module, layers: nn.ModuleList, ids: Sequence[int]) 
     states: list[torch.Tensor] = []
 
     def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])  # (1, n, d)
+        states.append(LayerCall(layer, args, kwargs).states)  # (1, n, d)
 
     tokens = torch.tensor([list(ids)], device=stack.get_input_embeddings().weight.device)  # (1, n)
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
