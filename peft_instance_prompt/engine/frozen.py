@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import PreTrainedModel
 
 from ..generator import INPUT
 from .calls import LayerCall
