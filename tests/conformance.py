@@ -360,10 +360,23 @@ def check_sft(method: str, **changes) -> None:
         check_trained(model, trainer)
 
 
+@torch.no_grad()
+def check_packed(method: str) -> None:
+    model = prompted(method)
+    parts = [torch.randint(3, 90, (1, n), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+    labels = [part.masked_fill(torch.arange(part.shape[1]) < 2, -100) for part in parts]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    ids, said = torch.cat(parts, dim=1), torch.cat(labels, dim=1)
+    found = model(input_ids=ids, labels=said, position_ids=positions, use_cache=False).logits.split(LENGTHS, dim=1)
+    alone = [model(input_ids=part, labels=own).logits for part, own in zip(parts, labels)]
+    must(all(map(close, found, alone)), "a sequence of a packed row differs from the sequence alone")
+
+
 NO_CACHE = {"use_cache": False}
 FEATURES: dict[str, Callable[[str], None]] = {
     "forward: the logits have the input's length": check_forward,
     "padding left = right = none": check_padding,
+    "packed rows: a sequence = the sequence alone": check_packed,
     "`generate`: a row in a batch = the row alone": check_greedy,
     "`generate` with cache = without": functools.partial(check_same_text, how={}, other=NO_CACHE),
     "`generate`: beams, several sequences": functools.partial(
