@@ -46,7 +46,8 @@ def mean_attention(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor
     the mean of the outputs. Used by ID-SPAM (https://arxiv.org/abs/2506.05629).
 
     Args:
-        queries, keys (`torch.Tensor` of shape `(B, S, k)`): The scores are their products, divided by `sqrt(k)`.
+        queries (`torch.Tensor` of shape `(B, S, k)`): What a token asks.
+        keys (`torch.Tensor` of shape `(B, S, k)`): What it is asked: scores are products of both, divided by `sqrt(k)`.
         mask (`torch.Tensor` of shape `(B, S)`): Bool, True for the tokens that ask and are asked.
 
     Returns:
