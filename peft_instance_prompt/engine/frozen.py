@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..generator import INPUT
 from .passes import Pass, current_pass
@@ -33,7 +34,7 @@ def run_frozen(stack: nn.Module, call: dict[str, Any]) -> torch.Tensor:
             module.training = True
 
 
-def states_of_text(stack: nn.Module, layers: nn.ModuleList, ids: Sequence[int]) -> dict[int, torch.Tensor]:
+def states_of_text(stack: PreTrainedModel, layers: nn.ModuleList, ids: Sequence[int]) -> dict[int, torch.Tensor]:
     """The states (n, w) of the n tokens of a text, by depth: the input embeddings, and the input of each layer.
 
     Args:
