@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny import causal_lm
+from peft import PeftModel, get_peft_model
+from tiny import adapted, causal_lm
 
 from peft_instance_prompt import IAPTConfig, IPTConfig
 from peft_instance_prompt.engine.sharded import num_elements, whole
@@ -61,6 +62,14 @@ def test_the_generator_is_made_as_for_a_whole_model(family: str, gathered: list[
     assert table.equal(causal_lm(family).get_input_embeddings().weight)
     apart = [p for p in model.parameters() if hasattr(p, "ds_numel")]
     assert gathered and apart and all(p.numel() == 0 for p in apart), "what was gathered was not released"
+
+
+def test_an_adapter_is_loaded(tmp_path: Path, gathered: list[int]) -> None:
+    model = adapted(causal_lm(), IAPTConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(take_apart(causal_lm()), tmp_path)
+    weights = {name: value for name, value in model.named_parameters() if "generator" in name}
+    assert weights and all(again.get_parameter(name).equal(value) for name, value in weights.items())
 
 
 def test_parameters_that_are_whole_need_no_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:

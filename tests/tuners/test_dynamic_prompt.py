@@ -83,6 +83,10 @@ def test_preset_overrides() -> None:
         ({"instance_source": "cls"}, "`instance_source` must be one of .*'cls'"),
         ({"instance_embeds_dim": 3}, "`instance_embeds_dim` must be .* None otherwise, got 3 with 'frozen'"),
         ({"prompt_position": "end"}, "`prompt_position` must be one of .*'end'"),
+        (
+            {"prompt_position": "end", "instruction_length": 2},
+            "`instruction_length` must be None, got 2.*split around",
+        ),
         ({"layers_to_transform": 0}, "`layers_to_transform` must be None.* got 0"),
         ({"sample_at_eval": 1}, "`sample_at_eval` must be one of .* got 1"),
     ],
