@@ -59,7 +59,9 @@ def load_task(name: str, cache_dir: str | os.PathLike | None = None) -> list[dic
     folder = asset_folder("bigbench", cache_dir)
     if not folder.is_dir():
         with create_once(folder) as scratch, pip_download("bigbench==1.0.0", source=True) as sdist:
-            wanted = {f"bigbench-1.0.0/bigbench/benchmark_tasks/{path}/task.json": key for key, path in FOLDERS.items()}
+            wanted = {
+                f"bigbench-1.0.0/bigbench/benchmark_tasks/{path}/task.json": key for key, path in FOLDERS.items()
+            }
             with tarfile.open(sdist) as archive:
                 for member in archive:
                     if member.name in wanted:
