@@ -122,6 +122,7 @@ def _trained(plan: Plan, cell: Cell, task: Task) -> dict:
         "trainable": record["trainable"],
         "head": record["head"],
         "train_seconds": round(record["seconds"], 2),
+        "train_cpu_seconds": round(record["cpu_seconds"], 2),
         "test_seconds": round(time.perf_counter() - start, 2),
         "above_loaded_mb": round(record["above_loaded_mb"], 1),
         "test": test,

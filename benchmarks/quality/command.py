@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
 import transformers
 from machine import RESULTS
 
@@ -77,6 +78,7 @@ def main(name: str, description: str, make_suite, defaults: dict) -> None:
     )
     parser.add_argument("--model", help="folder or hub name (default: the one that PyPI has)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; see --shard for more (default: %(default)s)")
     parser.add_argument("--results", type=Path, help=f"folder (default: benchmarks/results/{name}/MODEL)")
     parser.add_argument("--shard", default="0/1", help="k/n: one of n processes that share the cells (%(default)s)")
     parser.add_argument("--limit", type=float, default=float("inf"), help="begin no cell after this many seconds")
@@ -93,6 +95,7 @@ def main(name: str, description: str, make_suite, defaults: dict) -> None:
         args.steps = args.mixture_steps = 3
         args.rates, args.seeds, args.most, args.batch_size, args.sizes = 2, "0,1", "8,8", 4, "100"
         args.tasks, args.methods = defaults["smoke"][0], "zero-shot,lora-r16,iapt,iapt-constant"
+    torch.set_num_threads(args.threads)
     tasks, methods = args.tasks.split(","), args.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}; choose from {', '.join(METHODS)}")

@@ -35,7 +35,7 @@ def fit(model: nn.Module, batches: Iterable, loss: Callable, steps: int, rate: f
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     model.train()
-    losses, start = [], time.perf_counter()
+    losses, start, cpu = [], time.perf_counter(), time.process_time()
     for batch in batches:
         value = loss(model, batch)
         value.backward()
@@ -48,6 +48,7 @@ def fit(model: nn.Module, batches: Iterable, loss: Callable, steps: int, rate: f
     return {
         "losses": losses,
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,  # hardly depends on what else the machine does
         "above_loaded_mb": memory.above_start(),
         "trainable": sum(parameter.numel() for parameter in body),
         "head": sum(parameter.numel() for parameter in head),
