@@ -91,7 +91,9 @@ def test_each_method_can_be_attached(name: str, task_type: str) -> None:
     )
     assert getattr(config, "anneal_steps", 7) == 7
     ids = torch.randint(3, tiny.VOCAB, (2, 9))
-    labels = torch.tensor([0, 1]) if task_type == "SEQ_CLS" else torch.cat([torch.full((2, 6), -100), ids[:, 6:]], dim=1)
+    labels = (
+        torch.tensor([0, 1]) if task_type == "SEQ_CLS" else torch.cat([torch.full((2, 6), -100), ids[:, 6:]], dim=1)
+    )
     assert model(input_ids=ids, labels=labels).loss.isfinite()
 
 
