@@ -31,9 +31,9 @@ if __name__ == "__main__":
             "methods": [name for name in METHODS if name != "prefix-tuning"],
             "steps": 150,
             "mixture_steps": 150,
-            "batch_size": 16,
+            "batch_size": 8,
             "most": (200, 400),
-            "step_seconds": 0.3,
+            "step_seconds": 0.25,
             "smoke": ("movie", {"num_hidden_layers": 2}),
         },
     )
