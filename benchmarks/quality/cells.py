@@ -79,7 +79,7 @@ def run_cell(plan: Plan, cell: Cell) -> dict:
     if cell.method == "zero-shot":
         result["steps"] = 0
         result["test"] = {
-            part.name: {"own": _texts(suite.zero_shot(part, part.splits["test"]))} for part in task.each()
+            part.name: {"own": _texts(told(part, suite.zero_shot(part, part.splits["test"])))} for part in task.each()
         }
     else:
         result.update(_trained(plan, cell, task))
@@ -171,7 +171,12 @@ def tested(suite: object, model: torch.nn.Module, task: Task, ours: bool) -> dic
     else:
         found = {"own": evaluate(suite, model, task, "test")}
     found["own"].update(suite.generate(model, task, examples) or {})
-    return {prompts: _texts(values) for prompts, values in found.items()}
+    return {prompts: _texts(told(task, values)) for prompts, values in found.items()}
+
+
+def told(task: Task, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Free text is no choice among labels."""
+    return {name: value for name, value in values.items() if task.labels or name != "accuracy"}
 
 
 def reported(suite: object, model: torch.nn.Module, task: Task, examples: list[dict]) -> dict[str, dict]:
