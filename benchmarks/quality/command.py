@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from machine import RESULTS
+from machine import RESULTS, setup
 
 from quality.cells import Cell, Plan, run_cell
 from quality.methods import METHODS
@@ -96,6 +96,7 @@ def main(name: str, description: str, make_suite, defaults: dict) -> None:
         args.rates, args.seeds, args.most, args.batch_size, args.sizes = 2, "0,1", "8,8", 4, "100"
         args.tasks, args.methods = defaults["smoke"][0], "zero-shot,lora-r16,iapt,iapt-constant"
     torch.set_num_threads(args.threads)
+    setup(args.device)  # noted now: the repository may change while this runs
     tasks, methods = args.tasks.split(","), args.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}; choose from {', '.join(METHODS)}")
