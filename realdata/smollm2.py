@@ -32,13 +32,19 @@ def load_smollm2(cache_dir: str | os.PathLike | None = None):
     Returns:
         `tuple`: A `LlamaForCausalLM` (30 layers, hidden size 576) and its tokenizer.
     """
+    folder = smollm2_folder(cache_dir)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return model.eval(), tokenizer
+
+
+def smollm2_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder with the checkpoint, which the first call makes; see [`load_smollm2`]."""
     folder = asset_folder("smollm2-135m-instruct", cache_dir)
     if not folder.is_dir():
         with create_once(folder) as scratch:
             _convert(scratch)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    return model.eval(), tokenizer
+    return folder
 
 
 def _convert(folder: Path) -> None:

@@ -1,0 +1,125 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that are compared. A method of this package is one line of `OURS`, and brings its `constant` control with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    initialize_kv_prefix_from_text,
+)
+
+from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IPTConfig, LPTConfig
+
+
+TEXT = "Read the text that follows and answer with the one word that is right for it, and nothing else."
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a config may depend on: `"SEQ_CLS"` or `"CAUSAL_LM"`, the number of steps, and the tokenizer with its folder."""
+
+    task_type: str
+    steps: int
+    tokenizer: object
+    folder: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Attributes:
+        attach: Takes the base model and the setting, returns the model to train.
+        rates: The learning rates to try, the likeliest first. As many for each method.
+        ours: Whether its prompts can be exchanged, and a `instruction_mask` be given to it.
+    """
+
+    attach: Callable[[torch.nn.Module, Setting], torch.nn.Module]
+    rates: tuple[float, ...]
+    ours: bool = False
+
+
+def _peft(make: Callable[[Setting], PeftConfig]) -> Callable:
+    return lambda base, setting: get_peft_model(base, make(setting))
+
+
+def _full(base: torch.nn.Module, setting: Setting) -> torch.nn.Module:
+    return base.requires_grad_(True)
+
+
+def _head(base: torch.nn.Module, setting: Setting) -> torch.nn.Module:
+    base.requires_grad_(False)
+    base.classifier.requires_grad_(True)
+    return base
+
+
+def _prefix(base: torch.nn.Module, setting: Setting) -> torch.nn.Module:
+    config = PrefixTuningConfig(task_type=setting.task_type, num_virtual_tokens=16)
+    model = get_peft_model(base, config)
+    if setting.task_type == "CAUSAL_LM":
+        initialize_kv_prefix_from_text(model, setting.tokenizer, text=TEXT, use_chat_template=False)
+    return model
+
+
+def _prompt_tuning(setting: Setting) -> PeftConfig:
+    return PromptTuningConfig(
+        task_type=setting.task_type,
+        num_virtual_tokens=16,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=TEXT,
+        tokenizer_name_or_path=setting.folder,
+    )
+
+
+def _p_tuning(setting: Setting) -> PeftConfig:
+    return PromptEncoderConfig(task_type=setting.task_type, num_virtual_tokens=16, encoder_hidden_size=128)
+
+
+def _lora(r: int, targets: str | None) -> Callable[[Setting], PeftConfig]:
+    return lambda setting: LoraConfig(task_type=setting.task_type, r=r, lora_alpha=2 * r, target_modules=targets)
+
+
+OURS: dict[str, Callable[..., PeftConfig]] = {
+    "iapt": IAPTConfig,
+    "m-idpg": lambda **kw: IDPGConfig.preset("m-phm", **kw),
+    "s-idpg": lambda **kw: IDPGConfig.preset("s-phm", **kw),
+    "lpt": LPTConfig,
+    "ipt": IPTConfig,
+    "dp": DynamicPromptConfig,
+    "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
+}
+
+
+def _ours(make: Callable[..., PeftConfig], condition: str) -> Method:
+    def config(setting: Setting) -> PeftConfig:
+        made = make(task_type=setting.task_type, condition=condition)
+        if hasattr(made, "anneal_steps"):
+            made.anneal_steps = setting.steps  # dynamic prompting's temperature falls during all of the training
+        return made
+
+    return Method(_peft(config), (3e-3, 1e-3, 1e-2), ours=True)
+
+
+METHODS: dict[str, Method] = {
+    # No step is taken: see the suites.
+    "zero-shot": Method(lambda base, setting: base, ()),
+    "head": Method(_head, (1e-3, 3e-4, 3e-3)),
+    "full": Method(_full, (1e-4, 3e-5, 3e-4)),
+    # PEFT's own choice of modules is q and v
+    "lora-r8-qv": Method(_peft(_lora(8, None)), (1e-3, 3e-4, 3e-3)),
+    "lora-r16": Method(_peft(_lora(16, "all-linear")), (1e-3, 3e-4, 3e-3)),
+    "prompt-tuning": Method(_peft(_prompt_tuning), (3e-2, 1e-2, 1e-1)),
+    "p-tuning": Method(_peft(_p_tuning), (3e-3, 1e-3, 1e-2)),
+    "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),
+    **{name: _ours(make, "instance") for name, make in OURS.items()},
+    **{f"{name}-constant": _ours(make, "constant") for name, make in OURS.items()},
+}

@@ -1,0 +1,289 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Writes the tables and pictures of docs/evidence.md from the results of the quality suites.
+
+    python benchmarks/report.py            # writes
+    python benchmarks/report.py --check    # exit code 1 if what is written is not what the results give
+
+What stands between `<!-- generated: NAME -->` and `<!-- end -->` is generated; the rest of the page is written by hand and kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from machine import RESULTS, ROOT
+from quality.command import numbers
+from quality.methods import METHODS, OURS
+from quality.statistics import paired_interval
+
+
+PAGE = ROOT / "docs" / "evidence.md"
+BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOTHING = "No results yet.\n"
+LORA = "lora-r16"
+
+
+class Results:
+    """The cells of one suite on one model, by (task, size, method, seed)."""
+
+    def __init__(self, folder: Path):
+        loaded = [json.loads(file.read_text()) for file in sorted(folder.glob("*/*.json"))]
+        self.cells = {(r["task"], r["size"], r["method"], r["seed"]): r for r in loaded}
+        self.score = loaded[0]["score"] if loaded else None
+        self.methods = [name for name in METHODS if any(key[2] == name for key in self.cells)]
+        self.tasks = list(dict.fromkeys(key[0] for key in self.cells))
+
+    def of(self, task: str, size: str, method: str) -> list[dict]:
+        return [self.cells[key] for key in sorted(self.cells) if key[:3] == (task, size, method)]
+
+    def values(self, task: str, size: str, method: str, measure: str, prompts: str = "own") -> dict:
+        """By part of the task and seed, the value of each test instance; `free text` is scored by what was written."""
+        found: dict[str, dict[int, torch.Tensor]] = {}
+        for cell in self.of(task, size, method):
+            for part, by_prompt in cell["test"].items():
+                values = by_prompt.get(prompts, {}).get(measure)
+                if values is not None:
+                    found.setdefault(part, {})[cell["seed"]] = torch.tensor(numbers(values), dtype=torch.float64)
+        return found
+
+
+def difference(results: Results, size: str, one: tuple, other: tuple, measure: str, tasks: list[str]):
+    """Mean and interval of one minus other, each (method, prompts), over the tasks and seeds that both have; None without any."""
+    tables = []
+    for task in tasks:
+        left = results.values(task, size, one[0], measure, one[1])
+        right = results.values(task, size, other[0], measure, other[1])
+        parts = []
+        for part in left:
+            seeds = sorted(set(left[part]) & set(right.get(part, {})))
+            if seeds:
+                parts.append(torch.stack([left[part][s] - right[part][s] for s in seeds]))
+        tables += parts
+    return (paired_interval(tables), len(tables)) if tables else None
+
+
+def shown(found, percent: bool = True) -> str:
+    if found is None:
+        return "-"
+    (mean, low, high), count = found
+    factor, digits = (100, 1) if percent else (1, 3)
+    text = f"{factor * mean:+.{digits}f} [{factor * low:+.{digits}f}, {factor * high:+.{digits}f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def scores(results: Results, size: str, task_names: list[str], measure: str) -> str:
+    """Mean over seeds of each method on each task, in percent, with what it took."""
+    columns = [(task, part) for task in task_names for part in parts_of(results, size, task, measure)]
+    rows = []
+    for method in results.methods:
+        cells = [cell for task in task_names for cell in results.of(task, size, method)]
+        if not cells:
+            continue
+        row, means = [method], []
+        for task, part in columns:
+            by_seed = results.values(task, size, method, measure).get(part)
+            if by_seed is None:
+                row.append("-")
+                continue
+            seeds = [values.mean().item() * 100 for values in by_seed.values()]
+            means.append(sum(seeds) / len(seeds))
+            spread = f" ± {torch.tensor(seeds).std().item():.1f}" if len(seeds) > 1 else ""
+            row.append(f"{means[-1]:.1f}{spread}")
+        row.append(f"{sum(means) / len(means):.1f}" if means and len(means) == len(columns) else "-")
+        trained = [cell for cell in cells if "trainable" in cell]
+        row.append(f"{trained[0]['trainable']:,}" if trained else "0")
+        row.append(median(cell.get("train_cpu_seconds", cell["train_seconds"]) for cell in trained))
+        row.append(median(cell["above_loaded_mb"] for cell in trained))
+        rows.append(row)
+    if not rows:
+        return NOTHING
+    return table(["method", *(part for _, part in columns), "mean", "parameters", "s", "MB"], rows)
+
+
+def parts_of(results: Results, size: str, task: str, measure: str) -> list[str]:
+    names = [list(results.values(task, size, method, measure)) for method in results.methods]
+    return max(names, key=len, default=[])
+
+
+def median(values) -> str:
+    ordered = sorted(values)
+    return f"{ordered[len(ordered) // 2]:.0f}" if ordered else "-"
+
+
+def instance(results: Results, size: str, task_names: list[str], measure: str, percent: bool = True) -> str:
+    """Own prompts against the constant control, and against prompts that are exchanged."""
+    names = [name for name in OURS if name in results.methods]
+    exchanged = ["shuffled", "mean", "none"]
+    if any(
+        "shuffled over tasks" in part
+        for cell in results.cells.values()
+        if cell["task"] in task_names
+        for part in cell["test"].values()
+    ):
+        exchanged[2:2] = ["shuffled over tasks", "mean over tasks"]
+    rows = []
+    for name in names:
+        own = (name, "own")
+        control = difference(results, size, own, (f"{name}-constant", "own"), measure, task_names)
+        others = [difference(results, size, own, (name, prompts), measure, task_names) for prompts in exchanged]
+        if any((control, *others)):
+            rows.append([name, *(shown(found, percent) for found in (control, *others))])
+    return table(["method", "own - constant", *(f"own - {p}" for p in exchanged)], rows) if rows else NOTHING
+
+
+def instance_by_task(results: Results, size: str, task_names: list[str], measure: str) -> str:
+    rows = []
+    for name in OURS:
+        row = [name]
+        for task in task_names:
+            row.append(shown(difference(results, size, (name, "own"), (f"{name}-constant", "own"), measure, [task])))
+        if set(row[1:]) != {"-"}:
+            rows.append(row)
+    return table(["own - constant", *task_names], rows) if rows else NOTHING
+
+
+def against_lora(results: Results, size: str, task_names: list[str], measure: str) -> str:
+    rows = []
+    for name in results.methods:
+        if name in (LORA, "zero-shot"):
+            continue
+        found = [difference(results, size, (name, "own"), (LORA, "own"), measure, task_names)]
+        found += [difference(results, size, (name, "own"), (LORA, "own"), measure, [task]) for task in task_names]
+        if found[0]:
+            rows.append([name, *(shown(f) for f in found)])
+    return table([f"minus {LORA}", "all tasks", *task_names], rows) if rows else NOTHING
+
+
+def rates(results: Results) -> str:
+    """How often each learning rate won on dev, and a mark where the winner lies at an edge of those tried."""
+    rows = []
+    for method in results.methods:
+        first = [cell for key, cell in results.cells.items() if key[2] == method and key[3] == 0 and "tried" in cell]
+        if not first:
+            continue
+        tried = sorted({t["rate"] for cell in first for t in cell["tried"]})
+        won = [sum(cell["rate"] == rate for cell in first) for rate in tried]
+        rows.append([method, ", ".join(f"{rate:g}: {n}" for rate, n in zip(tried, won))])
+    return table(["method", "learning rate: how often the best on dev"], rows) if rows else NOTHING
+
+
+def setups(results: Results) -> str:
+    keys = ("model", "device", "threads", "torch", "transformers", "peft", "peft_instance_prompt", "revision")
+    found = sorted({", ".join(f"{key} {cell['setup'].get(key)}" for key in keys) for cell in results.cells.values()})
+    shapes = sorted({(c["task"], c["steps"], c["batch_size"]) for c in results.cells.values() if c["steps"]})
+    steps = sorted({f"{steps} steps of {size}" for _, steps, size in shapes})
+    return "".join(f"- {line}\n" for line in found) + f"- {'; '.join(steps)}\n" if found else NOTHING
+
+
+def blocks(folder: Path) -> dict[str, str]:
+    """All generated blocks, by name: `SUITE.MODEL.WHAT`."""
+    made = {}
+    for path in sorted(p for p in folder.glob("quality_*/*") if p.is_dir()):
+        results = Results(path)
+        if not results.cells:
+            continue
+        name = f"{path.parent.name}.{path.name}"
+        mixtures = [task for task in results.tasks if task == "mixture" or "+" in task]
+        single = [task for task in results.tasks if task not in mixtures]
+        measures = dict.fromkeys([results.score, "accuracy"])  # of a causal model both
+        for size in sorted({key[1] for key in results.cells}):
+            for group, names in (("tasks", single), ("mixture", mixtures)):
+                here = [task for task in names if any(key[:2] == (task, size) for key in results.cells)]
+                if not here:
+                    continue
+                prefix = f"{name}.{group}-{size}"
+                for measure in measures:
+                    made[f"{prefix}.scores-{measure}"] = scores(results, size, here, measure)
+                made[f"{prefix}.instance"] = instance(results, size, here, results.score)
+                made[f"{prefix}.instance-loss"] = instance(results, size, here, "loss", percent=False)
+                made[f"{prefix}.instance-by-task"] = instance_by_task(results, size, here, results.score)
+                made[f"{prefix}.lora"] = against_lora(results, size, here, results.score)
+                if group == "mixture":
+                    for measure in ("match", "f1"):
+                        made[f"{prefix}.scores-{measure}"] = scores(results, size, here, measure)
+        made[f"{name}.rates"] = rates(results)
+        made[f"{name}.setup"] = setups(results)
+    return made
+
+
+def picture(results: Results, size: str, file: Path) -> None:
+    """Points with intervals: own minus constant, and own minus shuffled, over all tasks that are there."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "peft_instance_prompt"
+    from matplotlib import pyplot as plt
+
+    tasks = [task for task in results.tasks if any(key[:2] == (task, size) for key in results.cells)]
+    figure, ax = plt.subplots(figsize=(7, 3.2))
+    names = [name for name in OURS if name in results.methods]
+    for offset, (label, other) in enumerate((("constant", "-constant"), ("shuffled", None), ("mean", None))):
+        for row, name in enumerate(names):
+            right = (f"{name}{other}", "own") if other else (name, label)
+            found = difference(results, size, (name, "own"), right, results.score, tasks)
+            if found:
+                (mean, low, high), _ = found
+                ax.errorbar(
+                    [100 * mean],
+                    [row + 0.2 * (offset - 1)],
+                    xerr=[[100 * (mean - low)], [100 * (high - mean)]],
+                    fmt="o",
+                    capsize=3,
+                    color=f"C{offset}",
+                    label=f"own - {label}" if row == 0 else None,
+                )
+    ax.axvline(0, color="grey", linewidth=1)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"{results.score}, points (95 % interval)")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """The page with each block replaced; a block that no results belong to says so."""
+    return BLOCK.sub(lambda m: f"{m[1]}\n{made.get(m[2], NOTHING)}\n{m[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="(default: docs/evidence.md)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
+    parser.add_argument("--list", action="store_true", help="print the names of all blocks")
+    args = parser.parse_args()
+    made = blocks(args.results)
+    if args.list:
+        print("\n".join(made))
+        return
+    text = args.page.read_text()
+    new = fill(text, made)
+    if args.check:
+        sys.exit(0 if new == text else f"{args.page} is not what the results give: run python benchmarks/report.py")
+    args.page.write_text(new)
+    for path in sorted(p for p in args.results.glob("quality_*/*") if p.is_dir()):
+        results = Results(path)
+        for size in sorted({key[1] for key in results.cells}):
+            folder = args.page.parent / "images"
+            folder.mkdir(exist_ok=True)
+            picture(results, size, folder / f"{path.parent.name}-{path.name}-{size}.svg")
+    print(f"{args.page}: {len(BLOCK.findall(text))} blocks; {len(made)} can be made")
+
+
+if __name__ == "__main__":
+    main()

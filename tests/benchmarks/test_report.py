@@ -1,0 +1,102 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The page of evidence is what the results give."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+
+
+def write(folder: Path, method: str, seed: int, own: str, **more: str) -> None:
+    prompts = {"own": own, **more}
+    cell = {
+        **{"task": "movie", "size": "full", "method": method, "seed": seed, "score": "accuracy", "rate": 0.01},
+        **{"steps": 5, "batch_size": 2, "trainable": 1234, "train_seconds": 2.0, "above_loaded_mb": 7.0},
+        **{"tried": [{"rate": 0.01, "score": 1.0}, {"rate": 0.02, "score": 0.5}], "setup": {"model": "m"}},
+        "test": {
+            "movie": {
+                name: {"accuracy": values, "loss": " ".join("0.5" for _ in values)} for name, values in prompts.items()
+            }
+        },
+    }
+    file = folder / "quality_encoder" / "m" / "movie-full" / f"{method}-seed{seed}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(cell))
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    for seed in (0, 1):
+        write(
+            folder,
+            "iapt",
+            seed,
+            "1" * 90 + "0" * 10,
+            shuffled="1" * 50 + "0" * 50,
+            mean="1" * 90 + "0" * 10,
+            none="0" * 100,
+        )
+        write(folder, "iapt-constant", seed, "1" * 80 + "0" * 20)
+        write(folder, "lora-r16", seed, "1" * (94 + 2 * seed) + "0" * (6 - 2 * seed))
+    return folder
+
+
+def test_tables(results: Path) -> None:
+    made = report.blocks(results)
+    prefix = "quality_encoder.m.tasks-full"
+    scores = made[f"{prefix}.scores-accuracy"].splitlines()
+    assert "| lora-r16 | 95.0 ± 1.4 | 95.0 | 1,234 | 2 | 7 |" in scores
+    assert "| iapt | 90.0 ± 0.0 | 90.0 | 1,234 | 2 | 7 |" in scores
+    (row,) = [line for line in made[f"{prefix}.instance"].splitlines() if line.startswith("| iapt |")]
+    control, shuffled, mean, none = row.strip("|").split("|")[1:]
+    assert control.strip().startswith("**+10.0 [") and shuffled.strip().startswith("**+40.0 [")  # bold: not by chance
+    assert mean.strip() == "+0.0 [+0.0, +0.0]" and none.strip().startswith("**+90.0 [")
+    (row,) = [line for line in made[f"{prefix}.lora"].splitlines() if line.startswith("| iapt |")]
+    assert "-5.0 [" in row
+    assert "| iapt | 0.01: 1, 0.02: 0 |" in made["quality_encoder.m.rates"]
+    assert made == report.blocks(results)  # always the same
+
+
+def test_page_keeps_what_is_written_by_hand(results: Path) -> None:
+    text = "By hand.\n<!-- generated: quality_encoder.m.rates -->\nold\n<!-- end -->\nMore.\n<!-- generated: other -->\n<!-- end -->\n"
+    page = report.fill(text, report.blocks(results))
+    assert page.startswith("By hand.\n") and "More.\n" in page and "old" not in page
+    assert "| iapt | 0.01: 1" in page and report.NOTHING in page
+    assert report.fill(page, report.blocks(results)) == page
+
+
+def test_check(results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("<!-- generated: quality_encoder.m.rates -->\n<!-- end -->\n")
+    arguments = ["report.py", "--results", str(results), "--page", str(page)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--check"])
+    with pytest.raises(SystemExit, match="not what the results give"):
+        report.main()
+    monkeypatch.setattr(sys, "argv", arguments)
+    report.main()
+    picture = page.parent / "images" / "quality_encoder-m-full.svg"
+    before = picture.read_bytes()
+    report.main()
+    assert picture.read_bytes() == before
+    monkeypatch.setattr(sys, "argv", [*arguments, "--check"])
+    with pytest.raises(SystemExit) as done:
+        report.main()
+    assert done.value.code == 0
+
+
+def test_page_in_the_repository_is_up_to_date() -> None:
+    text = report.PAGE.read_text()
+    assert report.fill(text, report.blocks(report.RESULTS)) == text
