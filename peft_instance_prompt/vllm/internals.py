@@ -52,6 +52,26 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "TransformersForCausalLM",
 )
+# What is extended: the functions of `registration` by name, and the methods that each of them stands for.
+POINTS: dict[str, list[tuple[type, str]]] = {
+    "create_engine_config": [(EngineArgs, "create_engine_config")],
+    "make_client": [(EngineCoreClient, "make_client"), (EngineCoreClient, "make_async_mp_client")],
+    "process_inputs": [(InputProcessor, "process_inputs")],
+    "add_request": [(LLMEngine, "add_request")],
+    "add_lora": [(LLMEngine, "add_lora")],
+    "remove_lora": [(LLMEngine, "remove_lora")],
+    "list_loras": [(LLMEngine, "list_loras")],
+    "add_request_async": [(AsyncLLM, "add_request")],
+    "add_lora_async": [(AsyncLLM, "add_lora")],
+    "remove_lora_async": [(AsyncLLM, "remove_lora")],
+    "list_loras_async": [(AsyncLLM, "list_loras")],
+    "load_lora_adapter": [(OpenAIServingModels, "load_lora_adapter")],
+    "unload_lora_adapter": [(OpenAIServingModels, "unload_lora_adapter")],
+    "maybe_get_adapters": [(BaseServing, "_maybe_get_adapters")],
+    "beam_search": [(BeamSearchOfflineMixin, "beam_search")],
+    "admit": [(EngineCore, "add_request")],
+    "model_forward": [(GPUModelRunner, "_model_forward")],
+}
 KEY = "instance_prompt"  # in a request's `extra_args` and in `--additional-config`
 SMALLEST_BLOCK = 16  # of the cache, in tokens; smaller ones are not made for any kernel of attention
 
@@ -187,7 +207,18 @@ def placed_of(request: Any) -> Placed | None:
     return None if given is None else Placed(**given)
 
 
+def refusal(error: Exception) -> Any:
+    """The server's answer to a call that was refused: HTTP 400."""
+    return create_error_response(error)
+
+
 # ---------------------------------------------------------------------------------------------------------- the engine core
+
+
+def add_utilities(*functions: Any) -> None:
+    """Let the front end call functions of the engine core by their names."""
+    for function in functions:
+        setattr(EngineCore, function.__name__, function)
 
 
 def call_core(client: Any, method: str, *args: Any) -> Any:

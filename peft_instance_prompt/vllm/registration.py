@@ -32,28 +32,16 @@ def register() -> None:
     if (complaint := internals.untested_release()) is not None:
         internals.logger.warning("%s", complaint)
         return
-    extend(internals.EngineArgs, "create_engine_config", create_engine_config)
-    extend(internals.EngineCoreClient, "make_client", make_client)
-    extend(internals.EngineCoreClient, "make_async_mp_client", make_client)
-    extend(internals.InputProcessor, "process_inputs", process_inputs)
-    extend(internals.LLMEngine, "add_request", add_request)
-    extend(internals.LLMEngine, "add_lora", add_lora)
-    extend(internals.LLMEngine, "remove_lora", remove_lora)
-    extend(internals.LLMEngine, "list_loras", list_loras)
-    extend(internals.AsyncLLM, "add_request", add_request_async)
-    extend(internals.AsyncLLM, "add_lora", add_lora_async)
-    extend(internals.AsyncLLM, "remove_lora", remove_lora_async)
-    extend(internals.AsyncLLM, "list_loras", list_loras_async)
-    extend(internals.OpenAIServingModels, "load_lora_adapter", load_lora_adapter)
-    extend(internals.OpenAIServingModels, "unload_lora_adapter", unload_lora_adapter)
-    extend(internals.BaseServing, "_maybe_get_adapters", maybe_get_adapters)
-    extend(internals.BeamSearchOfflineMixin, "beam_search", beam_search)
-
-    extend(internals.EngineCore, "add_request", admit)
-    setattr(internals.EngineCore, "load_instance_prompt", load_instance_prompt)
-    setattr(internals.EngineCore, "remove_instance_prompt", remove_instance_prompt)
-
-    extend(internals.GPUModelRunner, "_model_forward", model_forward)
+    for function in (
+        *(create_engine_config, make_client, process_inputs),
+        *(add_request, add_lora, remove_lora, list_loras),
+        *(add_request_async, add_lora_async, remove_lora_async, list_loras_async),
+        *(load_lora_adapter, unload_lora_adapter, maybe_get_adapters, beam_search),
+        *(admit, model_forward),
+    ):
+        for owner, name in internals.POINTS[function.__name__]:
+            extend(owner, name, function)
+    internals.add_utilities(load_instance_prompt, remove_instance_prompt)
 
 
 def extend(owner: type, name: str, function: Callable) -> None:
@@ -187,7 +175,7 @@ async def load_lora_adapter(original: Callable, models: Any, request: Any, *args
         result = await original(models, request, *args, **kwargs)
     finally:
         refusals.reset(token)
-    return internals.create_error_response(why[0]) if why else result
+    return internals.refusal(why[0]) if why else result
 
 
 async def unload_lora_adapter(original: Callable, models: Any, request: Any) -> Any:

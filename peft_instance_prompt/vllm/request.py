@@ -200,11 +200,13 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
         ValueError: The prompt has no instruction for this adapter.
     """
     config, generator, S = adapter.config, adapter.generator, len(ids)
+    template = config.response_template
+    assert not isinstance(template, str)  # it was turned into ids when the adapter was made
     tokens, input_ids = torch.ones(1, S, dtype=torch.bool), torch.tensor([ids])  # (1, S) each
     scope = find_scope(
         tokens,
         Request(prompt_length=S),
-        template=config.response_template,
+        template=template,
         missing_template=config.missing_template,
         instruction_length=config.instruction_length,
         input_ids=input_ids,
