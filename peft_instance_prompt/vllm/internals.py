@@ -5,7 +5,7 @@
 
 Tested: 0.32, with its V1 model runner. What is read of it:
 
-- the front end: `InputProcessor.process_inputs` makes an `EngineCoreRequest`; `AsyncLLM` and `LLMEngine` add requests and adapters;
+- the front end: `InputProcessor.process_inputs` makes an `EngineCoreRequest`; `AsyncLLM` and `LLMEngine` add requests;
 - the engine core: `EngineCore.add_request` gives a request to the scheduler, and utilities are methods that are called by name;
 - the worker: `GPUModelRunner._model_forward` runs the model on a step's flat batch; its decoder's layers take `(hidden_states,
   residual)`, whose sum is the layer's input, or `hidden_states` alone.
@@ -52,7 +52,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "TransformersForCausalLM",
 )
-# What is extended: the functions of `registration` by name, and the methods that each of them stands for.
+# What is extended: the functions of `registration` and `core` by name, and the methods that each of them stands for.
 POINTS: dict[str, list[tuple[type, str]]] = {
     "create_engine_config": [(EngineArgs, "create_engine_config")],
     "make_client": [(EngineCoreClient, "make_client"), (EngineCoreClient, "make_async_mp_client")],
@@ -138,7 +138,7 @@ def complaints(vllm_config: Any) -> list[str]:
         or model.is_encoder_decoder,
     }
     if os.environ.get(SWITCH) != "1":
-        cure = f"set {SWITCH}=1 to try it"
+        cure = f"set {SWITCH}=1 to try"
         found[f"quantised base models are not tested: {cure}"] = model.quantization is not None
         found[f"{model.architecture} is not tested, but {', '.join(ARCHITECTURES)} are: {cure}"] = (
             model.architecture not in ARCHITECTURES

@@ -39,9 +39,9 @@ def served(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def engine(served):
-    """An engine in this process that serves the adapters, with blocks of 16 tokens in its prefix cache."""
+    """An engine in this process that serves the adapters, with blocks of 32 tokens in its prefix cache."""
     from served import Engine
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield Engine(served, enforce_eager=True, block_size=16)
+        yield Engine(served, enforce_eager=True, block_size=32)

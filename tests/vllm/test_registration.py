@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from served import BASE, CHAT, CONFIGS, NEW_TOKENS
 
-from peft_instance_prompt.vllm import registration
+from peft_instance_prompt.vllm import core, registration
 
 
 pytestmark = pytest.mark.slow
@@ -20,13 +20,13 @@ LONG = 2  # the prompt that is longer than two blocks of the cache
 def plans(monkeypatch):
     """The plans of the steps that run in the test."""
     made = []
-    make = registration.make_plan
+    make = core.make_plan
 
     def record(*args):
         made.append(make(*args))
         return made[-1]
 
-    monkeypatch.setattr(registration, "make_plan", record)
+    monkeypatch.setattr(core, "make_plan", record)
     return made
 
 
