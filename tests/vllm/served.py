@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 
 if __name__ == "__main__":
@@ -39,6 +39,7 @@ TEXTS = [
 ]
 NEW_TOKENS = 8
 BASE, CHAT = "base", "chat"  # the base model, on texts and on chats
+LORA = "lora"
 EMBEDS = {"instance_source": "embeddings"}
 PHM = {"num_virtual_tokens": 3, "bottleneck_dim": 16, "phm_n": 4, "dropout": 0.0}
 ENCODER = {"num_virtual_tokens": 4, "strategy": "encoder", "table_rank": 4, "bottleneck_dim": 8, "dropout": 0.0}
@@ -66,6 +67,7 @@ OTHERS = {
     "dynamic_frozen": (DynamicPromptConfig(num_virtual_tokens=6), 0.5),
     "idpg_frozen_deep": (IDPGConfig(**PHM), 0.1),
     "lpt": (LPTConfig(), 0.1),
+    LORA: (LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), 0.1),
 }
 
 
@@ -101,7 +103,7 @@ class Served:
             torch.manual_seed(seed)
             config.task_type = "CAUSAL_LM"
             adapted = perturb(get_peft_model(model, config), seed, scale=scale).eval()
-            made.prompts[name] = chats if config.response_template else texts
+            made.prompts[name] = chats if getattr(config, "response_template", None) else texts
             made.answers[name] = continuations(adapted, made.prompts[name])
             if name in list(OTHERS)[:2]:
                 made.embeds[name] = [to_prompt_embeds(adapted, torch.tensor([ids]))[0] for ids in texts]
@@ -174,8 +176,9 @@ class Engine:
 def compare(file: str, settings: str) -> None:
     """Print how many answers of an engine are those of transformers, as JSON in the last line."""
     served = pickle.loads(Path(file).read_bytes())
-    names = [BASE, CHAT, *CONFIGS]
-    found = Engine(served, **json.loads(settings)).answers(names)
+    given = json.loads(settings)
+    names = [BASE, CHAT, *CONFIGS, *([LORA] if "additional_config" in given else [])]
+    found = Engine(served, **given).answers(names)
     print(json.dumps({name: found[name] == served.answers[name] for name in names}))
 
 
