@@ -119,6 +119,7 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     generator.load_state_dict(state, assign=True)
     generator.eval().requires_grad_(False)
     check_encoding(generator, info)
+    config.weights_digest = None  # of the file; adapters of one shape have one signature, and run together
     fields = sorted((name, repr(value)) for name, value in config.to_dict().items())
     key = hashlib.sha256(f"{fields} {digest(found)}".encode()).hexdigest()
     return Adapter(key, folder, config, generator)

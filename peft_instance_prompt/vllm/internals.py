@@ -52,21 +52,15 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "TransformersForCausalLM",
 )
+ENGINE_CALLS = ("add_request", "add_lora", "remove_lora", "list_loras")
 # What is extended: the functions of `registration` and `core` by name, and the methods that each of them stands for.
 POINTS: dict[str, list[tuple[type, str]]] = {
     "create_engine_config": [(EngineArgs, "create_engine_config")],
     "make_client": [(EngineCoreClient, "make_client"), (EngineCoreClient, "make_async_mp_client")],
     "process_inputs": [(InputProcessor, "process_inputs")],
-    "add_request": [(LLMEngine, "add_request")],
-    "add_lora": [(LLMEngine, "add_lora")],
-    "remove_lora": [(LLMEngine, "remove_lora")],
-    "list_loras": [(LLMEngine, "list_loras")],
-    "add_request_async": [(AsyncLLM, "add_request")],
-    "add_lora_async": [(AsyncLLM, "add_lora")],
-    "remove_lora_async": [(AsyncLLM, "remove_lora")],
-    "list_loras_async": [(AsyncLLM, "list_loras")],
-    "load_lora_adapter": [(OpenAIServingModels, "load_lora_adapter")],
-    "unload_lora_adapter": [(OpenAIServingModels, "unload_lora_adapter")],
+    **{name: [(LLMEngine, name)] for name in ENGINE_CALLS},
+    **{f"{name}_async": [(AsyncLLM, name)] for name in ENGINE_CALLS},
+    **{name: [(OpenAIServingModels, name)] for name in ("load_lora_adapter", "unload_lora_adapter")},
     "maybe_get_adapters": [(BaseServing, "_maybe_get_adapters")],
     "beam_search": [(BeamSearchOfflineMixin, "beam_search")],
     "admit": [(EngineCore, "add_request")],

@@ -46,11 +46,14 @@ def test_weights_are_those_that_were_saved(method, info, tmp_path) -> None:
 
 
 def test_key_tells_weights_and_configs_apart(info, tmp_path) -> None:
-    keys = []
+    adapters = []
     for number, (seed, fields) in enumerate([(0, {}), (0, {}), (1, {}), (0, {"prompt_position": "end"})]):
         save(IAPTConfig(bottleneck_dim=8, **fields), tmp_path / str(number), seed=seed)
-        keys.append(read_adapter(tmp_path / str(number), info).key)
+        adapters.append(read_adapter(tmp_path / str(number), info))
+    keys = [adapter.key for adapter in adapters]
     assert keys[0] == keys[1] and len(set(keys)) == 3
+    signatures = [adapter.generator.signature for adapter in adapters]  # which run together
+    assert signatures[0] == signatures[2] != signatures[3]
 
 
 def test_kinds() -> None:

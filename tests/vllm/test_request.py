@@ -9,7 +9,6 @@ import shutil
 
 import pytest
 import tiny
-import torch
 from peft import LoraConfig, get_peft_model
 from served import BASE, LORA, OTHERS
 
@@ -130,9 +129,3 @@ def test_folders(alive, served, tmp_path) -> None:
     with refused("has the number 1"):
         alive.answers(["iapt"])
         alive.ask([served.prompts[BASE][0]], [LoRARequest("other", 1, str(served.folders["idpg"]))])
-
-
-@pytest.mark.slow
-def test_numbers_and_embeddings(alive, served) -> None:
-    with refused("prompt_embeds|enable_prompt_embeds"):
-        alive.llm.generate({"prompt_embeds": torch.zeros(4, 576)}, lora_request=alive.named("iapt"), use_tqdm=False)
