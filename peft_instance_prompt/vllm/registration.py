@@ -76,9 +76,8 @@ def make_client(original: Callable, *args: Any, vllm_config: Any, **kwargs: Any)
 
 def front_end(processor: Any) -> FrontEnd:
     """The front end of an engine, which lives as long as its `InputProcessor`."""
-    if not hasattr(processor, "instance_prompts"):
-        processor.instance_prompts = FrontEnd(processor.vllm_config)
-    return processor.instance_prompts
+    # Set at once: requests are processed in several threads.
+    return vars(processor).setdefault("instance_prompts", FrontEnd(processor.vllm_config))
 
 
 def process_inputs(original: Callable, processor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -130,13 +130,14 @@ class FrontEnd:
             VLLMValidationError: It cannot be served, or its number belongs to another one.
         """
         resident = self.residents.get(named.lora_int_id)
-        if resident is None or named.load_inplace:
-            yield from self.add(named)
-        elif (named.lora_name, named.lora_path) != resident[:2]:
+        if resident is not None and (named.lora_name, named.lora_path) == resident[:2]:
+            return
+        if resident is not None and not named.load_inplace:
             raise internals.VLLMValidationError(
                 f"The adapter {named.lora_name!r} of {named.lora_path} has the number {named.lora_int_id}, which is that of "
                 f"{resident.name!r} of {resident.path}: give each adapter a `lora_int_id` of its own."
             )
+        yield from self.add(named)
 
     # ------------------------------------------------------------------------------------------------------- requests
 
