@@ -161,14 +161,9 @@ def test_adapters_come_and_go(server, served) -> None:
 
 
 def test_refusals_are_400_and_the_server_lives(server, served, tmp_path) -> None:
-    text, long = TEXTS[0], TEXTS[2] * 12
+    text = TEXTS[0]
     refused = {
-        "needs 4 slots": server.complete(
-            "iapt",
-            served.prompts["iapt"][2] * 6 + [5] * (253 - 6 * len(served.prompts["iapt"][2])),
-            max_tokens=1,
-            min_tokens=1,
-        ),
+        "needs 4 slots": server.complete("iapt", (served.prompts["iapt"][2] * 9)[:253], max_tokens=1, min_tokens=1),
         "does not occur": server.complete("iapt_template", text),
         "prompt_logprobs": server.complete("iapt", text, prompt_logprobs=1),
         "echo": server.complete("iapt", text, echo=True),
@@ -197,3 +192,4 @@ def test_refusals_are_400_and_the_server_lives(server, served, tmp_path) -> None
 def test_metrics_count_requests(server) -> None:
     text = server.get("/metrics", raw=True)
     assert "vllm:prompt_tokens_total" in text and "vllm:request_success_total" in text
+    assert "vllm:lora_requests_info" in text
