@@ -4,7 +4,7 @@
 """Adapters served by vLLM: a plugin that vLLM loads itself, by the entry point `vllm.general_plugins`.
 
     registration   which calls of vLLM's are extended; those of the front end
-    request        the front end: a request that names an adapter gets its slots, or is refused
+    front_end      a request that names an adapter gets its slots, or is refused
     core           the engine core and its workers: adapters come and go, steps run
     adapters       a folder becomes a generator
     plan           which rows of a step's flat batch are whose instruction and slots

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import internals
 from .core import admit, load_instance_prompt, model_forward, remove_instance_prompt
-from .request import FrontEnd, Steps
+from .front_end import FrontEnd, Steps
 
 
 MARK = "__instance_prompt__"

@@ -15,11 +15,12 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))  # for served.py
 
-if find_spec("vllm") is None:
+# This folder passes for a package of that name, but has no file to load it from.
+if getattr(find_spec("vllm"), "origin", None) is None:
     collect_ignore = [
         "test_internals.py",
         "test_registration.py",
-        "test_request.py",
+        "test_front_end.py",
         "test_server.py",
         "test_variants.py",
     ]

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from served import BASE, CHAT, CONFIGS, NEW_TOKENS
 
@@ -71,6 +73,17 @@ def test_other_instruction_does_not_get_the_cached_blocks(engine, served) -> Non
     (after,) = engine.ask([other], [named])
     assert after.num_cached_tokens == 0
     assert after.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+def test_new_weights_under_an_old_name_do_not_get_its_blocks(engine, served, tmp_path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    named, prompt = LoRARequest("swapped", 400, str(tmp_path / "swapped")), served.prompts["iapt"][LONG]
+    for name in ("iapt", "iapt_too"):
+        shutil.copytree(served.folders[name], tmp_path / "swapped", dirs_exist_ok=True)
+        (output,) = engine.ask([prompt], [named])
+        assert list(output.outputs[0].token_ids) == served.answers[name][LONG]
+        assert engine.llm.llm_engine.remove_lora(400)
 
 
 def test_several_samples_of_a_request(engine, served) -> None:
