@@ -3,7 +3,7 @@
 
 """Adapters on SmolLM2 whose weights are far from their start, what transformers answers with them, and an engine that serves them.
 
-`python served.py FILE '{"enforce_eager": false}'` compares an engine with such settings; see `test_variants.py`.
+`python served.py FILE '{"enforce_eager": false}' OUT` compares an engine with such settings; see `test_variants.py`.
 """
 
 from __future__ import annotations
@@ -173,13 +173,13 @@ class Engine:
         return found
 
 
-def compare(file: str, settings: str) -> None:
-    """Print how many answers of an engine are those of transformers, as JSON in the last line."""
+def compare(file: str, settings: str, out: str) -> None:
+    """Write whether an engine's answers are those of transformers, by name, as JSON."""
     served = pickle.loads(Path(file).read_bytes())
     given = json.loads(settings)
     names = [BASE, CHAT, *CONFIGS, *([LORA] if "additional_config" in given else [])]
     found = Engine(served, **given).answers(names)
-    print(json.dumps({name: found[name] == served.answers[name] for name in names}))
+    Path(out).write_text(json.dumps({name: found[name] == served.answers[name] for name in names}))
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ VARIANTS = {
 def test_answers_are_those_of_transformers(served, variant, tmp_path) -> None:
     file = tmp_path / "served.pickle"
     file.write_bytes(pickle.dumps(served))
-    command = [sys.executable, module.__file__, str(file), json.dumps(VARIANTS[variant])]
+    out = tmp_path / "same.json"
+    command = [sys.executable, module.__file__, str(file), json.dumps(VARIANTS[variant]), str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1500)
     assert done.returncode == 0, done.stderr[-5000:]
-    same = json.loads(done.stdout.splitlines()[-1])
+    same = json.loads(out.read_text())
     assert same == dict.fromkeys(same, True) and BASE in same and (LORA in same) == (variant == "LoRA")
 
 
