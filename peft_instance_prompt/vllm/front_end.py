@@ -175,7 +175,7 @@ class FrontEnd:
             )
         if not placed.slots:  # the adapter has chosen a prompt of no vectors
             return
-        read = hashlib.sha256(repr(ids[: placed.num_read]).encode()).hexdigest()
+        read = hashlib.sha256(repr((ids[: placed.num_read], placed.slots, placed.vectors)).encode()).hexdigest()
         block = min(self.vllm_config.cache_config.block_size or internals.SMALLEST_BLOCK, internals.SMALLEST_BLOCK)
         # Slots depend on text behind them, so blocks are shared by equal instructions of one adapter only. If a cached block could
         # end before the last slot, the states of the text would be missing for the slots behind it.

@@ -134,7 +134,8 @@ async def add_lora_async(original: Callable, engine: Any, lora_request: Any) -> 
     try:
         return await drive_async(engine, own(engine).add(lora_request)) or await original(engine, lora_request)
     except internals.VLLMValidationError as error:
-        refusals.get().append(error)
+        if (why := refusals.get()) is not None:
+            why.append(error)
         raise
 
 
@@ -161,7 +162,7 @@ async def list_loras_async(original: Callable, engine: Any) -> set[int]:
 
 
 # Why adapters were refused, for the server, which would call any error of `add_lora` its own.
-refusals: ContextVar[list[Exception]] = ContextVar("instance_prompt_refusals")
+refusals: ContextVar[list[Exception] | None] = ContextVar("instance_prompt_refusals", default=None)
 
 
 async def load_lora_adapter(original: Callable, models: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
