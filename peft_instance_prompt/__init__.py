@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 _TOOLS = {
     "InstanceEmbedsCollator": ".tools.embeds",
     "add_instance_embeds": ".tools.embeds",
+    "encode_prompt_embeds": ".tools.prompt_embeds",
     "instance_report": ".tools.report",
     "learn_activations": ".tools.bilevel",
     "to_prompt_embeds": ".tools.prompt_embeds",
@@ -78,6 +79,7 @@ __all__ = [
     "LPTConfig",
     "LPTModel",
     "add_instance_embeds",
+    "encode_prompt_embeds",
     "instance_report",
     "instruction_scope",
     "learn_activations",

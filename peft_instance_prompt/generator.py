@@ -112,11 +112,13 @@ class PromptGenerator(TextStart):
         feeds_constant (`bool`): Whether the base class provides the constant: l learned states (D, l, w), which `generate`
             gets in place of an instance's. A method with `encode`, or with a cheaper constant, sets it to False and provides its
             own.
+        places_by_vector (`bool`): Whether `place` reads the output of `encode`.
     """
 
     adds = False
     first_visible_layer = 0
     feeds_constant = True
+    places_by_vector = False
 
     def __init__(self, config: Any, info: StackInfo, depths: Iterable[int] | None = None):
         super().__init__()

@@ -81,14 +81,14 @@ class Group:
         rows_of: Sequence[torch.Tensor | None] = self.rows_of or [None]
         return iter(zip(self.generators, rows_of))
 
-    def run(self, states: torch.Tensor, depth: int, selection: Selection, layout: Layout) -> torch.Tensor:
+    def run(self, states: torch.Tensor, depth: int, selection: Selection, layout: Layout | None) -> torch.Tensor:
         """The prompt vectors (G, l, w) of one depth.
 
         Args:
             states (`torch.Tensor`): Shape (B, N, w). The layer's input for the whole batch, or the input embeddings.
             depth (`int`): The layer, or `INPUT`.
             selection (`Selection`): The group's instances among the columns of `states`.
-            layout (`Layout`): Where slots and tokens of the batch stand.
+            layout (`Layout`, *optional*): Where slots and tokens of the batch stand; only tools look at it.
         """
         model = self.model
         device = next(model.parameters()).device  # layers can lie elsewhere than the adapter

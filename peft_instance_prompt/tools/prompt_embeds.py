@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from typing import Any
 
 import torch
@@ -71,3 +73,32 @@ def to_prompt_embeds(
         pass
     embeds, mask = opened["inputs_embeds"], opened["attention_mask"]  # (B, N, e), (B, N)
     return list(embeds) if mask is None else [row[seen] for row, seen in zip(embeds, mask.bool())]
+
+
+def encode_prompt_embeds(embeds: torch.Tensor) -> str:
+    """Prompt embeddings as vLLM's server takes them in `prompt_embeds`.
+
+    Args:
+        embeds (`torch.Tensor`): Shape (positions, e), as [`to_prompt_embeds`] returns them.
+
+    Returns:
+        `str`: The tensor as `torch.save` writes it, in base64.
+
+    Raises:
+        ValueError: The tensor has another shape.
+
+    Example:
+
+    ```py
+    >>> (embeds,) = to_prompt_embeds(model, **tokenizer("What is the capital of France?", return_tensors="pt"))
+    >>> client.completions.create(model=BASE, prompt="", extra_body={"prompt_embeds": encode_prompt_embeds(embeds)})
+    ```
+    """
+    if embeds.dim() != 2 or not embeds.is_floating_point():
+        raise ValueError(
+            f"`embeds` must be the embeddings (positions, e) of one prompt, got a tensor of {embeds.dtype} and shape "
+            f"{tuple(embeds.shape)}."
+        )
+    buffer = io.BytesIO()
+    torch.save(embeds.detach().cpu().clone(), buffer)  # a view would be saved with all that it is a view of
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import pytest
 import tiny
 import torch
 from methods import METHODS
 from peft import get_peft_model
 
-from peft_instance_prompt import to_prompt_embeds
+from peft_instance_prompt import encode_prompt_embeds, to_prompt_embeds
 from peft_instance_prompt.engine.passes import current_pass
 from peft_instance_prompt.generator import INPUT
 from peft_instance_prompt.tools.inspection import active_generator
@@ -82,3 +85,13 @@ def test_refusals():
         to_prompt_embeds(adapted("ipt").train(), IDS)
     with pytest.raises(ValueError, match="active"):
         to_prompt_embeds(tiny.causal_lm(), IDS)
+
+
+def test_encoding_holds_one_prompt():
+    prompts = torch.randn(100, 3, 8)
+    text = encode_prompt_embeds(prompts[7])
+    read = torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
+    assert torch.equal(read, prompts[7])
+    assert len(text) < 4000  # and not the whole batch behind the view
+    with pytest.raises(ValueError, match="embeddings \\(positions, e\\) of one prompt"):
+        encode_prompt_embeds(prompts)

@@ -79,6 +79,7 @@ class DynamicPromptGenerator(PromptGenerator):
 
         sizes = {"position": l + 1, "length": l + 1, "representation": config.num_pool}
         self.sizes = {name: size for name, size in sizes.items() if getattr(config, name) != "off"}
+        self.places_by_vector = not self.sizes.keys().isdisjoint(("position", "length"))
         per_instance = [name for name in self.sizes if getattr(config, name) == "instance"]
         width = vector_width(config, info)
         self.heads = nn.ModuleDict({name: nn.Linear(width, self.sizes[name]) for name in per_instance})

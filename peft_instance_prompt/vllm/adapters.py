@@ -1,0 +1,201 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""An adapter's folder becomes a generator, without a base model of transformers around it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..attaching import check_sizes, check_task
+from ..config import InstancePromptConfig
+from ..engine.stack import StackInfo, describe, find_stacks
+from ..folder import PREFIX, check_files, check_tensors, digest, read_kind
+from ..generator import INPUT, PromptGenerator, Source
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that can be served.
+
+    Attributes:
+        key (`str`): The digest of its config and weights. Adapters with one key are the same.
+        folder (`Path`): Where it was read from.
+        config (`InstancePromptConfig`): Its config.
+        generator (`PromptGenerator`): On the CPU, in evaluation mode, without gradients.
+    """
+
+    key: str
+    folder: Path
+    config: InstancePromptConfig
+    generator: PromptGenerator
+
+
+def is_own(kind: str | None) -> bool:
+    """Whether a `peft_type` is that of a method of this package, or of one that was registered with it."""
+    return kind is not None and issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, object), InstancePromptConfig)
+
+
+def make_base(hf_config: Any) -> PreTrainedModel:
+    """The base model without weights.
+
+    Raises:
+        ValueError: transformers cannot make a causal language model of the config.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(hf_config)
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        raise ValueError(
+            f"Prompts cannot be put into this base model: transformers cannot make it ({error})."
+        ) from error
+
+
+def describe_base(hf_config: Any) -> StackInfo:
+    """The facts about the base model's stack.
+
+    Raises:
+        ValueError: transformers cannot make the model, or it has several stacks.
+    """
+    model = make_base(hf_config)
+    stacks = find_stacks(model)
+    if len(stacks) != 1:
+        raise ValueError(f"Prompts cannot be put into {type(model).__name__}: it has {len(stacks)} stacks, {stacks}.")
+    ((layers, stack),) = stacks.items()
+    return describe(model, layers, stack)
+
+
+def read_adapter(folder: Path, info: StackInfo) -> Adapter:
+    """Read an adapter as PEFT saved it.
+
+    Args:
+        folder (`Path`): The folder.
+        info (`StackInfo`): The base model's stack.
+
+    Raises:
+        ValueError: It holds no adapter of this package, it is corrupt, made for another base model, or cannot be served.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"There is no adapter folder {folder}: give a folder that `save_pretrained` wrote, or a name on the Hub."
+        )
+    kind = read_kind(folder)
+    if not is_own(kind):
+        raise ValueError(f"{folder} holds no instance-prompt adapter, but {kind or 'no adapter_config.json'}.")
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
+    check_files(folder)
+    saved = config.modules_to_save or config.saved_embedding_layers
+    if saved:
+        raise ValueError(
+            f"{folder} brings modules of the base model along, {saved}: vLLM has one base model for all requests. Train without "
+            "`modules_to_save` and without new tokens, or serve the adapter with transformers."
+        )
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
+    check_sizes(config, info)
+    check_task(config, [info])
+    tuner.generator_cls.check(config, info)
+    with torch.device("meta"):
+        generator = tuner.generator_cls(config, info)
+    check_servable(generator)
+
+    names = {f"{tensor_prefix(tuner.prefix, info)}{name}": name for name in generator.state_dict()}
+    weights = load_peft_weights(str(folder), device="cpu")
+    found = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    expected = {saved: generator.state_dict()[name].shape for saved, name in names.items()}
+    check_tensors(str(folder), expected, found, expected_digest=config.weights_digest)
+    # As PEFT does by default: an adapter that was saved in half precision runs in float32.
+    half = (torch.float16, torch.bfloat16)
+    state = {name: t.float() if (t := found[saved]).dtype in half else t for saved, name in names.items()}
+    generator.load_state_dict(state, assign=True)
+    generator.eval().requires_grad_(False)
+    check_encoding(generator, info)
+    config.weights_digest = None  # of the file; adapters of one shape have one signature, and run together
+    fields = sorted((name, repr(value)) for name, value in config.to_dict().items())
+    key = hashlib.sha256(f"{fields} {digest(found)}".encode()).hexdigest()
+    return Adapter(key, folder, config, generator)
+
+
+def tensor_prefix(prefix: str, info: StackInfo) -> str:
+    """What stands before a generator's names in the names of its tensors in a file."""
+    stack = f"{info.name}." if info.name else ""
+    return f"{stack}{prefix.removesuffix('_')}.{prefix}generator."
+
+
+def check_servable(generator: PromptGenerator) -> None:
+    """Raise a ValueError if the slots are hidden from some layers: vLLM's attention has one mask for all of them."""
+    if (first := generator.first_visible_layer) > 0:
+        raise ValueError(
+            f"{type(generator).__name__} shows its slots from layer {first} on: vLLM cannot hide them from the layers below. Use a "
+            "method whose slots are there from the first layer, or `insertion_layer=0`, or serve the adapter with transformers."
+        )
+
+
+class NeedsPass(Exception):
+    """Raised where a generator asks for a pass without prompts."""
+
+
+def no_pass() -> torch.Tensor:
+    raise NeedsPass
+
+
+def check_encoding(generator: PromptGenerator, info: StackInfo) -> None:
+    """Raise a ValueError if `encode` reads more than the tokens: vLLM runs the stack once, and requests carry no vectors.
+
+    It is tried on an instance of one token.
+    """
+    ids, embeds = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, info.embedding_size)  # (1, 1), (1, 1, e)
+    try:
+        generator.encode(Source(ids, embeds, torch.ones_like(ids, dtype=torch.bool), None, no_pass))
+        return
+    except NeedsPass:
+        reads = "a pass of the base model without prompts"
+    except ValueError as error:
+        reads = f"a vector that the caller gives ({error})"
+    cure = (
+        "Make the prompt on the client with `to_prompt_embeds` and send `prompt_embeds` to the base model"
+        if generator.depths == (INPUT,)
+        else "Train it with `instance_source='embeddings'`"
+    )
+    raise ValueError(f"{type(generator).__name__} reads {reads}, which a request to vLLM cannot have. {cure}.")
+
+
+class Store:
+    """The adapters of one worker.
+
+    Args:
+        info (`StackInfo`): The base model's stack.
+        layers (`Sequence[nn.Module]`): Its layers in the engine.
+        device (`torch.device`): Where the generators run.
+
+    Attributes:
+        generators (`dict[str, PromptGenerator]`): By key.
+    """
+
+    def __init__(self, info: StackInfo, layers: Sequence[nn.Module], device: torch.device):
+        self.info = info
+        self.layers = layers
+        self.device = device
+        self.generators: dict[str, PromptGenerator] = {}
+
+    def load(self, key: str, folder: str) -> None:
+        """Load an adapter, unless it is there.
+
+        Raises:
+            ValueError: As [`read_adapter`], or the folder has changed since the front end has read it.
+        """
+        if key in self.generators:
+            return
+        adapter = read_adapter(Path(folder), self.info)
+        if adapter.key != key:
+            raise ValueError(f"{folder} was rewritten while it was loaded: load it again.")
+        self.generators[key] = adapter.generator.to(self.device)

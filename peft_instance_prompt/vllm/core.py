@@ -1,0 +1,108 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Behind the front end: the engine core, which knows what requests there are, and its workers, which run the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import internals
+from .adapters import Store, describe_base
+from .hooks import filled
+from .plan import make_plan
+
+
+# ---------------------------------------------------------------------------------------------------------- the engine core
+
+
+@dataclass
+class Keys:
+    """The adapters of an engine core, by key.
+
+    Attributes:
+        resident (`set[str]`): Those that the workers have.
+        leaving (`set[str]`): Those among them that are to go when no request has them any more.
+    """
+
+    resident: set[str] = field(default_factory=set)
+    leaving: set[str] = field(default_factory=set)
+
+
+def keys_of(core: Any) -> Keys:
+    if not hasattr(core, "instance_prompts"):
+        core.instance_prompts = Keys()
+    return core.instance_prompts
+
+
+def load_instance_prompt(core: Any, key: str, folder: str) -> str:
+    """Load an adapter into all workers; return why it cannot be, or an empty text."""
+    keys = keys_of(core)
+    release(core)
+    if key not in keys.resident:
+        answers = internals.call_workers(core, load_into, key, folder)
+        if complaint := next(filter(None, answers), ""):
+            internals.call_workers(core, drop_from, key)
+            return complaint
+    keys.resident.add(key)
+    keys.leaving.discard(key)
+    return ""
+
+
+def remove_instance_prompt(core: Any, key: str) -> None:
+    """Unload an adapter, at once or when no request has it any more."""
+    keys_of(core).leaving.add(key)
+    release(core)
+
+
+def release(core: Any) -> None:
+    """Unload the adapters that are to go and that no request has."""
+    keys = keys_of(core)
+    for key in keys.leaving - internals.keys_in_use(core) if keys.leaving else ():
+        internals.call_workers(core, drop_from, key)
+        keys.resident.discard(key)
+        keys.leaving.discard(key)
+
+
+def admit(original: Callable, core: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    placed = internals.placed_of(request)
+    if placed is not None:
+        if placed.key not in keys_of(core).resident:
+            reason = f"The adapter of request {request.request_id} was unloaded before the request came."
+            return internals.fail_request(core, request, reason)
+        request.lora_request = None  # to the engine it is a request like any other
+    return original(core, request, *args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------------- the worker
+
+
+def load_into(runner: Any, key: str, folder: str) -> str:
+    """Load an adapter into a worker; return why it cannot be, or an empty text."""
+    try:
+        if not hasattr(runner, "instance_prompts"):
+            info = describe_base(internals.base_config(runner))
+            runner.instance_prompts = Store(info, internals.find_layers(runner, info.num_layers), runner.device)
+        runner.instance_prompts.load(key, folder)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def drop_from(runner: Any, key: str) -> None:
+    """Unload an adapter from a worker."""
+    if hasattr(runner, "instance_prompts"):
+        runner.instance_prompts.generators.pop(key, None)
+
+
+def model_forward(original: Callable, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    store = getattr(runner, "instance_prompts", None)
+    if store is None or not store.generators:
+        return original(runner, *args, **kwargs)
+    plan = make_plan(internals.prefills(runner), store.generators, runner.device)
+    if not plan:
+        return original(runner, *args, **kwargs)
+    with internals.eagerly(), filled(store.layers, plan):
+        return original(runner, *args, **kwargs)

@@ -1,0 +1,187 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Adapters on SmolLM2 whose weights are far from their start, what transformers answers with them, and an engine that serves them.
+
+`python served.py FILE '{"enforce_eager": false}' OUT` compares an engine with such settings; see `test_variants.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+
+if __name__ == "__main__":
+    tests = Path(__file__).resolve().parent.parent
+    sys.path[:0] = [str(tests), str(tests.parent / "realdata")]
+
+from tiny import perturb  # noqa: E402
+
+from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IPTConfig, LPTConfig  # noqa: E402
+from pypi_assets import asset_folder  # noqa: E402
+from smollm2 import load_smollm2  # noqa: E402
+
+
+TEXTS = [
+    "A good way to cook an egg is to",
+    "My favourite animal, without any doubt, is the",
+    "Once upon a time there was a small village by the sea, in which an old fisherman lived with his three daughters. Each "
+    "morning, before the sun was up, he went down to the harbour, and each evening he",  # longer than two blocks
+]
+NEW_TOKENS = 8
+BASE, CHAT = "base", "chat"  # the base model, on texts and on chats
+LORA = "lora"
+EMBEDS = {"instance_source": "embeddings"}
+PHM = {"num_virtual_tokens": 3, "bottleneck_dim": 16, "phm_n": 4, "dropout": 0.0}
+ENCODER = {"num_virtual_tokens": 4, "strategy": "encoder", "table_rank": 4, "bottleneck_dim": 8, "dropout": 0.0}
+
+# What is served, and how far the weights are moved: answers must change and stay text.
+CONFIGS = {
+    "iapt": (IAPTConfig(), 0.15),
+    "iapt_too": (IAPTConfig(), 0.15),
+    "iapt_first": (IAPTConfig(prompt_position="after_first", share_layers=3), 0.15),
+    "iapt_end": (IAPTConfig(prompt_position="end"), 0.05),
+    "iapt_some": (IAPTConfig(layers_to_transform=[3, 7, 20], condition="constant"), 0.15),
+    "iapt_template": (IAPTConfig(response_template="chat"), 0.15),
+    "idpg": (IDPGConfig(**PHM, **EMBEDS), 0.1),
+    "idpg_single": (IDPGConfig(multi_layer=False, **PHM, **EMBEDS), 0.1),
+    "ipt": (IPTConfig(num_virtual_tokens=20, table_rank=4), 0.5),
+    "ipt_deep": (IPTConfig(host="deep", **ENCODER), 0.1),
+    "dynamic": (
+        DynamicPromptConfig(num_virtual_tokens=6, length="instance", representation="instance", **EMBEDS),
+        0.5,
+    ),
+}
+# What is not served by the layers; the first two are as prompt embeddings.
+OTHERS = {
+    "idpg_frozen": (IDPGConfig(multi_layer=False, **PHM), 0.1),
+    "dynamic_frozen": (DynamicPromptConfig(num_virtual_tokens=6), 0.5),
+    "idpg_frozen_deep": (IDPGConfig(**PHM), 0.1),
+    "lpt": (LPTConfig(), 0.1),
+    LORA: (LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), 0.1),
+}
+
+
+@dataclass
+class Served:
+    """Adapters and their answers.
+
+    Attributes:
+        base (`Path`): The base model's folder.
+        folders (`dict[str, Path]`): The adapters' folders, by name.
+        prompts (`dict[str, list[list[int]]]`): Each adapter's prompts.
+        answers (`dict[str, list[list[int]]]`): The greedy continuation of each, by transformers.
+        embeds (`dict[str, list[torch.Tensor]]`): The prompts as embeddings, of adapters that enter at the input.
+    """
+
+    base: Path
+    folders: dict[str, Path] = field(default_factory=dict)
+    prompts: dict[str, list[list[int]]] = field(default_factory=dict)
+    answers: dict[str, list[list[int]]] = field(default_factory=dict)
+    embeds: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, folder: Path) -> Served:
+        from peft_instance_prompt import to_prompt_embeds
+
+        model, tokenizer = load_smollm2()
+        made = cls(asset_folder("smollm2-135m-instruct"))
+        texts = [tokenizer(text)["input_ids"] for text in TEXTS]
+        chats = [chat_ids(tokenizer, text) for text in TEXTS]
+        for name, prompts in ((BASE, texts), (CHAT, chats)):
+            made.prompts[name], made.answers[name] = prompts, continuations(model, prompts)
+        for seed, (name, (config, scale)) in enumerate({**CONFIGS, **OTHERS}.items()):
+            torch.manual_seed(seed)
+            config.task_type = "CAUSAL_LM"
+            adapted = perturb(get_peft_model(model, config), seed, scale=scale).eval()
+            made.prompts[name] = chats if getattr(config, "response_template", None) else texts
+            made.answers[name] = continuations(adapted, made.prompts[name])
+            if name in list(OTHERS)[:2]:
+                made.embeds[name] = [to_prompt_embeds(adapted, torch.tensor([ids]))[0] for ids in texts]
+            adapted.save_pretrained(folder / name)
+            made.folders[name] = folder / name
+            model = adapted.unload()
+        return made
+
+    def answers_of(self, names: list[str]) -> dict[str, list[list[int]]]:
+        return {name: self.answers[name] for name in names}
+
+
+def chat_ids(tokenizer: Any, text: str) -> list[int]:
+    chat = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+@torch.no_grad()
+def continuations(model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
+    """The greedy continuation of each prompt."""
+    S = max(map(len, prompts))
+    ids = torch.tensor([[0] * (S - len(p)) + p for p in prompts])  # (B, S)
+    mask = torch.tensor([[0] * (S - len(p)) + [1] * len(p) for p in prompts])  # (B, S)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    return out[:, S:].tolist()
+
+
+class Engine:
+    """vLLM with the adapters.
+
+    Args:
+        served (`Served`): The adapters.
+        settings: Of `vllm.LLM`.
+    """
+
+    def __init__(self, served: Served, **settings: Any):
+        from vllm import LLM
+
+        plain = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "enable_lora": True}
+        self.served = served
+        self.llm = LLM(model=str(served.base), **{**plain, **settings})
+
+    def named(self, name: str) -> Any:
+        """The `LoRARequest` that names an adapter; None for the base model."""
+        from vllm.lora.request import LoRARequest
+
+        folders = self.served.folders
+        return LoRARequest(name, list(folders).index(name) + 1, str(folders[name])) if name in folders else None
+
+    def ask(self, prompts: list[list[int]], named: list[Any], **params: Any) -> list[Any]:
+        """The outputs of requests that run together."""
+        from vllm import SamplingParams
+
+        wanted = SamplingParams(**{"temperature": 0, "max_tokens": NEW_TOKENS, "min_tokens": NEW_TOKENS, **params})
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        return self.llm.generate(inputs, wanted, lora_request=named, use_tqdm=False)
+
+    def answers(self, names: list[str]) -> dict[str, list[list[int]]]:
+        """The answers of several adapters to their prompts, all in one batch."""
+        each = [(name, ids) for name in names for ids in self.served.prompts[name]]
+        outputs = self.ask([ids for _, ids in each], [self.named(name) for name, _ in each])
+        found: dict[str, list[list[int]]] = {}
+        for (name, _), output in zip(each, outputs):
+            found.setdefault(name, []).append(list(output.outputs[0].token_ids))
+        return found
+
+
+def compare(file: str, settings: str, out: str) -> None:
+    """Write whether an engine's answers are those of transformers, by name, as JSON."""
+    served = pickle.loads(Path(file).read_bytes())
+    given = json.loads(settings)
+    names = [BASE, CHAT, *CONFIGS, *([LORA] if "additional_config" in given else [])]
+    found = Engine(served, **given).answers(names)
+    Path(out).write_text(json.dumps({name: found[name] == served.answers[name] for name in names}))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    compare(*sys.argv[1:])

@@ -1,0 +1,54 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""The hooks, on layers that stand in for an engine's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_plan import generator, plan, prefill
+from torch import nn
+
+from peft_instance_prompt.generator import Instances
+from peft_instance_prompt.vllm.hooks import filled
+
+
+class Layer(nn.Module):
+    """Takes the layer's input in two parts and keeps what it got."""
+
+    def forward(self, positions, hidden_states, residual):
+        self.got = hidden_states.clone(), None if residual is None else residual.clone()
+        return hidden_states, residual
+
+
+def run(layers, found, states, residual) -> None:
+    with filled(layers, found):
+        for layer in layers:
+            layer(None, states, residual)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_vectors_stand_in_the_slots(split) -> None:
+    adapter, layers = generator(init_weights=False), [Layer() for _ in range(3)]
+    states = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    before = states.clone()
+    hidden, residual = (states / 4, states * 3 / 4) if split else (states, None)
+    (found,) = plan(prefill("r", "a", 4, [0, 1, 2, 3], total=8, row=0), a=adapter)
+    run(layers, [found], hidden, residual)
+    text = before[4:][None]
+    with torch.no_grad():
+        wanted = adapter(Instances(text, torch.ones(1, 4, dtype=torch.bool), text[:, :1]), 2)[0]  # (4, d)
+    got, rest = layers[2].got
+    got = got if rest is None else got + rest
+    torch.testing.assert_close(got[:4], wanted)
+    torch.testing.assert_close(got[4:], before[4:])
+    assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_missing_layers_are_loud() -> None:
+    layers = [Layer() for _ in range(2)]  # of three
+    found = plan(prefill("r", "a", 4, [0, 1, 2, 3], total=8, row=0))
+    with pytest.raises(RuntimeError, match="were written at"):
+        run(layers, found, torch.randn(8, 32), None)
+    assert not any(layer._forward_pre_hooks for layer in layers)
