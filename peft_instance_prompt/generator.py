@@ -56,17 +56,17 @@ class Source:
         embeds (`torch.Tensor`): Shape (G, n, e). The input embeddings.
         mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
         instance_embeds (`torch.Tensor`, *optional*): Shape (G, k). The caller's vectors of the instances.
-        task_ids (`torch.LongTensor`, *optional*): Shape (G,). The caller's tasks of the instances.
         frozen_states (`Callable`): Returns the last hidden states (G, n, d) of the stack without prompts, gradient and dropout.
             The pass is run at most once per call of the model.
+        task_ids (`torch.LongTensor`, *optional*): Shape (G,). The caller's tasks of the instances.
     """
 
     token_ids: torch.Tensor | None
     embeds: torch.Tensor
     mask: torch.Tensor
     instance_embeds: torch.Tensor | None
-    task_ids: torch.Tensor | None
     frozen_states: Callable[[], torch.Tensor]
+    task_ids: torch.Tensor | None = None
 
 
 class Placement(NamedTuple):
@@ -278,14 +278,7 @@ class PromptGenerator(TextStart):
     @property
     def signature(self) -> tuple:
         """Generators with equal signatures differ in their weights only, and run together in a batch of several adapters."""
-        skip = {
-            "response_template",
-            "init_text",
-            "base_model_name_or_path",
-            "revision",
-            "inference_mode",
-            "auto_mapping",
-        }
+        skip = "response_template init_text base_model_name_or_path revision inference_mode auto_mapping".split()
         fields = sorted((name, repr(value)) for name, value in self.config.to_dict().items() if name not in skip)
         return type(self), self.from_text, tuple(fields), tuple(parameter.dtype for parameter in self.parameters())
 

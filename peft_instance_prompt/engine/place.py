@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from ..config import PAIR_POSITIONS, PLAIN_POSITIONS
+from ..config import PAIR_POSITIONS, PLAIN_POSITIONS, InstancePromptConfig
 from ..nn.pooling import last_index
 from .batch import Group, pick, put
 from .instances import Selection
@@ -74,27 +74,44 @@ def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tu
     start = pick(selection.first + (position == "after_first"), group.rows)  # (G,)
     end = selection.last + 1 if info.causal else last_index(text.tokens)  # (B,); an encoder's end token stays the last
     if position in PAIR_POSITIONS:
-        start = at_separator(group, text, selection.pick(group.rows))  # (G,)
+        own = selection.pick(group.rows)
+        tokens = pick(text.tokens, own.rows)  # (G, S); a packed row has several instances
+        start = at_separator(
+            group.model.config, pick(text.ids, own.rows), tokens, own.first, own.last, own.rows
+        )  # (G,)
     return start, torch.maximum(start, pick(end, group.rows))
 
 
-def at_separator(group: Group, text: Text, selection: Selection) -> torch.Tensor:
-    """The first separator (G,) of each instance of a group that has two sentences, or the first token of its second sentence.
+def at_separator(
+    config: InstancePromptConfig,
+    ids: torch.Tensor | None,
+    tokens: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The first separator (G,) of each instance with two sentences, or the first token of its second sentence.
+
+    Args:
+        config (`InstancePromptConfig`): The adapter's config, with the position and the separator.
+        ids (`torch.LongTensor`, *optional*): Shape (G, S). The token ids of each instance's row.
+        tokens (`torch.BoolTensor`): Shape (G, S). False where there is padding.
+        first, last (`torch.LongTensor`): Shape (G,) each. The first token, and the last instruction token.
+        rows (`torch.LongTensor`, *optional*): Shape (G,). The numbers of the rows, for messages. Default: 0, 1, ...
 
     Raises:
         ValueError: A row has no separator behind its first token, or nothing behind it.
     """
-    position, separator = group.model.config.prompt_position, group.model.config.separator_id
-    if text.ids is None:
+    position, separator = config.prompt_position, config.separator_id
+    if ids is None:
         raise ValueError(
             f"`prompt_position={position!r}` looks for the separator in `input_ids`, but the model got `inputs_embeds`: pass "
             f"`input_ids`, or choose one of {list(PLAIN_POSITIONS)}."
         )
-    rows = selection.rows  # (G,); a packed row has several instances
-    tokens, ids = pick(text.tokens, rows), pick(text.ids, rows).to(text.tokens.device)  # (G, S) each
+    ids = ids.to(tokens.device)
     columns = torch.arange(tokens.shape[1], device=tokens.device)  # (S,)
     # Not the first token: some tokenizers begin a text with what ends it. Nor the response, which the prompt must not depend on.
-    inside = tokens & (columns > selection.first[:, None]) & (columns <= selection.last[:, None])  # (G, S)
+    inside = tokens & (columns > first[:, None]) & (columns <= last[:, None])  # (G, S)
     found = inside & (ids == separator)  # (G, S)
     if position == "after_separator":  # RoBERTa writes two in a row
         found = inside & ~found & (found.cumsum(dim=1) > 0)  # (G, S)

@@ -20,7 +20,9 @@ import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from ..config import PAIR_POSITIONS
 from ..engine.layout import arrange
+from ..engine.place import at_separator
 from ..engine.request import Request
 from ..engine.scope import find_scope
 from ..engine.stack import StackInfo
@@ -222,6 +224,8 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
     behind, live = generator.place(mask, vector)  # (1, l) each
     vectors = torch.arange(generator.num_slots) if live is None else live[0].nonzero().flatten()  # (L,)
     start = int(config.prompt_position == "after_first")
+    if config.prompt_position in PAIR_POSITIONS:
+        start = int(at_separator(config, input_ids, tokens, torch.tensor([0]), torch.tensor([n - 1])))
     before_token = torch.where(behind[:, vectors], max(start, n), start)  # (1, L)
     return Placed(adapter.key, n, arrange(before_token, S).slot_index[0].tolist(), vectors.tolist())
 

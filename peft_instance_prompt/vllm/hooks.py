@@ -10,15 +10,14 @@ Shapes: T rows of the flat batch, d the width of the layers, G instances, l prom
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache as once
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..engine.calls import forward_args
 from ..generator import INPUT, Source
 from .adapters import no_pass
 from .plan import Rows
@@ -63,7 +62,7 @@ class Fill:
         self.plan = plan
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = {**dict(zip(arguments_of(type(layer)), args)), **kwargs}
+        call = {**dict(zip(forward_args(layer), args)), **kwargs}
         hidden, residual = (flat(call.get(name)) for name in ("hidden_states", "residual"))
         assert hidden is not None  # the layers were chosen by it
         for rows in self.plan:
@@ -71,12 +70,6 @@ class Fill:
                 encode(rows, hidden)
                 write(rows, INPUT, hidden, residual)
             write(rows, self.depth, hidden, residual)
-
-
-@once
-def arguments_of(layer: type[nn.Module]) -> tuple[str, ...]:
-    """The names of the arguments of a layer's forward, in order."""
-    return tuple(inspect.signature(layer.forward).parameters)[1:]
 
 
 def flat(states: torch.Tensor | None) -> torch.Tensor | None:

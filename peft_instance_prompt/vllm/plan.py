@@ -148,13 +148,14 @@ def gather_rows(
     last = index.gather(1, counts[:, None] - 1)[:, 0]  # (G,)
     selection = Selection(mask, index[:, 0], last, torch.zeros_like(last), index)
 
-    rows_of, start = [], 0
+    rows_of: list[list[int]] = []
     for each in of_adapters.values():
-        rows_of.append(torch.arange(start, start + len(each), device=device))
-        start += len(each)
+        start = sum(map(len, rows_of))
+        rows_of.append(list(range(start, start + len(each))))
     own = [generators[key] for key in of_adapters]
+    group = Group(own) if len(own) == 1 else Group.of(own, rows_of, len(requests), device)
     slots = [
         (r.row + at, g, vector) for g, r in enumerate(requests) for at, vector in zip(r.placed.slots, r.placed.vectors)
     ]
     rows, instance, vector = tensor(slots).unbind(1)  # (K,) each
-    return Rows(Group(own, None if len(own) == 1 else rows_of), selection, tensor(ids), rows, instance, vector)
+    return Rows(group, selection, tensor(ids), rows, instance, vector)
