@@ -110,7 +110,7 @@ test-fresh:
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 test-vllm: $(VLLM)/.vllm
-	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 
 $(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
