@@ -25,7 +25,7 @@ REASONS = {
         "instance cannot be merged"
     ),
     "use_transformers_continuous_batching": (
-        "it packs several sequences in a row, and each needs prompts of its own that are generated from the whole instruction"
+        "it cuts prompts to fill its steps, and a prompt vector is generated from the whole instruction"
     ),
 }
 

@@ -74,8 +74,8 @@ class GenerateBatch(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            "Instance prompts cannot be used with continuous batching (`generate_batch`): it packs several sequences in a row. Call "
-            "`generate` with a padded batch."
+            "Instance prompts cannot be used with continuous batching (`generate_batch`): it cuts prompts to fill its steps, and a "
+            "prompt vector is generated from the whole instruction. Call `generate` with a padded batch, or serve with vLLM."
         )
 
 

@@ -19,8 +19,6 @@ TEXT = PAGE.read_text(encoding="utf-8")
 CELLS = script_table.read(TEXT)
 # What no script can be changed into, and what we refuse today.
 STATED = {
-    ("SFT, `packing`", None): "packed or padding-free rows",
-    ("SFT, `padding_free`", None): "packed or padding-free rows",
     ("SFT, `text`", "dynamic_prompt"): "`instruction_length`",
     ("SFT, `text`", "dynamic_prompt_all"): "`instruction_length`",
 }
