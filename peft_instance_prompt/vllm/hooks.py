@@ -63,7 +63,8 @@ class Fill:
         self.plan = plan
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = {**dict(zip(arguments_of(type(layer)), args)), **kwargs}
+        kind: Any = type(layer)
+        call = {**dict(zip(arguments_of(kind), args)), **kwargs}
         hidden, residual = (flat(call.get(name)) for name in ("hidden_states", "residual"))
         assert hidden is not None  # the layers were chosen by it
         for rows in self.plan:
