@@ -34,7 +34,7 @@ def complete(server: str, model: str, prompt: str, max_tokens: int, **fields) ->
 def ask(server: str) -> None:
     calls = [(model, text) for text in TEXTS for model in MODELS]
     with ThreadPoolExecutor(len(calls)) as pool:
-        answers = pool.map(lambda call: complete(server, *call, max_tokens=3), calls)
+        answers = pool.map(lambda call: complete(server, *call, max_tokens=1), calls)
         for (model, text), answer in zip(calls, answers):
             print(f"{model:>10}: {text!r} -> {answer['choices'][0]['text']!r}")
 

@@ -26,7 +26,7 @@ from smollm2 import load_smollm2
 from vader import FILES, load_sentences, sentiment_splits
 
 
-STEPS, ROWS = 60, 16
+STEPS, ROWS = 40, 8
 SENTIMENT, SOURCE = "Review: {}\nSentiment:", "Text: {}\nSource:"
 
 
@@ -66,7 +66,7 @@ def main(folder: str) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if step % 20 == 0 or step == STEPS - 1:
+            if step % 10 == 0 or step == STEPS - 1:
                 print(f"{name}, step {step}: loss {loss.item():.3f}", flush=True)
         adapted.save_pretrained(f"{folder}/{name}")
         model = adapted.unload()

@@ -83,7 +83,8 @@ def load_into(runner: Any, key: str, folder: str) -> str:
     """Load an adapter into a worker; return why it cannot be, or an empty text."""
     try:
         if not hasattr(runner, "instance_prompts"):
-            info = describe_base(internals.base_config(runner))
+            with internals.known_to_models(runner.vllm_config):
+                info = describe_base(runner.model_config.hf_config)
             runner.instance_prompts = Store(info, internals.find_layers(runner, info.num_layers), runner.device)
         runner.instance_prompts.load(key, folder)
     except (ValueError, OSError) as error:

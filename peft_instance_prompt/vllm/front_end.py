@@ -64,7 +64,8 @@ class FrontEnd:
 
     @cached_property
     def info(self) -> StackInfo:
-        return describe_base(self.vllm_config.model_config.hf_config)
+        with internals.known_to_models(self.vllm_config):
+            return describe_base(self.vllm_config.model_config.hf_config)
 
     @cached_property
     def embeddings(self) -> BaseEmbeddings:
@@ -247,8 +248,9 @@ class BaseEmbeddings:
     """
 
     def __init__(self, vllm_config: Any):
-        base, self.dtype = internals.base_files(vllm_config), vllm_config.model_config.dtype
-        name = f"{embedding_names(make_base(vllm_config.model_config.hf_config))[0]}.weight"
+        base, self.dtype = vllm_config.model_config.model, vllm_config.model_config.dtype
+        with internals.known_to_models(vllm_config):
+            name = f"{embedding_names(make_base(vllm_config.model_config.hf_config))[0]}.weight"
         missing = {"_raise_exceptions_for_missing_entries": False}
         index = cached_file(base, SAFE_WEIGHTS_INDEX_NAME, **missing)
         file = SAFE_WEIGHTS_NAME if index is None else json.loads(Path(index).read_text())["weight_map"][name]

@@ -16,12 +16,12 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import vllm
 from torch import nn
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -31,6 +31,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
+from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -134,10 +135,18 @@ def complaints(vllm_config: Any) -> list[str]:
     if os.environ.get(SWITCH) != "1":
         cure = f"set {SWITCH}=1 to try"
         found[f"quantised base models are not tested: {cure}"] = model.quantization is not None
+        found[f"a LoRA on the CPU reaches other requests of its batch in vLLM 0.32: {cure}"] = (
+            serves_lora(c) and current_platform.is_cpu()
+        )
         found[f"{model.architecture} is not tested, but {', '.join(ARCHITECTURES)} are: {cure}"] = (
             model.architecture not in ARCHITECTURES
         )
     return [text for text, holds in found.items() if holds]
+
+
+def known_to_models(vllm_config: Any) -> AbstractContextManager:
+    """A context in which models can be made: the transformers backend lets transformers' own classes ask for the configuration."""
+    return set_current_vllm_config(vllm_config)
 
 
 # ------------------------------------------------------------------------------------------------------------ the front end
@@ -146,11 +155,6 @@ def complaints(vllm_config: Any) -> list[str]:
 def local_folder(path: str) -> str:
     """The folder of an adapter that is named by a folder or by a repository of the Hub."""
     return get_adapter_absolute_path(path)
-
-
-def base_files(vllm_config: Any) -> str:
-    """The folder or the repository of the base model."""
-    return vllm_config.model_config.model
 
 
 def refuse_content(request: Any) -> str | None:
@@ -248,11 +252,6 @@ def fail_request(core: Any, request: Any, reason: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- the worker
-
-
-def base_config(runner: Any) -> Any:
-    """The base model's config, as transformers has it."""
-    return runner.model_config.hf_config
 
 
 def find_layers(runner: Any, num_layers: int) -> Sequence[nn.Module]:

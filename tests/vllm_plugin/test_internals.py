@@ -39,6 +39,7 @@ CHANGES = {
     "--kv-transfer-config": ("", "kv_transfer_config", SimpleNamespace()),
     "fast prefill": ("cache_config", "kv_sharing_fast_prefill", True),
     "--runner generate": ("model_config", "runner_type", "pooling"),
+    "a LoRA on the CPU": ("", "additional_config", {"instance_prompt": {"lora": True}}),
     "quantised": ("model_config", "quantization", "awq"),
     "is not tested, but LlamaForCausalLM": ("model_config", "_architecture", "OtherForCausalLM"),
 }

@@ -39,9 +39,8 @@ def test_all_adapters_in_one_batch(engine, served, plans) -> None:
     assert engine.llm.llm_engine.vllm_config.lora_config.max_loras == 1
     assert engine.answers(NAMES) == served.answers_of(NAMES)
     together = [[len(rows.group.generators) for rows in plan] for plan in plans if len(plan) > 1]
-    assert (
-        together and max(max(sizes) for sizes in together) == 2
-    )  # `iapt` and `iapt_too` differ in their weights only
+    # `iapt`, `iapt_too` and `iapt_template` differ in their weights and their template only.
+    assert together and max(max(sizes) for sizes in together) == 3
     # None of it in a step that decodes: the hooks are gone, and the engine is the bare one.
     assert plans[-1] == [] and len(plans) >= NEW_TOKENS
 

@@ -20,6 +20,7 @@ from peft import get_peft_model
 from served import BASE, LORA, Engine, Served, continuations
 
 from peft_instance_prompt import IAPTConfig, IDPGConfig, IPTConfig
+from peft_instance_prompt.engine.calls import SWITCH
 
 
 pytestmark = pytest.mark.slow
@@ -44,7 +45,12 @@ def test_answers_are_those_of_transformers(served, variant, tmp_path) -> None:
     file.write_bytes(pickle.dumps(served))
     out = tmp_path / "same.json"
     command = [sys.executable, module.__file__, str(file), json.dumps(VARIANTS[variant]), str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        SWITCH: str(int(variant == "LoRA")),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1500)
     assert done.returncode == 0, done.stderr[-5000:]
     same = json.loads(out.read_text())
