@@ -160,7 +160,7 @@ def check_encoding(generator: PromptGenerator, info: StackInfo) -> None:
     except NeedsPass:
         reads = "a pass of the base model without prompts"
     except ValueError as error:
-        reads = f"a vector that the caller gives ({error})"
+        reads = f"a vector or task that the caller gives ({error})"
     cure = (
         "Make the prompt on the client with `to_prompt_embeds` and send `prompt_embeds` to the base model"
         if generator.depths == (INPUT,)

@@ -14,7 +14,7 @@ import torch
 from methods import METHODS
 from peft import LoraConfig, get_peft_model
 
-from peft_instance_prompt import IAPTConfig, IDPGConfig, LPTConfig
+from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, LPTConfig
 from peft_instance_prompt.vllm.adapters import describe_base, is_own, read_adapter
 
 
@@ -34,7 +34,7 @@ def test_weights_are_those_that_were_saved(method, info, tmp_path) -> None:
     config = METHODS[method](task_type="CAUSAL_LM")
     if getattr(config, "instance_source", None) == "frozen":
         config.instance_source = "embeddings"
-    if isinstance(config, LPTConfig):
+    if hasattr(config, "insertion_layer"):
         config.insertion_layer = 0
     model = save(config, tmp_path)
     adapter = read_adapter(tmp_path, info)
@@ -69,7 +69,11 @@ REFUSED = {
     "frozen pass between layers": (lambda: IDPGConfig(phm_n=4, bottleneck_dim=8), "instance_source='embeddings'"),
     "given vectors": (
         lambda: IDPGConfig(phm_n=4, bottleneck_dim=8, instance_source="instance_embeds", instance_embeds_dim=8),
-        "a vector that the caller gives",
+        "a vector or task that the caller gives",
+    ),
+    "tasks": (
+        lambda: DynamicPromptConfig(num_tasks=2, position="task", instance_source="embeddings"),
+        "a vector or task that the caller gives.*`task_ids`",
     ),
     "another module": (lambda: IAPTConfig(bottleneck_dim=8, modules_to_save=["lm_head"]), "brings modules"),
     "LoRA": (lambda: LoraConfig(target_modules=["q_proj"]), "but LORA"),

@@ -26,6 +26,8 @@ from peft_instance_prompt.vllm.front_end import place, widen
         ({"response_template": [8, 9]}, [5, 8, 9, 7], 3, [0, 1, 2, 3]),
         ({"response_template": [8, 9], "prompt_position": "end"}, [5, 8, 9, 7, 8, 9], 3, [3, 4, 5, 6]),
         ({"instruction_length": 2, "prompt_position": "end"}, [5, 6, 7], 2, [2, 3, 4, 5]),
+        ({"separator_id": 9, "prompt_position": "before_separator"}, [9, 5, 9, 7], 4, [2, 3, 4, 5]),
+        ({"separator_id": 9, "prompt_position": "after_separator"}, [9, 5, 9, 7], 4, [3, 4, 5, 6]),
     ],
 )
 def test_places(fields, ids, num_read, slots, tmp_path) -> None:
