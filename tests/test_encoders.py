@@ -114,7 +114,8 @@ def test_attention_implementations_agree(kind: str, family: str) -> None:
     eager, sdpa = (prompted(kind, family, attn_implementation=name) for name in ("eager", "sdpa"))
     assert sdpa.get_base_model().config._attn_implementation == "sdpa"
     real = inputs["attention_mask"].bool()
-    assert_same(sdpa(**inputs).last_hidden_state[real], eager(**inputs).last_hidden_state[real])
+    # The kernels round differently, and so do processors.
+    assert_same(sdpa(**inputs).last_hidden_state[real], eager(**inputs).last_hidden_state[real], 5e-5)
 
 
 @pytest.mark.parametrize(("method", "family", "task_type"), HEADED)

@@ -26,6 +26,8 @@ from transformers import (
     pipeline,
 )
 
+from peft_instance_prompt.engine.request import Request, current_request
+
 
 TEXTS = ["w5 w6 w7 w8", "w9", "w20 w21"]
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -169,6 +171,7 @@ def test_export_is_refused(kind: str) -> None:
     model = prompted(kind)
     with pytest.raises(ValueError, match=r"cannot be exported with `torch.export`.*`unload\(\)`"):
         torch.export.export(model, (), dict(batch(5)), strict=False)
+    assert current_request() == Request()  # what the call said is forgotten
     base, inputs = model.unload(), dict(batch(5))
     base.config.use_cache = False
     exported = torch.export.export(base, (), inputs, strict=False).module()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import fuzz
@@ -13,6 +14,8 @@ import pytest
 import torch
 from fuzz import PAGE, SECONDS, SEED, Found, search
 from invariants import INVARIANTS
+
+from peft_instance_prompt.engine.batch import group_rows
 
 
 @pytest.mark.parametrize("name", INVARIANTS)
@@ -36,8 +39,14 @@ BROKEN: dict[str, tuple[str, Any]] = {
         lambda packing, layout: torch.zeros_like(layout.order),
     ),
     "mixed_batch_equals_each_adapter_alone": (
-        "peft_instance_prompt.engine.text.pick",
-        lambda values, rows: values if values is None or rows is None else values[rows.flip(0)],
+        "peft_instance_prompt.engine.layer.group_rows",
+        lambda generators, active, num_rows, request, device: group_rows(
+            generators,
+            active,
+            num_rows,
+            replace(request, adapter_names=(request.adapter_names or ())[::-1] or None),
+            device,
+        ),
     ),
     "logits_do_not_depend_on_later_response_tokens": (
         "peft_instance_prompt.engine.text.find_scope",

@@ -50,6 +50,7 @@ EXPERIMENTS: dict[str, tuple[dict, dict]] = {
         {"optimizer_kwargs": {"lr": 1e-3}},
     ),
     "lpt/llama-3.2-3B-npg-lr_0.001": ({"peft_type": "LPT", **COMMON}, {"optimizer_kwargs": {"lr": 1e-3}}),
+    "idspam/llama-3.2-3B-lr_0.001": ({"peft_type": "IDSPAM", **COMMON}, {"optimizer_kwargs": {"lr": 1e-3}}),
 }
 
 

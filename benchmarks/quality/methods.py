@@ -18,7 +18,7 @@ from peft import (
     initialize_kv_prefix_from_text,
 )
 
-from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IPTConfig, LPTConfig
+from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IDSPAMConfig, IPTConfig, LPTConfig
 
 
 TEXT = "Read the text that follows and answer with the one word that is right for it, and nothing else."
@@ -95,6 +95,7 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "lpt": LPTConfig,
     "ipt": IPTConfig,
     "dp": DynamicPromptConfig,
+    "idspam": IDSPAMConfig,
     "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
 }
 

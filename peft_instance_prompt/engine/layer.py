@@ -31,7 +31,7 @@ from .frozen import is_frozen
 from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
-from .request import CallNote, NotedForward, current_request
+from .request import CallNote, NotedForward, current_request, end_call
 from .resume import resume
 from .stack import StackInfo, find_stacks
 from .stand_in import StandIn, stand_ins
@@ -182,7 +182,7 @@ class StackForward(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch.compile cannot break a graph within `try`
-            refuse_export()
+            refuse_export(self.module)
             return self._compiled(args, kwargs)
         if is_frozen(self.module):
             return self.call_wrapped(*args, **kwargs)
@@ -203,10 +203,11 @@ class StackForward(StandIn):
         return output
 
 
-def refuse_export() -> None:
+def refuse_export(stack: nn.Module) -> None:
     """Raise a ValueError within `torch.export`, which has one graph for all inputs and cannot leave the hooks out."""
     is_exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
     if is_exporting is not None and is_exporting():
+        end_call(stack, (), None)  # after an error torch runs no hooks here, and the call would stay noted
         raise ValueError(
             "Instance prompts cannot be exported with `torch.export`: where their slots stand depends on the values of masks and "
             "token ids. Use `torch.compile`, or export the base model after `unload()`."

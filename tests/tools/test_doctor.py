@@ -15,7 +15,7 @@ from peft import mapping
 
 from peft_instance_prompt import IAPTConfig, InstancePromptConfig, registry
 from peft_instance_prompt.__main__ import main
-from peft_instance_prompt.engine import calls, layer, open, scope
+from peft_instance_prompt.engine import calls, layer, place, scope, widen
 from peft_instance_prompt.engine.layout import SlotTable
 from peft_instance_prompt.model import InstancePromptModel
 from peft_instance_prompt.tools import doctor
@@ -67,33 +67,33 @@ def slots_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def slots_are_not_stripped(patch: pytest.MonkeyPatch) -> None:
-    real = open.arrange
+    real = place.arrange
 
     def arrange(*args, **kwargs):
         layout = real(*args, **kwargs)
         return replace(layout, output_index=torch.arange(layout.order.shape[1]).expand(layout.order.shape))
 
-    patch.setattr(open, "arrange", arrange)
+    patch.setattr(place, "arrange", arrange)
 
 
 def another_output_is_read(patch: pytest.MonkeyPatch) -> None:
     """As many positions as there are tokens are left, but the wrong ones."""
-    real = open.arrange
+    real = place.arrange
 
     def arrange(*args, **kwargs):
         layout = real(*args, **kwargs)
         return replace(layout, output_index=torch.arange(layout.num_tokens).expand(layout.token_index.shape))
 
-    patch.setattr(open, "arrange", arrange)
+    patch.setattr(place, "arrange", arrange)
 
 
 def columns_are_counted(patch: pytest.MonkeyPatch) -> None:
     """Padding on the left moves the positions of the tokens."""
 
-    def insert_positions(position_ids, first, layout):
+    def insert_positions(position_ids, first, layout, stretch):
         return torch.arange(layout.order.shape[1]).expand(layout.order.shape)
 
-    patch.setattr(open, "insert_positions", insert_positions)
+    patch.setattr(widen, "insert_positions", insert_positions)
 
 
 def padding_is_attended_to(patch: pytest.MonkeyPatch) -> None:
