@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Teach a chat model to answer in a form of its own: chat data (`messages`), TRL's SFTTrainer, and one more word in the config.
+Teach a chat model to answer in a form of its own: chat data, TRL's SFTTrainer, and one more word in the config.
 
     python examples/chat_sft.py               # a few minutes on two CPU cores
     python examples/chat_sft.py --steps 8     # the short form, under a minute
@@ -10,6 +10,8 @@ The model is SmolLM2-135M-Instruct, and the chats are made of rated film reviews
 mood of a sentence, and the answer is "Thumbs up." or "Thumbs down.". `response_template="chat"` tells the adapter where an
 answer begins: at what the tokenizer's chat template writes before it. That holds in training, in generation, and wherever a
 text is scored.
+
+After 100 steps 0.77 of 60 held-out answers are right (one seed, 3.5 minutes), and none without the adapter, which says other words.
 
 `--model MODEL` takes another chat model, by its name on the hub or its folder. `--lora` does the same with LoRA.
 """
@@ -36,9 +38,10 @@ def question(example):
 
 
 def chats(examples):
-    """The `messages` that TRL's scripts read."""
+    """Turns as TRL's scripts read them. With the answer as a `completion`, it alone is learned; in one list of `messages`, all words
+    are, unless the chat template marks answers for `assistant_only_loss`, and SmolLM2's does not."""
     answers = [[{"role": "assistant", "content": ANSWERS[example["label"]]}] for example in examples]
-    return Dataset.from_list([{"messages": question(e) + answer} for e, answer in zip(examples, answers)])
+    return Dataset.from_list([{"prompt": question(e), "completion": a} for e, a in zip(examples, answers)])
 
 
 @torch.inference_mode()
