@@ -140,12 +140,8 @@ def resident(base: torch.nn.Module, count: int, repeats: int) -> dict[str, float
     return {**found, "save_s": statistics.median(saves), "load_s": statistics.median(loads)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--parts", default="train,first,decode,resident")
-    parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
+def begin() -> tuple[torch.nn.Module, dict, Callable[[str, dict], None]]:
+    """The frozen base model, the results with their set-up, and a function that notes and prints one of them."""
     if platform.system() == "Linux" and not ALLOCATOR.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     transformers.logging.set_verbosity_error()
@@ -167,7 +163,18 @@ def main() -> None:
         numbers = ", ".join(
             f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
         )
-        print(f"{name:<28} {numbers}", flush=True)
+        print(f"{name:<36} {numbers}", flush=True)
+
+    return base, results, show
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--parts", default="train,first,decode,resident")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    base, results, show = begin()
 
     one = tenants(_share_weights(base), 1)
     if "train" in args.parts:

@@ -17,20 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import torch
-import transformers
-from bench import ALLOCATOR
 from many_adapters import _share_weights
-from overhead import compare, ids, load_smollm2, tenants, timed
+from overhead import begin, compare, ids, tenants, timed
 from peft import LoraConfig, PeftModel, get_peft_model
 
 
@@ -96,30 +90,8 @@ def main() -> None:
     parser.add_argument("--parts", default="step,gain")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    if platform.system() == "Linux" and not ALLOCATOR.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    base, _ = load_smollm2()
-    base.requires_grad_(False)
+    base, results, show = begin()
     base.train()
-    results: dict = {
-        "set_up": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-        }
-    }
-
-    def show(name: str, found: dict) -> None:
-        results[name] = found
-        numbers = ", ".join(
-            f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
-        )
-        print(f"{name:<36} {numbers}", flush=True)
-
     ours = tenants(_share_weights(base), 1).train()
     if "step" in args.parts:
         for count, length in ((8, 64), (16, 64), (4, 256)):

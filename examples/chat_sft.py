@@ -4,7 +4,7 @@
 Teach a chat model to answer in a form of its own: chat data, TRL's SFTTrainer, and one more word in the config.
 
     python examples/chat_sft.py               # a few minutes on two CPU cores
-    python examples/chat_sft.py --steps 8     # the short form, under a minute
+    python examples/chat_sft.py --steps 8     # the short form: does it run?
 
 The model is SmolLM2-135M-Instruct, and the chats are made of rated film reviews; both come from PyPI packages. Each chat asks for the
 mood of a sentence, and the answer is "Thumbs up." or "Thumbs down.". `response_template="chat"` tells the adapter where an

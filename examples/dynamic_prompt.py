@@ -5,7 +5,7 @@ Dynamic prompting on film reviews: learn where the prompt stands, and see what i
 
     python examples/dynamic_prompt.py --preset adap_ins_pos
 
-takes a few minutes on two CPU cores (`adap_pos_ins_vec`, which trains twice, double that); base model and sentences are those of finetune_iapt.py, and come from PyPI packages.
+takes a few minutes on two CPU cores (`adap_pos_ins_vec` trains twice); base model and sentences are those of finetune_iapt.py, and come from PyPI packages.
 """
 
 from collections import Counter

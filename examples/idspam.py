@@ -5,7 +5,7 @@ ID-SPAM on film reviews: self-attention over the token embeddings makes a prompt
 
     python examples/idspam.py
 
-takes a few minutes on two CPU cores; base model and sentences are those of finetune_iapt.py, and come from PyPI packages.
+Base model and sentences are those of finetune_iapt.py, and come from PyPI packages.
 """
 
 from peft import get_peft_model

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Train two adapters of different methods on SmolLM2, in about a minute each on two CPU cores, for one server.
+Train two adapters of different methods on SmolLM2, on the CPU, for one server.
 
     python examples/serve_vllm/train.py outputs/serve_vllm
 
