@@ -128,6 +128,7 @@ class PromptGenerator(TextStart):
         self.causal = info.causal
         self.copies_last: bool = info.causal and config.prompt_position == "end"
         self.depths: tuple[int, ...] = tuple(sorted(chosen_layers(config, info) if depths is None else depths))
+        self._rows: dict[int, dict[str, int]] = {}
         self.add_text(config, self.depths, info)
         self.constant_condition: bool = config.condition == "constant"
         if self.constant_condition and self.feeds_constant:
@@ -262,13 +263,19 @@ class PromptGenerator(TextStart):
         self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None
     ) -> dict[str, torch.Tensor]:
         """The parameters of one depth, by name; from `unbound` parameters if a pass has made these."""
-        rows = {**self.rows_at(depth), **self.text_row(depth)}.items()
+        rows = self._all_rows_at(depth).items()
         return {name: (getattr(self, name) if unbound is None else unbound[name])[row] for name, row in rows}
 
     def unbind(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """The parameters that `generate` reads, one tensor per depth. Backward through `unbind` costs less than an index."""
-        names = {name for depth in self.depths for name in (*self.rows_at(depth), *self.text_row(depth))}
+        names = {name for depth in self.depths for name in self._all_rows_at(depth)}
         return {name: getattr(self, name).unbind(0) for name in names}
+
+    def _all_rows_at(self, depth: int) -> dict[str, int]:
+        """The rows of parameters and of the states of a text. Found once: in a batch of many adapters it is asked often."""
+        if depth not in self._rows:
+            self._rows[depth] = {**self.rows_at(depth), **self.text_row(depth)}
+        return self._rows[depth]
 
     @property
     def activation_coefficients(self) -> nn.Parameter | None:

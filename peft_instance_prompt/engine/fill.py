@@ -41,6 +41,7 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
     flash = running.attention.startswith("flash_attention")
     if (late and (depth < late[-1] or flash)) or (running.stretch is not None and not flash):
         call = hide_positions(running, info, depth, call)
+    in_place = may_overwrite(running, info, depth)
     for group in groups:
         assert layout is not None and group.selection is not None  # the pass opened the slots of its groups
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
@@ -48,8 +49,17 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
             standing = take(states, layout.slot_index)  # (B, L, d)
             standing = torch.zeros_like(standing) if group.model.adds else standing
             prompts = put(standing, group.rows, prompts, layout.seats)  # (B, L, d)
-        states = fill(states, prompts, layout, add=group.model.adds)  # (B, N, d)
+        states = fill(states, prompts, layout, group.model.adds, in_place)  # (B, N, d)
     return call.with_states(states)
+
+
+def may_overwrite(running: Pass, info: StackInfo, depth: int) -> bool:
+    """Whether a layer's input may be changed where it lies. A copy at each layer costs one percent of a pass over 100 tokens.
+
+    The input of a decoder's layer is the output of the layer before and nobody else's. That of the first is the embeddings, to
+    which some models come back; encoders may read an input again behind the layer; checkpointing keeps inputs while it trains.
+    """
+    return depth > 0 and info.causal_lm and not (torch.is_grad_enabled() or running.stack.training)
 
 
 def hide_positions(running: Pass, info: StackInfo, depth: int, call: LayerCall) -> LayerCall:

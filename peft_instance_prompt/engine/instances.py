@@ -12,6 +12,7 @@ Shapes: B rows, N columns (tokens, or positions in the stack), G instances of up
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -86,15 +87,18 @@ class Selection:
         if isinstance(self.columns, slice):
             values = values[:, self.columns]  # (B, n, ...), no copy
             return values if self.rows is None else values[self.rows.to(values.device)]  # (G, n, ...)
-        columns = self.columns.to(values.device)
-        rows = torch.arange(len(self), device=values.device) if self.rows is None else self.rows.to(values.device)
-        return values[rows[:, None], columns]  # (G, n, ...)
+        return values[self.each_row.to(values.device), self.columns.to(values.device)]  # (G, n, ...)
 
     def state_at(self, values: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """One state per instance, detached: (G, 1, w) of `values` (B, N, w), at `column` (G,)."""
-        column = column.to(values.device)
-        rows = torch.arange(len(self), device=values.device) if self.rows is None else self.rows.to(values.device)
-        return values.detach()[rows, column][:, None]  # (G, 1, w)
+        rows, column = self.each_row.to(values.device), column[:, None].to(values.device)  # (G, 1) each
+        return values.detach()[rows, column]  # (G, 1, w)
+
+    @cached_property  # each layer asks for it
+    def each_row(self) -> torch.Tensor:
+        """The row (G, 1) in which each instance lies."""
+        rows = torch.arange(len(self), device=self.mask.device) if self.rows is None else self.rows
+        return rows[:, None]  # (G, 1)
 
     def pick(self, instances: torch.Tensor | None) -> Selection:
         """Some of the instances; None for all."""
@@ -113,10 +117,10 @@ class Selection:
 
     def within(self, layout: Layout) -> Selection:
         """The same instances among the positions of the stack. To be called on all instances of a batch, before `pick`."""
-        rows = torch.arange(len(self), device=self.mask.device) if self.rows is None else self.rows
-        first, last = (layout.token_index[rows, column] for column in (self.first, self.last))  # (G,) each
+        rows = self.each_row
+        first, last = (layout.token_index[rows[:, 0], column] for column in (self.first, self.last))  # (G,) each
         if not isinstance(self.columns, slice):
-            return replace(self, first=first, last=last, columns=layout.token_index[rows[:, None], self.columns])
+            return replace(self, first=first, last=last, columns=layout.token_index[rows, self.columns])
         scope = self.mask.new_zeros(len(self), layout.num_tokens)  # (B, S)
         scope[:, self.columns] = self.mask
         scope = insert(scope, scope.new_zeros(len(self), layout.num_slots), layout)  # (B, N)
@@ -125,6 +129,10 @@ class Selection:
 
 
 def span(scope: torch.Tensor) -> slice:
-    """The range of columns outside of which no row of `scope` (B, S) has an instruction token."""
+    """The range of columns outside of which no row of `scope` (B, S) has an instruction token.
+
+    All columns if that range is most of them: a product of some columns of the states copies them first, at each layer.
+    """
     used = scope.any(dim=0).nonzero().flatten()  # (columns,)
-    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, scope.shape[1])
+    start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, scope.shape[1])
+    return slice(0, scope.shape[1]) if stop - start >= 0.75 * scope.shape[1] else slice(start, stop)

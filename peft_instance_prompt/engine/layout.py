@@ -13,6 +13,7 @@ Shapes: B rows, S tokens, L slots, N = S + L positions in the stack, d the width
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -177,6 +178,11 @@ class Layout:
     def num_tokens(self) -> int:
         return self.token_index.shape[1]
 
+    @cached_property  # each layer asks for it
+    def each_row(self) -> torch.Tensor:
+        """The numbers (B, 1) of the rows."""
+        return torch.arange(len(self.slot_index), device=self.slot_index.device)[:, None]  # (B, 1)
+
 
 def arrange(
     before_token: torch.Tensor,
@@ -266,8 +272,11 @@ def insert_positions(
     return insert(position_ids, own, layout) + before  # (B, N)
 
 
-def fill(states: torch.Tensor, prompts: torch.Tensor, layout: Layout, add: bool = False) -> torch.Tensor:
-    """Write `prompts` (B, L, d) into the slots of `states` (B, N, d), or add them there."""
-    index = layout.slot_index[:, :, None].expand(-1, -1, states.shape[-1])  # (B, L, d)
+def fill(
+    states: torch.Tensor, prompts: torch.Tensor, layout: Layout, add: bool = False, in_place: bool = False
+) -> torch.Tensor:
+    """Write `prompts` (B, L, d) into the slots of `states` (B, N, d), or add them there; in a copy, or `in_place`."""
+    rows, columns = layout.each_row.to(states.device), layout.slot_index.to(states.device)  # (B, 1), (B, L)
     prompts = prompts.to(states.dtype)
-    return states.scatter_add(1, index, prompts) if add else states.scatter(1, index, prompts)  # (B, N, d)
+    prompts = states[rows, columns] + prompts if add else prompts  # (B, L, d)
+    return (states.index_put_ if in_place else states.index_put)((rows, columns), prompts)  # (B, N, d)

@@ -31,13 +31,13 @@ def attention_pool(values: torch.Tensor, scores: torch.Tensor, mask: torch.Tenso
         ValueError: If `mask` is not bool, or its shape does not fit `values` and `scores`.
     """
     _check_mask(mask, values=values, scores=scores)
-    dropped = ~mask.unsqueeze(-1)  # (B, S, 1)
-    scores = _at_least_float32(scores)
+    dropped = ~mask
+    scores = _at_least_float32(scores).transpose(-1, -2)  # (B, l, S)
     # The lowest finite number and not -inf, which makes an empty row's softmax and its gradient NaN.
-    weights = scores.masked_fill(dropped, torch.finfo(scores.dtype).min).softmax(dim=-2)
+    weights = scores.masked_fill(dropped.unsqueeze(-2), torch.finfo(scores.dtype).min).softmax(dim=-1)
     # An empty row's weights are uniform now, but all its values are 0.
-    kept = _at_least_float32(values).masked_fill(dropped, 0.0)
-    return (weights.transpose(-1, -2) @ kept.to(weights.dtype)).to(values.dtype)  # (B, l, S) @ (B, S, m) = (B, l, m)
+    kept = _at_least_float32(values).masked_fill(dropped.unsqueeze(-1), 0.0)  # (B, S, m)
+    return (weights @ kept.to(weights.dtype)).to(values.dtype)  # (B, l, S) @ (B, S, m) = (B, l, m)
 
 
 def mean_attention(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -236,11 +236,13 @@ def rms_norm(states: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def _rms(states: torch.Tensor, eps: float) -> torch.Tensor:
-    return (states.square().mean(dim=-1, keepdim=True) + eps).sqrt()  # (..., 1)
+    norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)  # (..., 1); makes no copy of the states
+    return (norm.square() / states.shape[-1] + eps).sqrt()
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    # `promote_types` would be one more operator, five times a layer.
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -77,9 +77,8 @@ def rational(x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     if coefficients.shape[-1] != 12:
         raise ValueError(f"`coefficients` must have the shape (..., 1, 12), got {tuple(coefficients.shape)}.")
     # x^6 leaves float16's range at |x| = 6.4, and bfloat16 has too few digits for the cancelling terms.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(dtype)
-    each = coefficients.to(dtype).split(1, dim=-1)  # 12 times (..., 1, 1)
+    y = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    each = coefficients.to(y.dtype).split(1, dim=-1)  # 12 times (..., 1, 1)
     # The polynomial of the denominator has no constant term: one more factor y after Horner's scheme.
     denominator = 1 + (y * _horner(each[7:], y)).abs()
     return (_horner(each[:7], y) / denominator).to(x.dtype)
@@ -89,5 +88,5 @@ def _horner(coefficients: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Te
     """`sum_j coefficients[j] * x^j`."""
     *lower, result = coefficients
     for coefficient in reversed(lower):
-        result = result * x + coefficient
+        result = torch.addcmul(coefficient, result, x)
     return result
