@@ -13,6 +13,7 @@
 #   test-machines   `accelerate launch` on one and two machines, DeepSpeed too
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
 #   test-vllm       adapters in a real vLLM engine and its HTTP server, on the CPU
+# make release-check  build sdist and wheel, look into them, install the wheel in an empty environment, run the quickstart there
 #
 # Nothing has to be installed first but Python >= 3.11.
 
@@ -34,7 +35,7 @@ ALL := test-floor test-previous test test-machines test-fresh test-vllm
 LOGS := outputs/test-all
 
 .PHONY: test coverage lint format types docs demo bench bench-serving bench-quality test-all test-floor test-previous
-.PHONY: test-machines test-fresh test-vllm clean
+.PHONY: test-machines test-fresh test-vllm release-check clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -119,6 +120,20 @@ $(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
 	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
+# What is released is built, looked into, and installed beside whatever pip chooses; then the quickstart runs. To publish: `make
+# release-check`, then `twine upload dist/*` and a tag.
+RELEASE := .venv-release
+release-check: $(STAMP)-dev
+	rm -rf build dist $(RELEASE)
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install $(TORCH)
+	$(RELEASE)/bin/python -m pip install dist/*.whl
+	$(RELEASE)/bin/python -m pip freeze | grep -E '^(torch|transformers|peft|accelerate)='
+	$(RELEASE)/bin/python .ci/release_check.py $$(PYTHONPATH=realdata $(BIN)/python -c \
+	    "from smollm2 import smollm2_folder; print(smollm2_folder())" | tail -n 1)
+
 # torch first and alone: its exact pin decides the build, before another requirement can ask for a different one.
 $(STAMP)-torch: $(PINS)
 	$(PYTHON) -m venv $(VENV)
@@ -137,6 +152,6 @@ $(STAMP)-ruff: $(PINS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-previous .venv-machines $(FRESH) $(VLLM) $(VENV)
+	rm -rf .venv .venv-floor .venv-previous .venv-machines $(FRESH) $(VLLM) $(RELEASE) $(VENV)
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

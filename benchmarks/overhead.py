@@ -18,8 +18,8 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from bench import ALLOCATOR
+from bench import ALLOCATOR, peak_mb, reset_peak
 from many_adapters import _share_weights, add_and_switch, with_adapters
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -140,6 +140,36 @@ def resident(base: torch.nn.Module, count: int, repeats: int) -> dict[str, float
     return {**found, "save_s": statistics.median(saves), "load_s": statistics.median(loads)}
 
 
+def memory_of_training(base: torch.nn.Module, kind: str, length: int) -> float:
+    """MB that three training steps take above the loaded model. For a process that has done nothing else."""
+    model = base if kind == "bare" else tenants(base, 1)
+    rows = ids(BATCH, length + SLOTS if kind == "bare" else length)
+    step = train_step(model.train(), rows, length // 2)
+    for parameter in base.parameters():
+        parameter.sum()  # weights are mapped from the file, and resident only once they are read
+    reset_peak()  # loading has a peak of its own
+    loaded = peak_mb()
+    for _ in range(3):
+        step()
+    return peak_mb() - loaded
+
+
+def compare_memory(length: int) -> dict[str, float]:
+    """Runs the bare model and the adapter in a process each."""
+    found = {}
+    for kind in ("bare", "adapter"):
+        command = [sys.executable, __file__, "--memory", kind, str(length)]
+        found[f"{kind}_mb"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {**found, "ratio": found["adapter_mb"] / found["bare_mb"]}
+
+
+def import_seconds(pairs: int) -> dict[str, float]:
+    """Seconds that the package's import takes when peft is there: the median of fresh processes, with the least and the greatest."""
+    code = "import peft, time; s = time.perf_counter(); import peft_instance_prompt; print(time.perf_counter() - s)"
+    run = [float(subprocess.check_output([sys.executable, "-c", code], text=True)) for _ in range(pairs)]
+    return {"seconds": statistics.median(run), "low": min(run), "high": max(run)}
+
+
 def begin() -> tuple[torch.nn.Module, dict, Callable[[str, dict], None]]:
     """The frozen base model, the results with their set-up, and a function that notes and prints one of them."""
     if platform.system() == "Linux" and not ALLOCATOR.keys() <= os.environ.keys():
@@ -171,13 +201,23 @@ def begin() -> tuple[torch.nn.Module, dict, Callable[[str, dict], None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--parts", default="train,first,decode,resident")
+    parser.add_argument("--parts", default="train,memory,first,decode,resident,import")
+    parser.add_argument("--memory", nargs=2, metavar=("KIND", "LENGTH"), help="used by the part `memory`")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     base, results, show = begin()
+    if args.memory:
+        print(memory_of_training(base, args.memory[0], int(args.memory[1])))
+        return
+    parts = args.parts.split(",")
+    if "memory" in parts:
+        for length in (64, 256):
+            show(f"memory of training, {length} tokens", compare_memory(length))
+    if "import" in parts:
+        show("import above peft's", import_seconds(5))
 
     one = tenants(_share_weights(base), 1)
-    if "train" in args.parts:
+    if "train" in parts:
         trained = tenants(_share_weights(base), 1).train()
         for length in (64, 256):
             longer = train_step(base.train(), ids(BATCH, length + SLOTS), length // 2)
@@ -186,7 +226,7 @@ def main() -> None:
                 compare(timed(longer), timed(train_step(trained, ids(BATCH, length), length // 2)), args.pairs),
             )
         base.eval()
-    if "first" in args.parts:
+    if "first" in parts:
         bare = timed(first_token(base, ids(BATCH, PROMPT + SLOTS), {}))
         show("first token, 1 adapter", compare(bare, timed(first_token(one, ids(BATCH, PROMPT), {})), args.pairs))
         eight = tenants(_share_weights(base), 8)
@@ -194,16 +234,15 @@ def main() -> None:
         show(
             "first token, 8 adapters", compare(bare, timed(first_token(eight, ids(BATCH, PROMPT), names)), args.pairs)
         )
-    if "decode" in args.parts:
+    if "decode" in parts:
         for count, rows in ((1, 8), (8, 8), (32, 32)):
             many = one if count == 1 else tenants(_share_weights(base), count)
             names = {} if count == 1 else {"adapter_names": [f"tenant{n}" for n in range(count)]}
             bare, ours = decoding(base, ids(rows, PROMPT + SLOTS), {}), decoding(many, ids(rows, PROMPT), names)
             show(f"decoding, {count} tenants", compare(bare, ours, args.pairs))
-    if "resident" in args.parts:
+    if "resident" in parts:
         for count in (8, 1000):
             show(f"{count} resident", resident(base, count, 5))
-    results["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
 

@@ -33,7 +33,7 @@ from .tuners import (
 )
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Tools are imported when they are asked for: they need the Trainer's module, which takes long and itself imports PEFT.
 _TOOLS = {

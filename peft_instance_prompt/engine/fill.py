@@ -16,8 +16,8 @@ from .passes import Pass
 from .stack import StackInfo
 
 
-def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -> LayerCall | None:
-    """The call of a layer with the slots filled; None if it stays as it is.
+def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -> LayerCall:
+    """The call of a layer with the slots filled.
 
     Args:
         running (`Pass`): The pass.
@@ -26,9 +26,7 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
         call (`LayerCall`): The call of the layer.
     """
     layout, key = running.layout, id(call.layer)
-    late = () if running.table is None else running.table.late_layers
-    if layout is None and not late and running.stretch is None:
-        return None
+    late = running.late_layers
     run = running.runs[key] = running.runs.get(key, -1) + 1
     depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # a count recompiles the graph
     states = call.states  # (B, N, d)

@@ -154,14 +154,15 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 keep_context(stack)
         return {**call, "return_dict": True} if running.as_tuple else call
 
-    @torch.compiler.disable
+    # Not recursive: to switch the compiler off and on takes longer than all else that this hook does in a decoding step.
+    @torch.compiler.disable(recursive=False)
     def _fill(self, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Before a layer runs."""
         running = current_pass.get()
-        if running is None or running.owner not in (self, None):
+        if running is None or running.owner not in (self, None) or not running.changes_layers:
             return None
-        call = fill_slots(running, self.info, depths, LayerCall(layer, args, kwargs))
-        return None if call is None else (call.args, call.kwargs)
+        call = fill_uncompiled(running, self.info, depths, LayerCall(layer, args, kwargs))
+        return call.args, call.kwargs
 
     @torch.compiler.disable
     def close(self, output: Any) -> Any:
@@ -169,6 +170,9 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         running = current_pass.get()
         assert running is not None  # `open` has set it
         return close_slots(running, self.info, output)
+
+
+fill_uncompiled = torch.compiler.disable(fill_slots)
 
 
 class StackForward(StandIn):

@@ -54,6 +54,16 @@ class Pass:
     runs: dict[int, int] = field(default_factory=dict)
     masks: dict[tuple, tuple[Any, Any]] = field(default_factory=dict)
 
+    @property
+    def late_layers(self) -> tuple[int, ...]:
+        """The first layers that see the slots, where these are not the stack's first."""
+        return () if self.table is None else self.table.late_layers
+
+    @property
+    def changes_layers(self) -> bool:
+        """Whether the calls of layers are changed: there are slots to fill, or something to hide."""
+        return self.layout is not None or self.stretch is not None or bool(self.late_layers)
+
 
 current_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", default=None)
 
