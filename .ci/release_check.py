@@ -45,10 +45,16 @@ def check_files() -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "peft_instance_prompt").rglob("*.py")}
     sources.add("peft_instance_prompt/py.typed")
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    check(inside == sources, f"{wheel.name} holds the package: {len(inside)} files, {sorted(inside ^ sources) or 'no other'}")
+    check(
+        inside == sources,
+        f"{wheel.name} holds the package: {len(inside)} files, {sorted(inside ^ sources) or 'no other'}",
+    )
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    check(sources | {"LICENSE", "README.md", "pyproject.toml"} <= packed, f"{sdist.name} holds the package and its licence")
+    check(
+        sources | {"LICENSE", "README.md", "pyproject.toml"} <= packed,
+        f"{sdist.name} holds the package and its licence",
+    )
 
 
 def check_quickstart(model: str) -> None:
