@@ -33,7 +33,7 @@ from .engine.frozen import states_of_text
 from .engine.layer import InstancePromptLayer
 from .engine.request import adapters_of, current_request, note
 from .engine.sharded import whole
-from .engine.stack import StackInfo, describe, embed_ids, find_stacks, walk
+from .engine.stack import StackInfo, describe, embed_ids, stack_of, walk
 from .generator import PromptGenerator
 from .loading import check_arrival, is_loading, names_of, take_config
 from .template import find_separator, tokenize_init_text, tokenize_template
@@ -104,8 +104,7 @@ class InstancePromptModel(BaseTuner):
         return peft_config
 
     def _find_targets(self, peft_config: InstancePromptConfig) -> list[StackInfo]:
-        stacks = find_stacks(self.model)
-        infos = [describe(self.model, layers, stack) for layers, stack in stacks.items()]
+        infos = describe(self.model)
         known = {info.layers_name: info.name for info in infos}
         if peft_config.target_modules is None:
             infos = [info for info in infos if not info.decoder_of_pair]
@@ -147,11 +146,12 @@ class InstancePromptModel(BaseTuner):
         parameter_name: Optional[str] = None,
     ) -> None:
         """Nothing is replaced: the layer becomes a submodule of the stack, next to its list of layers."""
-        stack_name = find_stacks(self.model)[current_key]
+        stack_name = stack_of(self.model, current_key)
         stack = self.model.get_submodule(stack_name)
         name = self.prefix.removesuffix("_")
         layer = getattr(stack, name, None)
-        info = layer.info if layer is not None else describe(self.model, current_key, stack_name)
+        infos = describe(self.model) if layer is None else [layer.info]
+        (info,) = (info for info in infos if info.layers_name == current_key)
         # In the mode of the stack: an adapter of a model in evaluation must not apply dropout.
         generator = self.generator_cls(peft_config, info).train(stack.training)
         weight = stack.get_input_embeddings().weight

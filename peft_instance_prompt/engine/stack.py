@@ -112,6 +112,13 @@ def find_stacks(model: nn.Module) -> dict[str, str]:
     return stacks
 
 
+def stack_of(model: nn.Module, layers_name: str) -> str:
+    """The name of the stack that a list of layers lies in: the innermost module around it that takes tokens."""
+    parts = layers_name.split(".")
+    around = (".".join(parts[:length]) for length in range(len(parts) - 1, -1, -1))
+    return next(name for name in around if _takes_tokens(model.get_submodule(name)))
+
+
 def _takes_tokens(module: nn.Module) -> bool:
     if not hasattr(module, "get_input_embeddings"):
         return False
@@ -154,19 +161,19 @@ def embed_per_layer(
     return stack.get_per_layer_inputs(**{name: value for name, value in known.items() if name in names})
 
 
-def describe(model: PreTrainedModel, layers_name: str, stack_name: str) -> StackInfo:
-    """Gather a [`StackInfo`].
+def describe(model: PreTrainedModel) -> list[StackInfo]:
+    """The facts about each stack of a base model, in the model's order."""
+    stacks = find_stacks(model)
+    return [_describe(model, layers_name, stacks) for layers_name in stacks]
 
-    Args:
-        model (`PreTrainedModel`): The base model.
-        layers_name (`str`): The name of the list of layers.
-        stack_name (`str`): The name of the stack that it lies in.
-    """
+
+def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) -> StackInfo:
+    stack_name = stacks[layers_name]
     stack = model.get_submodule(stack_name)
     config = stack.config.get_text_config()
     embedding = stack.get_input_embeddings()
     # Two halves of a pair are told apart by their names: configs and classes call them in many ways.
-    names = [name.split(".") for name in find_stacks(model).values()]
+    names = [name.split(".") for name in stacks.values()]
     pair = bool(model.config.is_encoder_decoder) and any("decoder" in name for name in names) and len(names) > 1
     decoder = pair and "decoder" in stack_name.split(".")
     encoder = pair and not decoder

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..engine.frozen import run_frozen
-from ..engine.stack import describe, find_stacks
+from ..engine.stack import describe
 from ..nn.pooling import first_token, last_token, mean_pool
 
 
@@ -118,8 +118,7 @@ def as_function(encoder: Any, pooling: str) -> Callable[[list[str]], Any]:
 
 def encode_with_model(model: nn.Module, tokenizer: Any, texts: Sequence[str], pooling: str = "auto") -> torch.Tensor:
     """The vectors (N, d) of N texts from a model's last hidden states, without prompts, gradient and dropout."""
-    infos = [describe(model, layers, stack) for layers, stack in find_stacks(model).items()]
-    info = next((info for info in infos if not info.decoder_of_pair), None)
+    info = next((info for info in describe(model) if not info.decoder_of_pair), None)
     if info is None:
         raise ValueError(f"No transformer stack was found in {type(model).__name__}.")
     if pooling == "auto":

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..attaching import check_sizes, check_task
 from ..config import InstancePromptConfig
-from ..engine.stack import StackInfo, describe, find_stacks
+from ..engine.stack import StackInfo, describe
 from ..folder import PREFIX, check_files, check_tensors, digest, read_kind
 from ..generator import INPUT, PromptGenerator, Source
 
@@ -68,11 +68,11 @@ def describe_base(hf_config: Any) -> StackInfo:
         ValueError: transformers cannot make the model, or it has several stacks.
     """
     model = make_base(hf_config)
-    stacks = find_stacks(model)
-    if len(stacks) != 1:
-        raise ValueError(f"Prompts cannot be put into {type(model).__name__}: it has {len(stacks)} stacks, {stacks}.")
-    ((layers, stack),) = stacks.items()
-    return describe(model, layers, stack)
+    infos = describe(model)
+    if len(infos) != 1:
+        names = [info.name for info in infos]
+        raise ValueError(f"Prompts cannot be put into {type(model).__name__}: it has {len(names)} stacks, {names}.")
+    return infos[0]
 
 
 def read_adapter(folder: Path, info: StackInfo) -> Adapter:

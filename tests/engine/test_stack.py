@@ -50,7 +50,7 @@ ENCODERS = {
 
 
 def found(model: torch.nn.Module) -> dict:
-    return {name: describe(model, name, stack) for name, stack in find_stacks(model).items()}
+    return {info.layers_name: info for info in describe(model)}
 
 
 @pytest.mark.parametrize("family", DECODERS)

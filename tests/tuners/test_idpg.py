@@ -18,7 +18,7 @@ from torch import nn
 from peft_instance_prompt import IDPGConfig
 from peft_instance_prompt.engine.intercept import intercept
 from peft_instance_prompt.engine.layer import InstancePromptLayer
-from peft_instance_prompt.engine.stack import describe, find_stacks
+from peft_instance_prompt.engine.stack import describe
 from peft_instance_prompt.tuners.idpg import IDPGGenerator
 
 
@@ -62,8 +62,8 @@ def test_parameter_count_of_the_paper(preset: str, expected: int) -> None:
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 8}
     with torch.device("meta"):
         base = tf.RobertaModel(tf.RobertaConfig(vocab_size=8, **sizes))
-        ((layers, stack),) = find_stacks(base).items()
-        generator = IDPGGenerator(IDPGConfig.preset(preset), describe(base, layers, stack))
+        (info,) = describe(base)
+        generator = IDPGGenerator(IDPGConfig.preset(preset), info)
     assert count(generator) == expected
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from peft_instance_prompt import IPTConfig
 from peft_instance_prompt.engine.layer import InstancePromptLayer
-from peft_instance_prompt.engine.stack import describe, find_stacks
+from peft_instance_prompt.engine.stack import describe
 from peft_instance_prompt.tuners.ipt import ENCODERS, IPTGenerator, Table
 
 
@@ -58,8 +58,8 @@ def test_share_of_a_model_of_1b(fields: dict, kind: str) -> None:
         base = tf.LlamaForCausalLM(
             tf.LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
         )
-        ((layers, stack),) = find_stacks(base).items()
-        generator = IPTGenerator(IPTConfig(encoder=kind, **fields), describe(base, layers, stack))
+        (info,) = describe(base)
+        generator = IPTGenerator(IPTConfig(encoder=kind, **fields), info)
     total = sum(p.numel() for p in base.parameters())
     trained = sum(p.numel() for p in generator.parameters())
     assert abs(total / 1.236e9 - 1) < 0.001
