@@ -244,11 +244,10 @@ class PromptGenerator(TextStart):
         `instances`, `depth` and `weights` are those of `generate`, the weights by default the generator's own.
         """
         weights = self.weights(depth) if weights is None else weights
-        G = len(instances.mask)
-        text = self.text_state(weights)  # (l, w) or (G, l, w)
-        start = self.start(instances, depth) if text is None else text  # or (G, 1, w)
+        start = self.text_state(weights)  # (l, w) or (G, l, w); below, (G, 1, w)
+        start = self.start(instances, depth) if start is None else start
         if self.constant_condition and self.feeds_constant:
-            states = weights["constant"].expand(G, -1, -1)  # (G, l, w)
+            states = weights["constant"].expand(len(instances.mask), -1, -1)  # (G, l, w)
             mask = instances.mask.new_ones(states.shape[:2])  # (G, l)
             instances = Instances(states, mask, instances.base_state)
         generated = self.generate(instances, depth, weights)  # (G, l, w), (1, l, w) or (l, w)
@@ -257,7 +256,7 @@ class PromptGenerator(TextStart):
             generated = rms(start) * generated  # (G, l, w)
             if depth == INPUT or not self.adds:
                 generated = start + generated
-        return generated.expand(G, -1, -1)  # (G, l, w)
+        return generated.expand(len(instances.mask), -1, -1)  # (G, l, w)
 
     def weights(
         self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None
@@ -272,8 +271,7 @@ class PromptGenerator(TextStart):
         return {name: getattr(self, name).unbind(0) for name in names}
 
     def _all_rows_at(self, depth: int) -> dict[str, int]:
-        """The rows of parameters and of the states of a text. Found once: in a batch of many adapters it is asked often."""
-        if depth not in self._rows:
+        if depth not in self._rows:  # found once: a batch of many adapters asks often
             self._rows[depth] = {**self.rows_at(depth), **self.text_row(depth)}
         return self._rows[depth]
 
@@ -298,5 +296,5 @@ def chosen_layers(config: Any, info: StackInfo) -> list[int]:
 
 def stack_weights(of_adapters: Iterable[Weights]) -> dict[str, torch.Tensor]:
     """The weights of several adapters of one signature, one per instance: (G, a, b) each."""
-    each = list(of_adapters)
-    return {name: torch.stack([weights[name] for weights in each]) for name in each[0]}  # (G, a, b)
+    of_each = list(of_adapters)
+    return {name: torch.stack([weights[name] for weights in of_each]) for name in of_each[0]}  # (G, a, b)

@@ -38,7 +38,7 @@ def changed(seen: list[tuple]) -> list[bool]:
 
 
 def adapter(base: torch.nn.Module, task_type: str | None, adds: bool = False) -> torch.nn.Module:
-    config = IDPGConfig.preset("m-phm", task_type=task_type) if adds else IAPTConfig(task_type=task_type)
+    config = IDPGConfig.preset("m-phm", task_type=task_type, phm_n=4) if adds else IAPTConfig(task_type=task_type)
     return tiny.perturb(tiny.adapted(base, config)).eval()
 
 
