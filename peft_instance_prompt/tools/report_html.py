@@ -208,8 +208,8 @@ def axis_ends(cells: dict[str, Cell]) -> tuple[float, float]:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """About four round numbers within a range, and not at its very ends, where their text would leave the chart."""
-    rough = (high - low) / 4
+    """Two to six round numbers within a range, and not at its very ends, where their text would leave the chart."""
+    rough = (high - low) / 6
     step = 10.0 ** math.floor(math.log10(rough))
     step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= rough)
     margin = 0.04 * (high - low)

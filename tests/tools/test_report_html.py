@@ -153,7 +153,7 @@ def test_chart():
 def test_axis():
     for low, high in ((0.0, 1.0), (0.26, 0.41), (-3.2, 1e4), (0.5, 0.5 + 1e-6)):
         ticks = nice_ticks(low, high)
-        assert 2 <= len(ticks) <= 5 and all(low < tick < high for tick in ticks)
+        assert 2 <= len(ticks) <= 6 and all(low < tick < high for tick in ticks)
     flat = {name: {"mean": 0.0, "low": 0.0, "high": 0.0} for name in ("own", "shuffled", "mean", "none")}
     low, high = axis_ends(flat)
     assert low < 0 < high and nice_ticks(low, high)
