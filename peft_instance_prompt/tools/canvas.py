@@ -61,6 +61,8 @@ def reading_colours(theme: Theme) -> tuple[Any, Any, tuple[float, ...]]:
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     ticks = (0.125, 0.25, 0.5, 1, 2, 4, 8)
-    colours = LinearSegmentedColormap.from_list("reading", [theme.less, theme.paper, theme.more], N=257)  # has a middle
+    colours = LinearSegmentedColormap.from_list(
+        "reading", [theme.less, theme.paper, theme.more], N=257
+    )  # has a middle
     bad = theme.less  # a share of 0 has no logarithm
     return LogNorm(vmin=ticks[0], vmax=ticks[-1]), colours.with_extremes(bad=bad), ticks

@@ -40,8 +40,7 @@ def make_style(readings: list[Reading]) -> str:
     """The rules of the section."""
     rules = [STYLE]
     for step in range(-STEPS, STEPS + 1):
-        colour = "more" if step > 0 else "less"
-        share = round(14 * abs(step))
+        colour, share = ("more", 14 * step) if step > 0 else ("less", -8 * step)  # what is read stands out
         rules.append(
             f".{shade_name(step)} {{ background: color-mix(in srgb, var(--{colour}) {share}%, var(--paper)); }}"
         )

@@ -47,11 +47,12 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+@media (max-width: 40rem) { td { white-space: normal; } }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; margin: 1rem 0; }
 dt { font-weight: 600; }
 dd { margin: 0; }
 svg { display: block; width: 100%; max-width: 40rem; overflow: visible; font-size: 14px; }
-svg text { fill: var(--ink); }
+svg text { fill: var(--ink); stroke: var(--paper); stroke-width: 4px; paint-order: stroke; }
 svg .axis text { fill: var(--soft); font-size: 12px; }
 svg .axis line { stroke: var(--line); }
 COLOURS
