@@ -6,7 +6,8 @@ Ask whether the instance mattered to a trained IAPT adapter, and draw what its p
     python examples/finetune_iapt.py
     python examples/pictures.py
 
-prints the report and writes `docs/images/prompts.png`, in about three minutes on two CPU cores. Needs matplotlib.
+prints the report, and writes it as a page, `outputs/report.html`. Writes `prompts-light.png` and `prompts-dark.png` to
+`docs/images`. In about three minutes on two CPU cores. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -20,41 +21,46 @@ from torch.utils.data import DataLoader
 
 from finetune_iapt import Collator, load_base, load_examples
 from peft_instance_prompt import instance_report
-from peft_instance_prompt.tools.plots import plot_activations, plot_prompt_map, plot_reading
+from peft_instance_prompt.tools.plots import plot_reading, plot_report, plot_separation
+from peft_instance_prompt.tools.themes import THEMES
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--adapter", default="outputs/iapt", help="folder of a trained adapter (default: %(default)s)")
-parser.add_argument("--layer", type=int, default=20, help="the layer that is drawn (default: %(default)s)")
-parser.add_argument(
-    "--output", default="docs/images/prompts.png", help="where the picture goes (default: %(default)s)"
-)
+parser.add_argument("--layer", type=int, default=20, help="the layer that is read (default: %(default)s)")
+parser.add_argument("--report", default="outputs/report.html", help="where the page goes (default: %(default)s)")
+parser.add_argument("--output", default="docs/images", help="folder for the pictures (default: %(default)s)")
 
 
-def draw(model, tokenizer, collator, examples, layer):
-    """One figure: a text and what is read of it, above the learned activations and a map of the instances."""
-    figure = Figure(figsize=(9, 6.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+def draw(model, tokenizer, collator, examples, report, layer, theme):
+    """One figure: what is read of a text, above what the prompts know of the label and what they are worth."""
+    figure = Figure(figsize=(9, 6), layout="constrained", facecolor=THEMES[theme].paper)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1])
     example = min(examples, key=lambda example: abs(len(example["text"]) - 80))
-    plot_reading(model, collator([example]), tokenizer, depth=layer, ax=top.subplots())
+    plot_reading(model, collator([example]), tokenizer, depth=layer, theme=theme, ax=top.subplots())
     left, right = bottom.subplots(1, 2)
-    plot_activations(model, ax=left)
     batches = DataLoader(examples, batch_size=20, collate_fn=collator)
-    plot_prompt_map(model, batches, [example["label"] for example in examples], depth=layer, ax=right)
+    plot_separation(model, batches, [example["label"] for example in examples], theme=theme, ax=left)
+    plot_report(report, theme=theme, ax=right)
     return figure
 
 
 def main():
     args = parser.parse_args()
     model, tokenizer = load_base(None)
-    _, test_examples = load_examples(None, seed=0)
+    _, examples = load_examples(None, seed=0)
     collator = Collator(tokenizer)
     model = PeftModel.from_pretrained(model, args.adapter)
     model.eval()
-    print(instance_report(model, DataLoader(test_examples, batch_size=20, collate_fn=collator)))
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    draw(model, tokenizer, collator, test_examples, args.layer).savefig(args.output, dpi=110)
-    print(f"{args.output}: {Path(args.output).stat().st_size:,} bytes")
+    report = instance_report(model, DataLoader(examples, batch_size=20, collate_fn=collator), tokenizer=tokenizer)
+    print(report)
+    Path(args.report).parent.mkdir(parents=True, exist_ok=True)
+    report.to_html(args.report)
+    for theme in THEMES:
+        file = Path(args.output, f"prompts-{theme}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw(model, tokenizer, collator, examples, report, args.layer, theme).savefig(file, dpi=110)
+        print(f"{file}: {file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

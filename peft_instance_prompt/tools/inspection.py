@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..engine.intercept import Generated, intercept
 from ..engine.layer import InstancePromptLayer
 from ..engine.layout import take
 from ..generator import INPUT, PromptGenerator
+from ..nn.pooling import rms
 
 
 def active_generator(model: nn.Module) -> tuple[InstancePromptLayer, PromptGenerator]:
@@ -86,6 +88,45 @@ def prompt_vectors(model: nn.Module, batches: Iterable[Mapping[str, Any]], depth
     return torch.cat([record(model, batch)[depth].values.float().cpu() for batch in batches])
 
 
+def generated_parts(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], depths: Sequence[int] | None = None
+) -> dict[int, torch.Tensor]:
+    """The generated part of the prompt vectors of many instances: without the base state, and in units of its size.
+
+    With the default `init_weights=True` a prompt vector is `p = start + rms(start) * generated` (see
+    [`PromptGenerator.forward`]). In a causal model the start is an attention sink, hundreds of times as large as other states and
+    often the same for all instances, so that instances are compared by the generated part alone.
+
+    Args:
+        model (`nn.Module`): The model with the adapter.
+        batches (`Iterable`): Batches, e.g. a `DataLoader`.
+        depths (`Sequence[int]`, *optional*): The layers. Defaults to all at which the method generates.
+
+    Returns:
+        `dict[int, torch.Tensor]`: By depth, shape (instances, l, d), in float32 on the CPU.
+    """
+    generator = active_generator(model)[1]
+    depths = generator.depths if depths is None else [check_depth(generator, depth) for depth in depths]
+    found: dict[int, list[torch.Tensor]] = {depth: [] for depth in depths}
+    for batch in batches:
+        made = record(model, batch)
+        for depth, parts in found.items():
+            parts.append(_generated(generator, made[depth]))
+    return {depth: torch.cat(parts) for depth, parts in found.items()}
+
+
+def _generated(generator: PromptGenerator, made: Generated) -> torch.Tensor:
+    values = made.values.detach().float()  # (B, l, d)
+    text = generator.text_state(generator.weights(made.depth))  # (l, d) or None
+    start = generator.start(made.instances, made.depth) if text is None else text.detach()  # or (B, 1, d)
+    if start is not None:
+        start = start.float()
+        if made.depth == INPUT or not generator.adds:
+            values = values - start
+        values = values / rms(start)
+    return values.cpu()
+
+
 def token_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None = None) -> torch.Tensor:
     """How much each prompt vector reads of each token: the pooling weights of IAPT, the pooling bins of LPT.
 
@@ -101,19 +142,93 @@ def token_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None 
         ValueError: The method has no such weights.
     """
     generator = active_generator(model)[1]
-    made = record(model, batch)[check_depth(generator, depth)]
+    weights = _token_weights(generator, record(model, batch)[check_depth(generator, depth)])
+    if weights is None:
+        raise ValueError(f"The prompt vectors of {type(generator).__name__} are no weighted means over tokens here.")
+    return weights
+
+
+def _token_weights(generator: PromptGenerator, made: Generated) -> torch.Tensor | None:
     check_rows(made)
     with torch.no_grad():
         weights = generator.token_weights(made.instances, made.depth, generator.weights(made.depth))  # (B, l, n)
-    if weights is None:
-        raise ValueError(f"The prompt vectors of {type(generator).__name__} are no weighted means over tokens here.")
+    return None if weights is None else _at_tokens(made, weights)
+
+
+def _at_tokens(made: Generated, values: torch.Tensor) -> torch.Tensor:
+    """`values` (B, l, n) of the instruction's tokens, at the columns of the batch: (B, l, S), 0 elsewhere."""
     columns = made.selection.columns  # a range of the stack's positions, or of tokens at the input
     num_columns = made.layout.num_tokens + (0 if made.depth == INPUT else made.layout.num_slots)
-    whole = weights.new_zeros(*weights.shape[:2], num_columns)  # (B, l, N)
-    whole[:, :, columns] = weights
+    whole = values.new_zeros(*values.shape[:2], num_columns)  # (B, l, N)
+    whole[:, :, columns] = values
     if made.depth != INPUT:
         whole = take(whole, made.layout.token_index, dim=2)  # (B, l, S)
     return whole.float().cpu()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the prompt vectors read of the text of one instance. S tokens, without padding; l prompt vectors.
+
+    Attributes:
+        tokens (`list[str]`): The text of each token; joined, that of the instance.
+        columns (`torch.LongTensor`): Shape (S,). The column of the batch in which each token stands.
+        inside (`torch.BoolTensor`): Shape (S,). The tokens of the instruction.
+        weights (`dict[int, torch.Tensor]`): By depth, shape (l, S): the share of each token in each prompt vector. Empty if the
+            method's vectors are no weighted means over tokens.
+    """
+
+    tokens: list[str]
+    columns: torch.Tensor
+    inside: torch.Tensor
+    weights: dict[int, torch.Tensor]
+
+    def ratios(self, depth: int) -> torch.Tensor:
+        """How many times its share in a uniform reading each token has: shape (l, S), 1 everywhere if all are read alike."""
+        return self.weights[depth] * self.inside.sum()
+
+    def tokens_read(self, depth: int) -> torch.Tensor:
+        """How many tokens each vector reads, as the exponential of the entropy of its weights: shape (l,), from 1 to all."""
+        return torch.special.entr(self.weights[depth]).sum(dim=-1).exp()  # (l,)
+
+
+def readings(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any) -> list[Reading]:
+    """What the prompt vectors of each depth read of each row of a batch.
+
+    Args:
+        model (`nn.Module`): The model with the adapter.
+        batch (`Mapping`): What the model is called with, `input_ids` among it.
+        tokenizer: Has `decode`, which turns a list of ids into text. None: the ids are the text.
+    """
+    generator = active_generator(model)[1]
+    made = {depth: m for depth, m in record(model, batch).items() if depth is not None}
+    weights = {depth: w for depth, m in made.items() if (w := _token_weights(generator, m)) is not None}  # (B, l, S)
+    first = next(iter(made.values()))
+    inside = _at_tokens(first, first.instances.mask[:, None].float())[:, 0] > 0  # (B, S)
+    ids = batch["input_ids"].cpu()  # (B, S)
+    mask = batch.get("attention_mask")
+    kept = torch.ones_like(inside) if mask is None else mask.bool().cpu()  # (B, S)
+    return [
+        Reading(
+            token_texts(tokenizer, ids[row][kept[row]].tolist()),
+            kept[row].nonzero().flatten(),
+            inside[row][kept[row]],
+            {depth: w[row][:, kept[row]] for depth, w in weights.items()},
+        )
+        for row in range(len(ids))
+    ]
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token with its spaces, which some tokenizers leave out before a token that stands alone."""
+    if tokenizer is None:
+        return [str(token) for token in ids]
+    texts, before = [], ""
+    for n, token in enumerate(ids, 1):
+        whole = tokenizer.decode(ids[:n])
+        texts.append(whole[len(before) :] if whole.startswith(before) else tokenizer.decode([token]))
+        before = whole
+    return texts
 
 
 def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,11 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of what an adapter does. They need matplotlib: `pip install peft-instance-prompt[plots]`."""
+"""Pictures of what an adapter does, each in one call, light or dark. They need matplotlib: `pip install peft-instance-prompt[plots]`.
+
+All take `theme`, `"light"` (the default) or `"dark"`, and `ax`, matplotlib axes to draw into in place of a new figure; all return
+the `Figure` that was drawn in.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,42 @@ import torch
 from torch import nn
 
 from ..nn.rational import rational
-from .inspection import active_generator, check_depth, placements, prompt_vectors, token_weights
+from ..nn.ridge import leave_one_out
+from .canvas import dress, new_axes, ramp, reading_colours
+from .inspection import active_generator, check_depth, generated_parts, placements, readings
+from .report import PROMPTS, InstanceReport
+from .themes import check_theme
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+def plot_report(report: InstanceReport, measure: str = "loss", theme: str = "light", ax: Axes | None = None) -> Figure:
+    """What it costs to exchange the prompts: the paired differences between own and shuffled or mean prompts, with their intervals.
+
+    Args:
+        report (`InstanceReport`): The result of [`instance_report`].
+        measure (`str`): One of its measures. Defaults to `"loss"`.
+
+    Raises:
+        ValueError: The report has no such measure.
+    """
+    colours, summary = check_theme(theme), report.summary()
+    if measure not in summary:
+        raise ValueError(f"`measure` must be one of {list(summary)}, got {measure!r}.")
+    figure, ax = new_axes(ax, width=4.6, height=1.9)
+    names = [f"own - {prompts}" for prompts in PROMPTS[1:3]]
+    for place, name in enumerate(names):
+        found = summary[measure][name]
+        ax.plot([found["low"], found["high"]], [place, place], color=colours.series[0], linewidth=3)
+        ax.plot(found["mean"], place, "o", color=colours.series[0], markersize=8)
+    ax.axvline(0, color=colours.soft, linewidth=1, linestyle="--")
+    ax.set_yticks(range(len(names)), names)
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=f"difference in {measure} ({report.level:.0%} interval)")
+    ax.set_title(f"Does its own prompt serve an instance better? n = {len(report)}")
+    return dress(ax, colours)
 
 
 def plot_reading(
@@ -26,78 +60,109 @@ def plot_reading(
     tokens: Any,
     depth: int | None = None,
     row: int = 0,
+    theme: str = "light",
     ax: Axes | None = None,
 ) -> Figure:
-    """Which instruction tokens each prompt vector reads, as a heat map over the text.
+    """Which instruction tokens each prompt vector reads more or less than if it read all alike, as a heat map over the text.
 
     Args:
         model (`nn.Module`): The model with the adapter, e.g. a [`~peft.PeftModel`].
         batch (`Mapping`): What the model is called with, `input_ids` among it.
-        tokens (`Sequence[str]` or tokenizer): The text of each column of the row, or a tokenizer to turn its ids into text.
+        tokens (tokenizer or `Sequence[str]`): A tokenizer, to turn ids into text, or the text of each column of the row.
         depth (`int`, *optional*): The layer. Defaults to the middle one of those at which vectors are generated.
         row (`int`): The row of the batch. Defaults to 0.
-        ax (`Axes`, *optional*): Where to draw. Defaults to a new figure.
-
-    Returns:
-        `Figure`: The figure that it was drawn in.
 
     Raises:
-        ValueError: The method does not pool over tokens, or `tokens` does not fit the batch.
+        ValueError: The prompt vectors of the method are no weighted means over tokens, or `tokens` does not fit the batch.
     """
-    depth = check_depth(active_generator(model)[1], depth)
-    weights = token_weights(model, batch, depth)[row]  # (l, S)
-    if hasattr(tokens, "decode"):
-        tokens = [tokens.decode([int(token)]) for token in batch["input_ids"][row]]
-    if len(tokens) != weights.shape[1]:
-        raise ValueError(f"`tokens` must have one text per column, {weights.shape[1]}, got {len(tokens)}.")
-    if batch.get("attention_mask") is not None:
-        kept = batch["attention_mask"][row].bool().cpu()
-        weights, tokens = weights[:, kept], [token for token, keep in zip(tokens, kept) if keep]  # (l, tokens)
-    figure, ax = _axes(ax, width=max(3.0, 0.32 * len(tokens) + 1.4), height=0.34 * len(weights) + 1.7)
-    image = ax.imshow(weights, aspect="auto", cmap="Blues", vmin=0.0)
-    ax.set_xticks(
-        range(len(tokens)), [_visible(token) for token in tokens], rotation=60, ha="right", rotation_mode="anchor"
-    )
-    ax.set_yticks(range(len(weights)), range(1, len(weights) + 1))
+    colours, generator = check_theme(theme), active_generator(model)[1]
+    depth, columns = check_depth(generator, depth), batch["input_ids"].shape[1]
+    decodes = hasattr(tokens, "decode")
+    if not decodes and len(tokens) != columns:
+        raise ValueError(f"`tokens` must have one text per column, {columns}, got {len(tokens)}.")
+    reading = readings(model, batch, tokens if decodes else None)[row]
+    if depth not in reading.weights:
+        raise ValueError(f"The prompt vectors of {type(generator).__name__} are no weighted means over tokens here.")
+    ratios, read = reading.ratios(depth)[:, reading.inside], reading.tokens_read(depth)  # (l, n), (l,)
+    texts = reading.tokens if decodes else [tokens[column] for column in reading.columns]
+    texts = [_visible(text) for text, inside in zip(texts, reading.inside) if inside]
+    figure, ax = new_axes(ax, width=max(3.4, 0.32 * len(texts) + 1.8), height=0.34 * len(ratios) + 1.7)
+    scale, colour_map, ticks = reading_colours(colours)
+    image = ax.imshow(ratios, aspect="auto", cmap=colour_map, norm=scale)
+    ax.set_xticks(range(len(texts)), texts, rotation=60, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(ratios)), [f"{n} (reads {count:.1f})" for n, count in enumerate(read.tolist(), 1)])
     ax.set_ylabel("prompt vector")
-    ax.set_title("what each prompt vector reads, " + _place(depth))
-    figure.colorbar(image, ax=ax, label="weight")
-    return figure
+    ax.set_title(f"What each prompt vector reads of {len(texts)} tokens, {_place(depth)}")
+    bar = ax.figure.colorbar(image, ax=ax, label="share / uniform share", ticks=list(ticks), extend="both")
+    bar.ax.set_yticklabels([f"×{tick:g}" for tick in ticks])
+    dress(bar.ax, colours)
+    return dress(ax, colours)
 
 
-def plot_activations(model: nn.Module, span: tuple[float, float] = (-3.0, 3.0), ax: Axes | None = None) -> Figure:
+def plot_tokens_read(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], theme: str = "light", ax: Axes | None = None
+) -> Figure:
+    """How much of the text each prompt vector reads at each layer: the number of tokens that it reads (see [`Reading`]) per token.
+
+    1 if all tokens are read alike; the mean over instances, and a line for each vector.
+
+    Args:
+        model (`nn.Module`): The model with the adapter.
+        batches (`Iterable`): Batches, e.g. a `DataLoader`.
+
+    Raises:
+        ValueError: The prompt vectors of the method are no weighted means over tokens.
+    """
+    colours, generator = check_theme(theme), active_generator(model)[1]
+    found = [reading for batch in batches for reading in readings(model, batch, None)]
+    depths = list(found[0].weights)
+    if not depths:
+        raise ValueError(f"The prompt vectors of {type(generator).__name__} are no weighted means over tokens here.")
+    shares = [torch.stack([r.tokens_read(depth) / r.inside.sum() for r in found]).mean(dim=0) for depth in depths]
+    figure, ax = new_axes(ax, width=4.6, height=3.0)
+    for number, line in enumerate(torch.stack(shares, dim=1)):  # (l, depths)
+        colour = colours.series[number % len(colours.series)]
+        ax.plot(depths, line, color=colour, marker="o", markersize=3, linewidth=1.5, label=f"vector {number + 1}")
+    ax.set(ylim=(0, 1.05), xlabel="layer", ylabel="share of the tokens read")
+    ax.set_title(f"How much of a text is read, mean of {len(found)}")
+    ax.legend(frameon=False)
+    return dress(ax, colours)
+
+
+def plot_activations(
+    model: nn.Module, span: tuple[float, float] = (-3.0, 3.0), theme: str = "light", ax: Axes | None = None
+) -> Figure:
     """The learned activation of each layer, and the GELU that it started from.
 
     Args:
         model (`nn.Module`): The model with the adapter.
         span (`tuple[float, float]`): The range of inputs.
-        ax (`Axes`, *optional*): Where to draw. Defaults to a new figure.
-
-    Returns:
-        `Figure`: The figure that it was drawn in.
 
     Raises:
         ValueError: The adapter has no learned activation.
     """
-    generator = active_generator(model)[1]
+    colours, generator = check_theme(theme), active_generator(model)[1]
     learned = generator.activation_coefficients  # (layers, 1, 12)
     if learned is None:
         raise ValueError(f"{type(generator).__name__} has no learned activation here.")
-    figure, ax = _axes(ax, width=4.6, height=3.4)
+    figure, ax = new_axes(ax, width=4.6, height=3.4)
     x = torch.linspace(*span, 200)
-    colours = _colours(len(learned))
-    for number, coefficients in enumerate(learned.detach()):
+    for number, (coefficients, colour) in enumerate(zip(learned.detach(), ramp(len(learned), colours))):
         y = rational(x.to(coefficients.device)[None], coefficients)[0].cpu()  # (points,)
         label = f"layer {generator.depths[number]}" if number in (0, len(learned) - 1) else None
-        ax.plot(x, y, color=colours[number], linewidth=1, label=label)
-    ax.plot(x, nn.functional.gelu(x), color="black", linestyle="--", linewidth=1, label="GELU")
-    ax.set(xlabel="x", ylabel="g(x)", title="learned activations")
-    ax.legend()
-    return figure
+        ax.plot(x, y, color=colour, linewidth=1, label=label)
+    ax.plot(x, nn.functional.gelu(x), color=colours.ink, linestyle="--", linewidth=1.5, label="GELU, the start")
+    ax.set(xlabel="input x", ylabel="activation g(x)", title="Learned activations")
+    ax.legend(frameon=False)
+    return dress(ax, colours)
 
 
 def plot_placements(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], what: str = "position", ax: Axes | None = None
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    what: str = "position",
+    theme: str = "light",
+    ax: Axes | None = None,
 ) -> Figure:
     """How instances differ in where their prompt vectors stand, or in how many they have, as a histogram.
 
@@ -105,23 +170,21 @@ def plot_placements(
         model (`nn.Module`): The model with the adapter.
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
         what (`str`): `"position"`, how many of its vectors stand behind an instance's text, or `"length"`, how many it has.
-        ax (`Axes`, *optional*): Where to draw. Defaults to a new figure.
-
-    Returns:
-        `Figure`: The figure that it was drawn in.
     """
     labels = {"position": "prompt vectors behind the text", "length": "prompt vectors in use"}
+    colours = check_theme(theme)
     if what not in labels:
         raise ValueError(f"`what` must be one of {list(labels)}, got {what!r}.")
     lengths, behind = placements(model, batches)
     counts = torch.bincount(
         lengths if what == "length" else behind, minlength=active_generator(model)[1].num_slots + 1
     )
-    figure, ax = _axes(ax, width=4.6, height=3.0)
-    ax.bar(range(len(counts)), counts)
+    figure, ax = new_axes(ax, width=4.6, height=3.0)
+    ax.bar(range(len(counts)), counts, color=colours.series[0])
     ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel=labels[what], ylabel="instances")
-    return figure
+    return dress(ax, colours)
 
 
 def plot_prompt_map(
@@ -129,60 +192,81 @@ def plot_prompt_map(
     batches: Iterable[Mapping[str, Any]],
     labels: Sequence[Any] | None = None,
     depth: int | None = None,
+    theme: str = "light",
     ax: Axes | None = None,
 ) -> Figure:
-    """The prompts of many instances, by their two principal components.
+    """The generated parts of the prompts of many instances (see [`generated_parts`]), by their two principal components.
 
     Args:
         model (`nn.Module`): The model with the adapter.
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
         labels (`Sequence`, *optional*): One for each instance, for the colours.
         depth (`int`, *optional*): The layer. Defaults to the middle one of those at which vectors are generated.
-        ax (`Axes`, *optional*): Where to draw. Defaults to a new figure.
-
-    Returns:
-        `Figure`: The figure that it was drawn in.
     """
-    depth = check_depth(active_generator(model)[1], depth)
-    points = prompt_vectors(model, batches, depth).flatten(1)  # (n, l * d)
-    if labels is not None and len(labels) != len(points):
-        raise ValueError(f"`labels` must have one entry per instance, {len(points)}, got {len(labels)}.")
+    colours, depth = check_theme(theme), check_depth(active_generator(model)[1], depth)
+    points = generated_parts(model, batches, [depth])[depth].flatten(1)  # (n, l * d)
+    groups = _groups(labels, len(points)) or [""] * len(points)
     if len(points) < 3:
         raise ValueError(f"A map needs at least 3 instances, got {len(points)}.")
     points = points - points.mean(dim=0)
-    u, s, _ = torch.pca_lowrank(points, q=2, center=False)
-    share = s**2 / points.square().sum().clamp(min=torch.finfo(s.dtype).tiny)
-    places = u * s  # (n, 2)
-    figure, ax = _axes(ax, width=4.6, height=3.6)
-    groups = [None] * len(points) if labels is None else [str(label) for label in labels]
-    for colour, group in zip(_colours(len(set(groups)), "tab10"), sorted(set(groups), key=str)):
+    u, s, _ = torch.linalg.svd(points, full_matrices=False)
+    share = s**2 / s.square().sum().clamp(min=torch.finfo(s.dtype).tiny)
+    places = (u * s)[:, :2]  # (n, 2)
+    figure, ax = new_axes(ax, width=4.6, height=3.6)
+    for number, group in enumerate(sorted(set(groups))):
         own = places[[label == group for label in groups]]  # (instances of the group, 2)
-        ax.scatter(*own.T, s=12, alpha=0.7, color=colour, label=group)
-    ax.set(xlabel=f"component 1 ({share[0]:.0%})", ylabel=f"component 2 ({share[1]:.0%})")
-    ax.set_title("prompts of the instances, " + _place(depth))
+        colour, mark = colours.series[number % len(colours.series)], "osD^vP"[number % 6]
+        ax.scatter(*own.T, s=16, marker=mark, alpha=0.75, color=colour, linewidths=0, label=group)
+    ax.set(xlabel=f"component 1 ({share[0]:.0%} of the variance)", ylabel=f"component 2 ({share[1]:.0%})")
+    ax.set_title(f"Generated parts of {len(points)} prompts, {_place(depth)}")
     if labels is not None:
-        ax.legend()
-    return figure
+        ax.legend(frameon=False)
+    return dress(ax, colours)
 
 
-def _axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
-    if ax is not None:
-        return ax.figure, ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: `pip install peft-instance-prompt[plots]`.") from error
-    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's, which keeps every figure alive
-    return figure, figure.subplots()
+def plot_separation(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    labels: Sequence[Any],
+    theme: str = "light",
+    ax: Axes | None = None,
+) -> Figure:
+    """At each layer, how often the label of an instance can be told from the generated part of its prompt.
+
+    A linear rule (ridge regression on the classes, see [`leave_one_out`]) is fitted on all other instances. A dashed line shows the
+    share of the commonest label, which a rule that knows nothing of the instance gets.
+
+    Args:
+        model (`nn.Module`): The model with the adapter.
+        batches (`Iterable`): Batches, e.g. a `DataLoader`.
+        labels (`Sequence`): One for each instance.
+    """
+    colours = check_theme(theme)
+    parts = generated_parts(model, batches)
+    groups = _groups(labels, len(next(iter(parts.values()))))
+    names = sorted(set(groups))
+    targets = torch.tensor([names.index(group) for group in groups])  # (n,)
+    one_hot = nn.functional.one_hot(targets, len(names))  # (n, classes)
+    right = {
+        depth: (leave_one_out(part.flatten(1), one_hot).argmax(dim=1) == targets).double().mean().item()
+        for depth, part in parts.items()
+    }
+    commonest = one_hot.double().mean(dim=0).max().item()
+    figure, ax = new_axes(ax, width=4.6, height=3.0)
+    ax.plot(list(right), list(right.values()), color=colours.series[0], marker="o", markersize=4, linewidth=1.5)
+    ax.axhline(commonest, color=colours.soft, linestyle="--", linewidth=1)
+    ax.annotate(
+        "commonest label", (0.99, commonest), ("axes fraction", "data"), color=colours.soft, ha="right", va="bottom"
+    )
+    ax.set(ylim=(min(0.5, commonest - 0.1), 1.02), xlabel="layer", ylabel="accuracy, left-out instance")
+    ax.set_title(f"The label, told from the prompt alone, n = {len(groups)}")
+    return dress(ax, colours)
 
 
-def _colours(number: int, name: str = "viridis") -> list:
-    from matplotlib import colormaps
-
-    colours = colormaps[name]
-    if name == "viridis":
-        return [colours(i / max(number - 1, 1)) for i in range(number)]
-    return [colours(i % colours.N) for i in range(number)]
+def _groups(labels: Sequence[Any] | None, number: int) -> list[str]:
+    if labels is not None and len(labels) != number:
+        raise ValueError(f"`labels` must have one entry per instance, {number}, got {len(labels)}.")
+    return [] if labels is None else [str(label) for label in labels]
 
 
 def _place(depth: int) -> str:

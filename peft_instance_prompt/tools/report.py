@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from transformers import default_data_collator
 
 from ..engine.intercept import Generated, intercept
 from ..engine.request import note
-from .inspection import active_generator, evaluating, record
+from ..generator import INPUT, PromptGenerator
+from . import report_html
+from .inspection import Reading, active_generator, evaluating, readings, record
 
 
 PROMPTS = ("own", "shuffled", "mean", "none")
@@ -28,7 +32,7 @@ PROMPTS = ("own", "shuffled", "mean", "none")
 
 @dataclass
 class InstanceReport:
-    """The result of [`instance_report`]; `print` it for a table.
+    """The result of [`instance_report`]; `print` it for a table, or write it as a page with `to_html`.
 
     Attributes:
         values (`dict[str, dict[str, torch.Tensor]]`): By measure (`"loss"`, `"accuracy"` or the metric's name) and prompt
@@ -36,12 +40,16 @@ class InstanceReport:
         level (`float`): The share of resamples that an interval covers.
         resamples (`int`): The number of bootstrap resamples.
         seed (`int`): The seed of the resampling.
+        subject (`str`): What was measured, in words.
+        readings (`list[Reading]`): What the prompt vectors read of the first instances, if there was a tokenizer.
     """
 
     values: dict[str, dict[str, torch.Tensor]]
     level: float
     resamples: int
     seed: int
+    subject: str = ""
+    readings: list[Reading] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.values["loss"]["own"])
@@ -74,6 +82,20 @@ class InstanceReport:
         values = {m: {p: value.tolist() for p, value in by_prompt.items()} for m, by_prompt in self.values.items()}
         return json.dumps({**setting, "summary": self.summary(), "values": values}, indent=2)
 
+    def to_html(self, path: str | os.PathLike | None = None) -> str:
+        """The report as a page that needs nothing else: table, chart, and what the prompt vectors read of some texts.
+
+        Args:
+            path (`str`, *optional*): A file to write it to.
+        """
+        page = report_html.make_page(self)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def _repr_html_(self) -> str:
+        return report_html.make_frame(self)
+
     def __str__(self) -> str:
         summary = self.summary()
         lines = [f"{len(self)} instances, {self.level:.0%} intervals of {self.resamples} bootstrap resamples"]
@@ -94,6 +116,8 @@ def instance_report(
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
+    tokenizer: Any = None,
+    texts: int = 4,
 ) -> InstanceReport:
     """Measure whether prompts that are generated from the instance do more than prompts that are not.
 
@@ -120,6 +144,8 @@ def instance_report(
         level (`float`): The share of bootstrap resamples that an interval covers. Defaults to 0.95.
         resamples (`int`): The number of bootstrap resamples over instances. Defaults to 1000.
         seed (`int`): For the exchange of prompts and for the resampling. Defaults to 0.
+        tokenizer (*optional*): To show, in `to_html`, what the prompt vectors read of the first texts.
+        texts (`int`): How many texts that are. Defaults to 4.
 
     Returns:
         [`InstanceReport`]: Means over instances (an instance's loss is that of its labelled tokens' mean), their intervals,
@@ -132,7 +158,7 @@ def instance_report(
         raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
     if resamples < 1:
         raise ValueError(f"`resamples` must be at least 1, got {resamples}.")
-    causal_lm = active_generator(model)[0].info.causal_lm
+    layer, generator = active_generator(model)
     if not isinstance(data, DataLoader):
         data = DataLoader(data, batch_size=batch_size, collate_fn=collate_fn or default_data_collator)
     device = next(model.parameters()).device
@@ -143,10 +169,11 @@ def instance_report(
     found: dict[str, dict[str, list[torch.Tensor]]] = {}
 
     def measure(prompts: str, batch: dict[str, Any]) -> None:
-        for name, values in evaluate(model, batch, causal_lm, metric).items():
+        for name, values in evaluate(model, batch, layer.info.causal_lm, metric).items():
             found.setdefault(name, {}).setdefault(prompts, []).append(values.double().cpu())
 
-    generator = torch.Generator().manual_seed(seed)
+    shown: list[Reading] = []
+    picks = torch.Generator().manual_seed(seed)
     total: dict[int | None, torch.Tensor] = {}
     with evaluating(model):
         for number, batch in enumerate(batches):
@@ -155,7 +182,9 @@ def instance_report(
             for depth, values in own.items():
                 total[depth] = total.get(depth, 0) + values.double().sum(dim=0)
             measure("own", batch)
-            order = torch.randperm(rows, generator=generator)
+            if tokenizer is not None and len(shown) < texts:
+                shown += readings(model, batch, tokenizer)[: texts - len(shown)]
+            order = torch.randperm(rows, generator=picks)
             donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: none gets its own
             others = own
             if rows == 1:  # the batch before it lends its first row
@@ -172,7 +201,15 @@ def instance_report(
             for batch in batches:
                 measure("mean", batch)
     by_measure = {m: {name: torch.cat(lists[name]) for name in PROMPTS} for m, lists in found.items()}
-    return InstanceReport(by_measure, level, resamples, seed)
+    return InstanceReport(by_measure, level, resamples, seed, describe(generator), shown)
+
+
+def describe(generator: PromptGenerator) -> str:
+    """An adapter in words, such as "IAPT, 4 prompt vectors at each of 30 layers"."""
+    depths = generator.depths
+    places = f"each of {len(depths)} layers" if len(depths) > 1 else f"layer {depths[0]}"
+    places = "the input" if depths == (INPUT,) else places
+    return f"{generator.config.peft_type.value}, {generator.num_slots} prompt vectors at {places}"
 
 
 def recorded(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, torch.Tensor]:

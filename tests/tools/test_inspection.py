@@ -12,7 +12,16 @@ from methods import METHODS
 from peft import get_peft_model
 
 from peft_instance_prompt import IAPTConfig, record_choices
-from peft_instance_prompt.tools.inspection import active_generator, placements, prompt_vectors, token_weights
+from peft_instance_prompt.tools.inspection import (
+    active_generator,
+    generated_parts,
+    placements,
+    prompt_vectors,
+    readings,
+    record,
+    token_texts,
+    token_weights,
+)
 
 
 IDS = torch.randint(3, tiny.VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -67,6 +76,66 @@ def test_prompt_vectors_are_what_a_layer_gets():
     vectors = prompt_vectors(model, [{"input_ids": IDS}, {"input_ids": IDS[:1]}])
     assert vectors.shape == (3, 4, 32) and torch.equal(vectors, torch.cat(read))
     assert not torch.equal(prompt_vectors(model, [{"input_ids": IDS}], depth=2), vectors[:2])
+
+
+@pytest.mark.parametrize("fields", [{"init_weights": True}, {"init_weights": True, "init_text": [7, 20, 9]}])
+def test_generated_parts(method, fields):
+    """What `generate` returns for the instances: the start is taken out, and its size, in which the vectors are measured."""
+    model = tiny.perturb(adapted(method, **fields))
+    generator, batch = active_generator(model)[1], {"input_ids": IDS}
+    made = record(model, batch)
+    parts = generated_parts(model, [batch, {"input_ids": IDS[:1]}])
+    assert tuple(parts) == generator.depths
+    for depth, part in parts.items():
+        with torch.no_grad():
+            wanted = generator.generate(made[depth].instances, depth, generator.weights(depth))
+        wanted = wanted.expand(2, -1, -1)  # (2, l, d)
+        assert part.abs().max() > 0
+        torch.testing.assert_close(part, torch.cat([wanted, wanted[:1]]), atol=1e-4, rtol=1e-3)
+    last = generator.depths[-1]
+    assert tuple(generated_parts(model, [batch], [last])) == (last,)
+    with pytest.raises(ValueError, match="`depth`"):
+        generated_parts(model, [batch], [7])
+
+
+def test_generated_parts_without_a_base_state():
+    model, batch = adapted("iapt", init_weights="paper"), {"input_ids": IDS}
+    assert torch.equal(generated_parts(model, [batch], [1])[1], prompt_vectors(model, [batch], 1))
+
+
+def test_readings():
+    """One row's tokens, without padding, and the numbers of `token_weights` for them."""
+    model = adapted("iapt")
+    one, two = readings(model, PADDED, tiny.tokenizer())
+    assert [len(r.tokens) for r in (one, two)] == [8, 5] and two.columns.tolist() == [3, 4, 5, 6, 7]
+    assert two.inside.tolist() == [True] * 4 + [False] and tuple(two.weights) == (0, 1, 2)
+    for depth in range(3):
+        assert torch.equal(two.weights[depth], token_weights(model, PADDED, depth)[1][:, 3:])
+        torch.testing.assert_close(two.ratios(depth).sum(dim=1), torch.full((4,), 4.0))  # a mean of 1 over 4 tokens
+    for reading in readings(adapted("lpt"), PADDED, None):
+        assert reading.tokens_read(next(iter(reading.weights))).tolist() == [1.0] * 5  # it reads the last token only
+    pooled = readings(adapted("lpt_pooled", num_virtual_tokens=1), PADDED, None)[0]
+    assert pooled.tokens_read(next(iter(pooled.weights))).tolist() == pytest.approx([6.0])  # and this one all alike
+    assert pooled.tokens == [str(token) for token in IDS[0].tolist()]
+    assert readings(adapted("idpg_single"), PADDED, None)[0].weights == {}
+
+
+def test_tokens_have_their_spaces():
+    """Joined they are the text, also where a tokenizer drops the space of a token that stands alone."""
+
+    class Stripping:
+        words = ["A", " fine", " film", "!"]
+
+        def decode(self, ids):
+            return "".join(self.words[token] for token in ids).strip(" ")
+
+    assert token_texts(Stripping(), [0, 1, 2, 3]) == ["A", " fine", " film", "!"]
+
+    class Rewriting(Stripping):  # whose text so far changes with the next token
+        def decode(self, ids):
+            return super().decode(ids) if len(ids) < 4 else "a different text"
+
+    assert token_texts(Rewriting(), [0, 1, 2, 3]) == ["A", " fine", " film", "!"]
 
 
 def test_placements():

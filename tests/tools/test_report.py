@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from peft_instance_prompt import IAPTConfig, instance_report
+from peft_instance_prompt.tools.inspection import token_weights
 from peft_instance_prompt.tools.report import PROMPTS, InstanceReport
 
 
@@ -212,6 +214,33 @@ def test_text_and_json():
     assert read["values"]["loss"]["none"] == report.values["loss"]["none"].tolist()
     assert read["summary"] == report.summary() == report.summary()  # resampled alike each time
     assert read["instances"] == 4 and list(read["summary"]["accuracy"]) == names
+
+
+def test_what_is_read_of_the_first_texts():
+    """Those of the first instances, over batches; the report says of what it is."""
+    model, data = adapted(), rows(5)
+    report = instance_report(model, data, batch_size=2, resamples=10, tokenizer=tiny.tokenizer(), texts=3)
+    assert report.subject == "IAPT, 4 prompt vectors at each of 3 layers"
+    assert len(report.readings) == 3
+    for row, reading in zip(data, report.readings):
+        assert torch.equal(reading.weights[1], token_weights(model, stack_rows([row]), 1)[0])
+    assert instance_report(model, data, resamples=10).readings == []
+    assert instance_report(adapted("lpt"), data, resamples=10).subject.endswith("prompt vectors at layer 1")
+    assert instance_report(adapted("ipt"), data, resamples=10).subject.endswith("prompt vectors at the input")
+
+
+def test_page(tmp_path):
+    report = instance_report(adapted(), rows(4), batch_size=2, resamples=50, tokenizer=tiny.tokenizer())
+    page = report.to_html(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page == report.to_html()
+    assert page.count("<h3>Text ") == 4 and f"{report.values['loss']['own'].mean():.4f} [" in page
+    assert html.escape(page) in report._repr_html_()
+
+
+def test_page_of_each_method(kind):
+    """With what is read of the texts, or a sentence that says why there is nothing to show."""
+    page = instance_report(adapted(kind), rows(2), resamples=10, tokenizer=tiny.tokenizer()).to_html()
+    assert ("<h3>Text " in page) != ("no weighted means over tokens" in page)
 
 
 def test_bad_input():
