@@ -12,7 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if path.name != "SECURITY.md"
+    str(path.relative_to(ROOT))
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    if path.name != "SECURITY.md"
 )
 PYTHON = ("py", "python")
 # The name that the pages call the base model by; the tests put a tiny one in its place.
@@ -93,7 +95,7 @@ base = fresh()
 def train(model):
     model.train()(**batch).loss.backward()
 """,
-    "docs/methods/dynamic_prompt.md: config = DynamicPromptConfig(task_type=\"CAUSAL_LM\", num_tasks=3, position=\"task\", representation=\"task\", num_pool=4)": "base = fresh()",
+    'docs/methods/dynamic_prompt.md: config = DynamicPromptConfig(task_type="CAUSAL_LM", num_tasks=3, position="task", representation="task", num_pool=4)': "base = fresh()",
     "docs/methods/dynamic_prompt.md: from peft_instance_prompt import record_choices": """
 model = adapted(DynamicPromptConfig.preset("adap_ins_pos", length="instance", representation="instance", task_type="CAUSAL_LM")).eval()
 """,

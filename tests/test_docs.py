@@ -33,7 +33,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["<pad>", "<s>", "</s>", "<unk>", *sorted(set(re.findall(r"\w+|[^\w\s]+", text)))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>"}
+    special = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "sep_token": "</s>",
+    }
     folder = tmp_path_factory.mktemp("base")
     tf.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
     # As deep as some page asks for, and as wide as blocks of 4-bit weights.
