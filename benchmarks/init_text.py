@@ -31,8 +31,8 @@ from transformers import set_seed
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "realdata"))
 
-from reviews import Collator, accuracy, fit, load_examples
 from peft_instance_prompt import IAPTConfig, IDPGConfig, IPTConfig
+from reviews import Collator, accuracy, fit, load_examples
 from smollm2 import load_smollm2
 
 

@@ -101,14 +101,18 @@ def main(args):
             train_dataset=encoded(train[: 16 * args.steps]),
             eval_dataset=encoded(test[: args.n_test]),
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+            compute_metrics=lambda found: {
+                "accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())
+            },
         )
 
     fitting = trainer(model)
     before = fitting.evaluate()["eval_accuracy"]
     fitting.train()
     after = fitting.evaluate()["eval_accuracy"]
-    print(f"accuracy on {args.n_test} held-out sentences, {len(labels)} classes: {before:.3f} before, {after:.3f} after")
+    print(
+        f"accuracy on {args.n_test} held-out sentences, {len(labels)} classes: {before:.3f} before, {after:.3f} after"
+    )
 
     model.save_pretrained(args.output)
     loaded = PeftModel.from_pretrained(base(), args.output)

@@ -33,7 +33,9 @@ PASSES = 5  # own twice: once to note the prompts, which the other passes exchan
 
 def report_with_bar(model, batches):
     with tqdm(total=PASSES * len(batches), desc="comparing prompts", leave=False) as bar:
-        hook = model.register_forward_hook(lambda *_: bar.update() and None)  # a hook that returns None changes nothing
+        hook = model.register_forward_hook(
+            lambda *_: bar.update() and None
+        )  # a hook that returns None changes nothing
         try:
             return instance_report(model, batches)
         finally:
@@ -75,5 +77,7 @@ def main(args):
 if __name__ == "__main__":
     parser = make_parser(__doc__, lr=2e-3, output="outputs/instance_report")
     parser.add_argument("--adapter", help="folder of a trained adapter (default: one is trained)")
-    parser.add_argument("--condition", choices=("instance", "constant"), default="instance", help="(default: %(default)s)")
+    parser.add_argument(
+        "--condition", choices=("instance", "constant"), default="instance", help="(default: %(default)s)"
+    )
     main(parse(parser))

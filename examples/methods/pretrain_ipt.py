@@ -105,7 +105,8 @@ def main(args):
             ) / len(test)
 
     print(
-        f"accuracy on {len(test)} held-out sentences of {len(FILES)} domains at the start: {accuracy():.3f}", flush=True
+        f"accuracy on {len(test)} held-out sentences of {len(FILES)} domains at the start: {accuracy():.3f}",
+        flush=True,
     )
     start = model.table.weight.detach().clone()
     bar = trange(args.steps)

@@ -35,7 +35,17 @@ from peft_instance_prompt import (
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from reviews import Collator, accuracy, fit, load_base, load_examples, make_parser, make_prompt, parse, save_and_compare
+from reviews import (
+    Collator,
+    accuracy,
+    fit,
+    load_base,
+    load_examples,
+    make_parser,
+    make_prompt,
+    parse,
+    save_and_compare,
+)
 
 
 def iapt(args, **shared):
@@ -131,9 +141,7 @@ METHODS = {
             "--init-file": {"help": "a file that pretrain_ipt.py has written"},
         },
     ),
-    "lpt": Method(
-        lpt, lr=1e-3, options={"--generator": choice("npg", "appg", "mppg", "none"), "--layer": LAYER}
-    ),
+    "lpt": Method(lpt, lr=1e-3, options={"--generator": choice("npg", "appg", "mppg", "none"), "--layer": LAYER}),
     "idspam": Method(
         idspam,
         lr=1e-3,

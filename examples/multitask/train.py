@@ -78,7 +78,9 @@ def main(args):
 
     def encoded(rows):
         data = Dataset.from_list(rows)
-        return data.map(lambda x: tokenizer(x["text"], truncation=True, max_length=128), batched=True).remove_columns("text")
+        return data.map(lambda x: tokenizer(x["text"], truncation=True, max_length=128), batched=True).remove_columns(
+            "text"
+        )
 
     def base():
         names = dict(enumerate(LABELS))

@@ -15,7 +15,6 @@ for all words can command one of the two only.
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -80,7 +79,9 @@ def ruled(number, rng):
 
 def fit(model, tokenizer, examples, lr, steps, args):
     data = Dataset.from_list(examples).map(
-        lambda rows: tokenizer(rows["input"], text_target=rows["target"]), batched=True, remove_columns=["input", "target"]
+        lambda rows: tokenizer(rows["input"], text_target=rows["target"]),
+        batched=True,
+        remove_columns=["input", "target"],
     )
     trainer = Seq2SeqTrainer(
         model=model,
@@ -148,7 +149,9 @@ def main(args):
     tokenizer = make_tokenizer()
     base = load_base(tokenizer, args)
     asked = commanded(args.n_test, rng)
-    print(f"the base model does what it is told in {exact(write(base, tokenizer, asked), asked):.3f} of {len(asked)} words")
+    print(
+        f"the base model does what it is told in {exact(write(base, tokenizer, asked), asked):.3f} of {len(asked)} words"
+    )
 
     test, train = ruled(args.n_test, rng), ruled(BATCH * args.steps, rng)
     before = exact(write(base, tokenizer, test), test)
@@ -169,13 +172,17 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--condition", choices=("instance", "constant"), default="instance", help="(default: %(default)s)")
+    parser.add_argument(
+        "--condition", choices=("instance", "constant"), default="instance", help="(default: %(default)s)"
+    )
     parser.add_argument("--tokens", type=int, default=2, help="number of prompt tokens (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="steps of 64 words (default: %(default)s)")
     parser.add_argument("--base-steps", type=int, default=1500, help="steps of the base model (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of the adapter (default: %(default)s)")
     parser.add_argument("--n-test", type=int, default=N_TEST, help="held-out words (default: %(default)s)")
-    parser.add_argument("--base", default="outputs/seq2seq-base", help="folder for the base model (default: %(default)s)")
+    parser.add_argument(
+        "--base", default="outputs/seq2seq-base", help="folder for the base model (default: %(default)s)"
+    )
     parser.add_argument("--output", default="outputs/seq2seq", help="folder for the adapter (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--short", action="store_true", help="does it run? 20 steps of each, and 20 words")

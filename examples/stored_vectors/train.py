@@ -25,7 +25,17 @@ from peft_instance_prompt import IDPGConfig, InstanceEmbedsCollator, add_instanc
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from minilm import encode  # beside the loaders that reviews.py takes
-from reviews import Collator, accuracy, fit, load_base, load_examples, make_parser, make_prompt, parse, save_and_compare
+from reviews import (
+    Collator,
+    accuracy,
+    fit,
+    load_base,
+    load_examples,
+    make_parser,
+    make_prompt,
+    parse,
+    save_and_compare,
+)
 
 
 def add_vectors(data, model, tokenizer, kind):
@@ -87,5 +97,7 @@ if __name__ == "__main__":
     parser = make_parser(__doc__, lr=2e-3, output="outputs/stored_vectors")
     parser.add_argument("--preset", default="m-phm", help="s-phm, s-dnn, m-phm or m-dnn (default: %(default)s)")
     parser.add_argument("--vectors", choices=("minilm", "model"), default="minilm", help="(default: %(default)s)")
-    parser.add_argument("--data", default="outputs/vectors", help="folder for data with vectors (default: %(default)s)")
+    parser.add_argument(
+        "--data", default="outputs/vectors", help="folder for data with vectors (default: %(default)s)"
+    )
     main(parse(parser))

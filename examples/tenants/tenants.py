@@ -56,7 +56,9 @@ def train_all(model, tokenizer, examples, args):
 def load_all(model, args):
     """One model with many adapters, by name."""
     wishes = list(WORDS)
-    names = {f"{wishes[number % len(wishes)]}-{number}": wishes[number % len(wishes)] for number in range(args.tenants)}
+    names = {
+        f"{wishes[number % len(wishes)]}-{number}": wishes[number % len(wishes)] for number in range(args.tenants)
+    }
     adapted = None
     for name, wish in tqdm(names.items(), desc="loading"):
         folder = Path(args.output, wish)
@@ -84,7 +86,9 @@ def main(args):
     start = time.perf_counter()
     model, names = load_all(model, args)
     size = Path(args.output, "mood", "adapter_model.safetensors").stat().st_size
-    print(f"{len(names)} tenants of {size / 2**20:.1f} MB beside one base model, loaded in {time.perf_counter() - start:.1f} s")
+    print(
+        f"{len(names)} tenants of {size / 2**20:.1f} MB beside one base model, loaded in {time.perf_counter() - start:.1f} s"
+    )
 
     adapters = [*names[: args.rows - 1], "__base__"]
     text = test_examples[0]["text"]

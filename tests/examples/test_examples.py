@@ -135,7 +135,9 @@ def test_seq2seq(run: Run, tmp_path: Path) -> None:
 
 def test_multitask(run: Run, tmp_path: Path) -> None:
     out = run("multitask/train.py", "--short")
-    first, second = re.findall(r"accuracy on 25 held-out sentences, of 6 labels, .*: sentiment (\S+), domain (\S+)\n", out)
+    first, second = re.findall(
+        r"accuracy on 25 held-out sentences, of 6 labels, .*: sentiment (\S+), domain (\S+)\n", out
+    )
     assert first == second, "the loaded adapter does what the trained one does"
     config = json.loads((tmp_path / "outputs/multitask/adapter_config.json").read_text())
     assert config["num_tasks"] == 2
@@ -157,8 +159,12 @@ def test_stored_vectors(run: Run, tmp_path: Path) -> None:
     assert re.search(r"outputs/vectors/model-2-4-0: 20 vectors, computed in ", out)
     after = re.search(r"accuracy on 4 held-out sentences: \S+ without the adapter, (\S+) with it", out)[1]
     assert f"{after} after loading the adapter" in out
-    assert json.loads((tmp_path / "outputs/stored_vectors/adapter_config.json").read_text())["instance_embeds_dim"] == 576
-    assert "outputs/vectors/model-2-4-0: the vectors are there already" in run("stored_vectors/train.py", *args, "model")
+    assert (
+        json.loads((tmp_path / "outputs/stored_vectors/adapter_config.json").read_text())["instance_embeds_dim"] == 576
+    )
+    assert "outputs/vectors/model-2-4-0: the vectors are there already" in run(
+        "stored_vectors/train.py", *args, "model"
+    )
 
 
 def test_instance_report(run: Run, tmp_path: Path) -> None:
@@ -166,7 +172,9 @@ def test_instance_report(run: Run, tmp_path: Path) -> None:
     assert "16 instances, 95% intervals of 1000 bootstrap resamples" in out
     assert re.search(r"^loss, own - shuffled [+-]\d\.\d{4} \[", out, flags=re.MULTILINE)
     values = json.loads((tmp_path / "outputs/instance_report/report.json").read_text())["values"]["loss"]
-    assert {name: len(value) for name, value in values.items()} == dict.fromkeys(["own", "shuffled", "mean", "none"], 16)
+    assert {name: len(value) for name, value in values.items()} == dict.fromkeys(
+        ["own", "shuffled", "mean", "none"], 16
+    )
     # The pictures of the same adapter.
     pytest.importorskip("matplotlib")
     args = ["--adapter", "outputs/instance_report", "--n-test", "8", "--output", "prompts.png"]

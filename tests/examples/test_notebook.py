@@ -30,12 +30,16 @@ def cells() -> list[dict]:
 
 
 def test_outputs_are_kept() -> None:
-    assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1)), "not run from top to bottom"
+    assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1)), (
+        "not run from top to bottom"
+    )
     outputs = [output for cell in cells() for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no picture"
     said = "\n".join(map(texts, outputs))
-    assert re.search(r"accuracy on \d{2,} held-out reviews: 0\.\d\d before, 0\.\d\d after \d{2,} steps", said), "the short form"
+    assert re.search(r"accuracy on \d{2,} held-out reviews: 0\.\d\d before, 0\.\d\d after \d{2,} steps", said), (
+        "the short form"
+    )
     assert "own - shuffled" in said
 
 
@@ -57,7 +61,9 @@ def test_the_short_form_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     paths = [str(ROOT), str(ROOT / "realdata"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     said = "\n".join(texts(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
     assert re.search(r"accuracy on 8 held-out reviews: \d\.\d\d before, \d\.\d\d after 3 steps", said)
     after = re.search(r"(\d\.\d\d) after 3 steps", said)[1]

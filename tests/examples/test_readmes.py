@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir() and path.name[0] not in "._")
 PAGES = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
-CODE = [path for folder in ("examples", "benchmarks", "peft_instance_prompt") for path in (ROOT / folder).rglob("*.py")]
+CODE = [
+    path for folder in ("examples", "benchmarks", "peft_instance_prompt") for path in (ROOT / folder).rglob("*.py")
+]
 
 
 @pytest.mark.parametrize("folder", [name for name in FOLDERS if name != "notebook"])
@@ -34,7 +36,9 @@ def test_paths_of_examples_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_commands_have_the_options_that_a_readme_shows(folder: str) -> None:
-    commands = re.findall(r"(examples/[\w/]+\.py)([^\n`#]*)", (EXAMPLES / folder / "README.md").read_text(encoding="utf-8"))
+    commands = re.findall(
+        r"(examples/[\w/]+\.py)([^\n`#]*)", (EXAMPLES / folder / "README.md").read_text(encoding="utf-8")
+    )
     assert commands or folder == "notebook"
     for script, rest in commands:
         known = (ROOT / script).read_text() + (EXAMPLES / "reviews.py").read_text()
