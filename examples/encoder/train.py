@@ -76,7 +76,9 @@ def main(args):
 
     def base():
         names = dict(enumerate(labels))
-        return AutoModelForSequenceClassification.from_pretrained(folder, id2label=names, dtype=torch.float32)
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=len(names), id2label=names, dtype=torch.float32
+        )
 
     model = get_peft_model(base(), CONFIGS[args.method]())  # the head is trained along, and saved with the adapter
     model.print_trainable_parameters()

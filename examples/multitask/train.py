@@ -84,7 +84,9 @@ def main(args):
 
     def base():
         names = dict(enumerate(LABELS))
-        return AutoModelForSequenceClassification.from_pretrained(folder, id2label=names, dtype=torch.float32)
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=len(names), id2label=names, dtype=torch.float32
+        )
 
     train, test = load_questions(args.seed, args.n_test)
     config = DynamicPromptConfig(

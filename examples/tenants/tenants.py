@@ -32,15 +32,19 @@ from reviews import Collator, fit, load_base, load_examples, make_parser, make_p
 WORDS = {
     "mood": {"positive": "positive", "negative": "negative"},
     "thumbs": {"positive": "up", "negative": "down"},
-    "german": {"positive": "gut", "negative": "schlecht"},
+    "stars": {"positive": "five", "negative": "one"},
 }
+
+
+def folder_of(name, args):
+    return Path(args.output, f"{args.steps}-steps", name)
 
 
 def train_all(model, tokenizer, examples, args):
     """An adapter in a folder for each wish, if it is not there yet."""
     for name, words in WORDS.items():
-        folder = Path(args.output, name)
-        if folder.is_dir() and not args.short:
+        folder = folder_of(name, args)
+        if folder.is_dir():
             print(f"{name}: {folder} is there already", flush=True)
             continue
         print(f"{name}: {args.steps} steps", flush=True)
@@ -61,7 +65,7 @@ def load_all(model, args):
     }
     adapted = None
     for name, wish in tqdm(names.items(), desc="loading"):
-        folder = Path(args.output, wish)
+        folder = folder_of(wish, args)
         if adapted is None:
             adapted = PeftModel.from_pretrained(model, folder, adapter_name=name)
         else:
@@ -70,7 +74,7 @@ def load_all(model, args):
 
 
 def answers(model, tokenizer, texts, adapters):
-    """What is answered to each text under its adapter."""
+    """The first three tokens that are answered to each text under its adapter."""
     inputs = tokenizer([make_prompt({"text": text}) for text in texts], padding=True, return_tensors="pt")
     output = model.generate(
         **inputs.to(model.device), adapter_names=adapters, max_new_tokens=3, min_new_tokens=3, do_sample=False
@@ -85,7 +89,7 @@ def main(args):
 
     start = time.perf_counter()
     model, names = load_all(model, args)
-    size = Path(args.output, "mood", "adapter_model.safetensors").stat().st_size
+    size = Path(folder_of("mood", args), "adapter_model.safetensors").stat().st_size
     print(
         f"{len(names)} tenants of {size / 2**20:.1f} MB beside one base model, loaded in {time.perf_counter() - start:.1f} s"
     )
@@ -95,13 +99,13 @@ def main(args):
     together = answers(model, tokenizer, [text] * len(adapters), adapters)
     print(f"\none call of generate, one review, {len(adapters)} rows: {text}")
     for name, answer in zip(adapters, together):
-        print(f"    {name:<12} {answer!r}")
+        print(f"    {name:<12} {answer.split()[:1]}")  # the adapters have learned to say one word, and not to stop
 
     alone = [answers(model, tokenizer, [text], [name])[0] for name in adapters]
     print(f"each row says what it says alone: {together == alone}")
 
     def come_and_go():
-        model.load_adapter(Path(args.output, "thumbs"), adapter_name="guest")
+        model.load_adapter(folder_of("thumbs", args), adapter_name="guest")
         model.delete_adapter("guest")
 
     guest = threading.Thread(target=come_and_go)

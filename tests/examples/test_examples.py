@@ -142,13 +142,13 @@ def test_multitask(run: Run, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "outputs/multitask/adapter_config.json").read_text())
     assert config["num_tasks"] == 2
     (logits,) = (x for key, x in trained(tmp_path / "outputs/multitask").items() if key.endswith("representation"))
-    assert logits.shape == (2, 4) and not torch.equal(*logits), "each task has learned a mixture of its own"
+    assert logits.shape == (2, 4) and not torch.equal(*logits), "each task has a mixture of its own"
 
 
 def test_tenants(run: Run) -> None:
     out = run("tenants/tenants.py", "--short", "--steps", "2", "--tenants", "4")
     assert re.search(r"4 tenants of \d\.\d MB beside one base model", out)
-    assert re.findall(r"^    (\S+) +'", out, flags=re.MULTILINE) == ["mood-0", "thumbs-1", "german-2", "__base__"]
+    assert re.findall(r"^    (\S+) +\[", out, flags=re.MULTILINE) == ["mood-0", "thumbs-1", "stars-2", "__base__"]
     assert "each row says what it says alone: True" in out
     assert "while another thread loads a tenant and deletes it: True" in out
 
