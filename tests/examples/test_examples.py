@@ -12,6 +12,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,8 +42,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path:
         monkeypatch.setattr(sys, "path", [*sys.path])
         monkeypatch.setattr(sys, "argv", [script, *args])
         capfd.readouterr()
+        start = time.perf_counter()
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-        return capfd.readouterr().out
+        out = capfd.readouterr().out
+        with Path("printed.txt").open("a") as file:  # beside what was written, for whoever looks into a failed test
+            file.write(f"{script} {' '.join(args)}, {time.perf_counter() - start:.0f} s\n{out}\n")
+        return out
 
     return run
 
@@ -193,6 +198,7 @@ def test_launch_configs(tmp_path: Path) -> None:
     command += ["--short", "--steps", "2", "--n-test", "4"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "printed.txt").write_text(done.stdout)
     assert "2 process(es), whose trained weights are the same: True" in done.stdout
     assert "accuracy on 4 held-out sentences with the adapter from outputs/launched: " in done.stdout
     assert moved(tmp_path / "outputs/launched")
