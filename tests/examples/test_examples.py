@@ -121,9 +121,8 @@ def test_chat_sft(run: Run, tmp_path: Path) -> None:
     assert tokenizer.decode(config["response_template"]) == "<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("method", ["idpg", "lora"])
-def test_encoder(run: Run, tmp_path: Path, method: str) -> None:
-    out = run("encoder/train.py", "--short", "--method", method)
+def test_encoder(run: Run, tmp_path: Path) -> None:
+    out = run("encoder/train.py", "--short")
     after = re.search(r"accuracy on 50 held-out sentences, 4 classes: \S+ before, (\S+) after\n", out)[1]
     assert f"{after} after loading adapter and head from outputs/encoder again" in out
     assert any("classifier" in key for key in trained(tmp_path / "outputs/encoder"))
