@@ -13,6 +13,7 @@
 #   test-machines   `accelerate launch` on one and two machines, DeepSpeed too
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
 #   test-vllm       adapters in a real vLLM engine and its HTTP server, on the CPU
+#   test-notebook   examples/notebook from top to bottom, in its short form
 # make release-check  build sdist and wheel, look into them, install the wheel in an empty environment, run the quickstart there
 #
 # Nothing has to be installed first but Python >= 3.11.
@@ -31,11 +32,11 @@ STAMP := $(VENV)/.$(basename $(notdir $(CONSTRAINTS)))
 PINS := $(CONSTRAINTS) constraints/common.txt
 
 # The parts of `make test-all`.
-ALL := test-floor test-previous test test-machines test-fresh test-vllm
+ALL := test-floor test-previous test test-machines test-fresh test-vllm test-notebook
 LOGS := outputs/test-all
 
 .PHONY: test coverage lint format types docs demo bench bench-serving bench-quality test-all test-floor test-previous
-.PHONY: test-machines test-fresh test-vllm release-check clean
+.PHONY: test-machines test-fresh test-vllm test-notebook release-check clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -58,7 +59,7 @@ docs: $(STAMP)-dev
 	$(BIN)/python -m mkdocs build --strict
 
 demo: $(STAMP)-examples
-	$(BIN)/python examples/finetune_iapt.py $(DEMO_ARGS)
+	$(BIN)/python examples/finetune/finetune_iapt.py $(DEMO_ARGS)
 
 bench: $(STAMP)-examples
 	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
@@ -120,6 +121,9 @@ $(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
 	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
+test-notebook: $(STAMP)-test $(STAMP)-notebook
+	$(BIN)/python -m pytest tests/examples/test_notebook.py $(PYTEST_ARGS)
+
 # What is released is built, looked into, and installed beside whatever pip chooses; then the quickstart runs. To publish: `make
 # release-check`, then `twine upload dist/*` and a tag.
 RELEASE := .venv-release
@@ -137,11 +141,11 @@ release-check: $(STAMP)-dev
 # torch first and alone: its exact pin decides the build, before another requirement can ask for a different one.
 $(STAMP)-torch: $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	rm -f $(VENV)/.*-torch $(VENV)/.*-test $(VENV)/.*-examples $(VENV)/.*-machines $(VENV)/.*-dev
+	rm -f $(VENV)/.*-torch $(VENV)/.*-test $(VENV)/.*-examples $(VENV)/.*-machines $(VENV)/.*-dev $(VENV)/.*-notebook
 	$(PIP) install -c $(CONSTRAINTS) torch
 	touch $@
 
-$(STAMP)-test $(STAMP)-examples $(STAMP)-machines $(STAMP)-dev: $(STAMP)-%: $(STAMP)-torch pyproject.toml
+$(STAMP)-test $(STAMP)-examples $(STAMP)-machines $(STAMP)-dev $(STAMP)-notebook: $(STAMP)-%: $(STAMP)-torch pyproject.toml
 	$(PIP) install -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@
 

@@ -65,7 +65,10 @@ def check_quickstart(model: str) -> None:
         environment = {**os.environ, "MODEL": model, "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     print(run.stderr[-2000:] if run.returncode else run.stdout)
-    check(run.returncode == 0 and shown is not None and run.stdout == shown[1], "the quickstart prints what the documentation says")
+    check(
+        run.returncode == 0 and shown is not None and run.stdout == shown[1],
+        "the quickstart prints what the documentation says",
+    )
 
 
 if __name__ == "__main__":

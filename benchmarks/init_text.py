@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Is a start from text better than the anchored one? SmolLM2-135M on film reviews, as in examples/finetune_iapt.py: for each method
+Is a start from text better than the anchored one? SmolLM2-135M on film reviews, as in examples/finetune: for each method
 of several layers, start, number of slots and seed the loss of the fresh adapter, and the accuracy and loss after training.
 
     python benchmarks/init_text.py
@@ -31,8 +31,8 @@ from transformers import set_seed
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "realdata"))
 
-from finetune_iapt import Collator, accuracy, fit, load_examples
 from peft_instance_prompt import IAPTConfig, IDPGConfig, IPTConfig
+from reviews import Collator, accuracy, fit, load_examples
 from smollm2 import load_smollm2
 
 

@@ -4,17 +4,20 @@
 Train two adapters of different methods on SmolLM2, on the CPU, for one server.
 
     python examples/serve_vllm/train.py outputs/serve_vllm
+    python examples/serve_vllm/train.py outputs/serve_vllm --short     # does it run?
 
 `sentiment` (IAPT) tells whether a film review is positive, `source` (IDPG) where a sentence comes from. Base model and sentences come
 from PyPI packages. The last lines are the command that serves them.
 """
 
+import argparse
 import random
 import sys
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from tqdm import trange
 
 from peft_instance_prompt import IAPTConfig, IDPGConfig
 
@@ -55,19 +58,20 @@ def batch(tokenizer, rows: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
     return {**encoded, "labels": labels}
 
 
-def main(folder: str) -> None:
+def main(folder: str, steps: int) -> None:
     model, tokenizer = load_smollm2()
     for name, rows in examples().items():
         torch.manual_seed(0)
         adapted = get_peft_model(model, CONFIGS[name]).train()
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
-        for step in range(STEPS):
+        bar = trange(steps, desc=name)
+        for step in bar:
             loss = adapted(**batch(tokenizer, rows[step * ROWS : (step + 1) * ROWS])).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if step % 10 == 0 or step == STEPS - 1:
-                print(f"{name}, step {step}: loss {loss.item():.3f}", flush=True)
+            if step % 10 == 0 or step == steps - 1:
+                bar.write(f"{name}, step {step}: loss {loss.item():.3f}")
         adapted.save_pretrained(f"{folder}/{name}")
         model = adapted.unload()
     modules = " ".join(f"{name}={Path(folder, name).resolve()}" for name in CONFIGS)
@@ -80,4 +84,9 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "outputs/serve_vllm")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="outputs/serve_vllm", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of {ROWS} sentences (default: %(default)s)")
+    parser.add_argument("--short", action="store_true", help="does it run? 3 steps")
+    args = parser.parse_args()
+    main(args.folder, min(args.steps, 3) if args.short else args.steps)

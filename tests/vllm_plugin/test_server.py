@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -193,3 +195,17 @@ def test_metrics_count_requests(server) -> None:
     text = server.get("/metrics", raw=True)
     assert "vllm:prompt_tokens_total" in text and "vllm:request_success_total" in text
     assert "vllm:lora_requests_info" in text
+
+
+def test_the_client_of_the_example(server, monkeypatch, capsys) -> None:
+    file = Path(__file__).parents[2] / "examples/serve_vllm/client.py"
+    spec = importlib.util.spec_from_file_location("serve_vllm_client", file)
+    client = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(client)
+    monkeypatch.setattr(client, "MODELS", ("iapt", "idpg", BASE))
+    url = f"http://127.0.0.1:{server.port}"
+    client.ask(url)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].strip() for line in lines] == ["iapt", "idpg", BASE] * len(client.TEXTS)
+    client.load(url, requests=6, at_once=3, max_tokens=4)
+    assert "6 requests, 3 at once: 24 tokens in" in capsys.readouterr().out

@@ -51,7 +51,7 @@ class IPTConfig(InstancePromptConfig):
             low-rank table, the first factor); `"pretrained"`, the table (and the encoder) in `init_file`; `"embeddings"`, a
             copy of the base model's input embeddings. With the last and `trainable=False`, the base model's embeddings are
             read and no copy is made.
-        init_file (`str`, *optional*): A safetensors file with `table.*` (and `encoder_*`), as `examples/pretrain_ipt.py` in
+        init_file (`str`, *optional*): A safetensors file with `table.*` (and `encoder_*`), as `examples/methods/pretrain_ipt.py` in
             the project's repository writes it. It is not needed any more to load the saved adapter, and not kept in it.
         trainable (`bool`): Whether the table is trained. Defaults to `True`.
         dropout (`float`): The dropout on the encoder's features, in training only. Defaults to 0.1.

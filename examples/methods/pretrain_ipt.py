@@ -3,10 +3,11 @@
 """
 Pretrain the table, and the small network, of IPT: tell the domain of a sentence from what is looked up for its tokens.
 
-    python examples/pretrain_ipt.py --encoder cnn
+    python examples/methods/pretrain_ipt.py --encoder cnn
+    python examples/methods/pretrain_ipt.py --encoder cnn --short     # does it run?
 
 takes a minute or two on two CPU cores and writes a file that `IPTConfig(init="pretrained", init_file=...)` takes, or
-`examples/ipt.py --init-file`. The sentences are those of four domains (film reviews, product reviews, editorials, tweets), from a
+`train.py --method ipt --init-file`. The sentences are those of four domains (film reviews, product reviews, editorials, tweets), from a
 PyPI package, and the vocabulary is that of SmolLM2.
 
 In the paper this is the "knowledge-enhanced" start, on 13 domains. Its released code never updates the table there: it is left
@@ -22,15 +23,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import trange
+from transformers import AutoConfig, AutoTokenizer
 
 from peft_instance_prompt.nn.pooling import mean_pool, rms_norm
 from peft_instance_prompt.tuners.ipt import ENCODERS, Table
 
 
 # The loaders of model and sentences.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "realdata"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "realdata"))
 
-from smollm2 import load_smollm2
+from smollm2 import smollm2_folder
 from vader import FILES, load_sentences
 
 
@@ -42,6 +45,7 @@ parser.add_argument("--steps", type=int, default=300, help="steps of 32 sentence
 parser.add_argument("--lr", type=float, default=3e-3, help="learning rate (default: %(default)s)")
 parser.add_argument("--output", default="outputs/ipt-pretrained", help="folder for the file (default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+parser.add_argument("--short", action="store_true", help="does it run? 10 steps and 50 held-out sentences")
 
 N_TEST = 500
 
@@ -72,11 +76,13 @@ class DomainClassifier(nn.Module):
 
 def main(args):
     torch.manual_seed(args.seed)
-    base, tokenizer = load_smollm2()
+    folder = smollm2_folder()
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     sentences = [(text, label) for label, domain in enumerate(FILES) for text, _ in load_sentences(domain)]
-    random.Random(args.seed).shuffle(sentences)
-    test, train = sentences[:N_TEST], sentences[N_TEST:]
-    model = DomainClassifier(base.config.vocab_size, base.config.hidden_size, args)
+    rng = random.Random(args.seed)
+    rng.shuffle(sentences)
+    test, train = sentences[: args.n_test], sentences[N_TEST:]
+    model = DomainClassifier(config.vocab_size, config.hidden_size, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
 
     def tensors(part):
@@ -95,21 +101,23 @@ def main(args):
         with torch.inference_mode():
             return sum(
                 int((model(ids, mask).argmax(-1) == labels).sum())
-                for ids, mask, labels in (tensors(test[i : i + 50]) for i in range(0, N_TEST, 50))
+                for ids, mask, labels in (tensors(test[i : i + 50]) for i in range(0, len(test), 50))
             ) / len(test)
 
     print(
-        f"accuracy on {N_TEST} held-out sentences of {len(FILES)} domains at the start: {accuracy():.3f}", flush=True
+        f"accuracy on {len(test)} held-out sentences of {len(FILES)} domains at the start: {accuracy():.3f}",
+        flush=True,
     )
     start = model.table.weight.detach().clone()
-    for step in range(args.steps):
-        ids, mask, labels = tensors(random.choices(train, k=32))
+    bar = trange(args.steps)
+    for step in bar:
+        ids, mask, labels = tensors(rng.choices(train, k=32))
         loss = nn.functional.cross_entropy(model(ids, mask), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}: loss {loss:.3f}, accuracy {accuracy():.3f}", flush=True)
+            bar.write(f"step {step + 1}: loss {loss:.3f}, accuracy {accuracy():.3f}")
     moved = (model.table.weight.detach() - start).abs().mean()
     print(f"accuracy {accuracy():.3f}; the table has moved by {moved:.4f} on average")
 
@@ -121,4 +129,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parser.parse_args())
+    args = parser.parse_args()
+    args.n_test = 50 if args.short else N_TEST
+    args.steps = min(args.steps, 10) if args.short else args.steps
+    main(args)

@@ -3,8 +3,8 @@
 """
 Ask whether the instance mattered to a trained IAPT adapter, and draw what its prompts do.
 
-    python examples/finetune_iapt.py
-    python examples/pictures.py
+    python examples/finetune/finetune_iapt.py
+    python examples/instance_report/pictures.py
 
 prints the report, and writes it as a page, `outputs/report.html`. Writes `prompts-light.png` and `prompts-dark.png` to
 `docs/images`. In about three minutes on two CPU cores. Needs matplotlib.
@@ -13,16 +13,21 @@ prints the report, and writes it as a page, `outputs/report.html`. Writes `promp
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from peft import PeftModel
 from torch.utils.data import DataLoader
 
-from finetune_iapt import Collator, load_base, load_examples
 from peft_instance_prompt import instance_report
 from peft_instance_prompt.tools.plots import plot_reading, plot_report, plot_separation
 from peft_instance_prompt.tools.themes import THEMES
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from reviews import N_TEST, Collator, load_base, load_examples
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,6 +35,7 @@ parser.add_argument("--adapter", default="outputs/iapt", help="folder of a train
 parser.add_argument("--layer", type=int, default=20, help="the layer that is read (default: %(default)s)")
 parser.add_argument("--report", default="outputs/report.html", help="where the page goes (default: %(default)s)")
 parser.add_argument("--output", default="docs/images", help="folder for the pictures (default: %(default)s)")
+parser.add_argument("--n-test", type=int, default=N_TEST, help="held-out sentences (default: %(default)s)")
 
 
 def draw(model, tokenizer, collator, examples, report, layer, theme):
@@ -48,7 +54,7 @@ def draw(model, tokenizer, collator, examples, report, layer, theme):
 def main():
     args = parser.parse_args()
     model, tokenizer = load_base(None)
-    _, examples = load_examples(None, seed=0)
+    _, examples = load_examples(None, seed=0, n_test=args.n_test)
     collator = Collator(tokenizer)
     model = PeftModel.from_pretrained(model, args.adapter)
     model.eval()

