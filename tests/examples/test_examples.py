@@ -181,9 +181,12 @@ def test_instance_report(run: Run, tmp_path: Path) -> None:
     )
     # The pictures of the same adapter.
     pytest.importorskip("matplotlib")
-    args = ["--adapter", "outputs/instance_report", "--n-test", "8", "--output", "prompts.png"]
-    assert "prompts.png: " in run("instance_report/pictures.py", *args)
-    assert (tmp_path / "prompts.png").read_bytes().startswith(b"\x89PNG")
+    args = ["--adapter", "outputs/instance_report", "--n-test", "8", "--output", "pictures"]
+    out = run("instance_report/pictures.py", *args)
+    for theme in ("light", "dark"):
+        assert f"pictures/prompts-{theme}.png: " in out
+        assert (tmp_path / f"pictures/prompts-{theme}.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (tmp_path / "outputs/report.html").read_text()
 
 
 def test_launch_configs(tmp_path: Path) -> None:
