@@ -256,7 +256,12 @@ def plot_separation(
     ax.plot(list(right), list(right.values()), color=colours.series[0], marker="o", markersize=4, linewidth=1.5)
     ax.axhline(commonest, color=colours.soft, linestyle="--", linewidth=1)
     ax.annotate(
-        "commonest label", (0.99, commonest), ("axes fraction", "data"), color=colours.soft, ha="right", va="bottom"
+        "commonest label",
+        (0.99, commonest),
+        xycoords=("axes fraction", "data"),
+        color=colours.soft,
+        ha="right",
+        va="bottom",
     )
     ax.set(ylim=(min(0.5, commonest - 0.1), 1.02), xlabel="layer", ylabel="accuracy, left-out instance")
     ax.set_title(f"The label, told from the prompt alone, n = {len(groups)}")
