@@ -96,6 +96,8 @@ def test_iapt(family: str, position: str, init_weights, layers: list[int] | None
 
         expected = run_layers(bare, embeds, write)
         assert len(expected) == len(out.hidden_states)
+        # The powers of states that are not normalised, as in the paper, cost float32 one digit more.
+        tolerance = 1e-4 if init_weights == "paper" else 2e-5
         for actual, states in zip(out.hidden_states, expected):
-            assert_same(actual[row, -n:], states[text], tolerance=2e-5)
-        assert_same(out.logits[row, -n:], bare.lm_head(expected[-1][text]), tolerance=2e-5)
+            assert_same(actual[row, -n:], states[text], tolerance)
+        assert_same(out.logits[row, -n:], bare.lm_head(expected[-1][text]), tolerance)
