@@ -32,7 +32,7 @@ from reviews import N_TEST, Collator, load_base, load_examples
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--adapter", default="outputs/iapt", help="folder of a trained adapter (default: %(default)s)")
-parser.add_argument("--layer", type=int, default=20, help="the layer that is read (default: %(default)s)")
+parser.add_argument("--layer", type=int, default=22, help="the layer that is read (default: %(default)s)")
 parser.add_argument("--report", default="outputs/report.html", help="where the page goes (default: %(default)s)")
 parser.add_argument("--output", default="docs/images", help="folder for the pictures (default: %(default)s)")
 parser.add_argument("--n-test", type=int, default=N_TEST, help="held-out sentences (default: %(default)s)")

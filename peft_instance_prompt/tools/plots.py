@@ -50,7 +50,8 @@ def plot_report(report: InstanceReport, measure: str = "loss", theme: str = "lig
     ax.axvline(0, color=colours.soft, linewidth=1, linestyle="--")
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=f"difference in {measure} ({report.level:.0%} interval)")
-    ax.set_title(f"Does its own prompt serve an instance better? n = {len(report)}")
+    ax.locator_params(axis="x", nbins=4)
+    ax.set_title(f"Is its own prompt better?  n = {len(report)}")
     return dress(ax, colours)
 
 
@@ -95,6 +96,7 @@ def plot_reading(
     ax.set_title(f"What each prompt vector reads of {len(texts)} tokens, {_place(depth)}")
     bar = ax.figure.colorbar(image, ax=ax, label="share / uniform share", ticks=list(ticks), extend="both")
     bar.ax.set_yticklabels([f"×{tick:g}" for tick in ticks])
+    bar.ax.minorticks_off()  # a logarithmic scale labels them, too
     dress(bar.ax, colours)
     return dress(ax, colours)
 
