@@ -32,11 +32,11 @@ def attention_pool(values: torch.Tensor, scores: torch.Tensor, mask: torch.Tenso
     """
     _check_mask(mask, values=values, scores=scores)
     dropped = ~mask
-    scores = _at_least_float32(scores).transpose(-1, -2)  # (B, l, S)
+    scores = at_least_float32(scores).transpose(-1, -2)  # (B, l, S)
     # The lowest finite number and not -inf, which makes an empty row's softmax and its gradient NaN.
     weights = scores.masked_fill(dropped.unsqueeze(-2), torch.finfo(scores.dtype).min).softmax(dim=-1)
     # An empty row's weights are uniform now, but all its values are 0.
-    kept = _at_least_float32(values).masked_fill(dropped.unsqueeze(-1), 0.0)  # (B, S, m)
+    kept = at_least_float32(values).masked_fill(dropped.unsqueeze(-1), 0.0)  # (B, S, m)
     return (weights @ kept.to(weights.dtype)).to(values.dtype)  # (B, l, S) @ (B, S, m) = (B, l, m)
 
 
@@ -59,7 +59,7 @@ def mean_attention(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor
     _check_mask(mask, queries=queries, keys=keys)
     dropped = ~mask.unsqueeze(-1)  # (B, S, 1)
     asking, asked = (x.masked_fill(dropped, 0.0) for x in (queries, keys))  # (B, S, k) each
-    scores = _at_least_float32(asking @ asked.transpose(-1, -2)) * queries.shape[-1] ** -0.5  # (B, S, S)
+    scores = at_least_float32(asking @ asked.transpose(-1, -2)) * queries.shape[-1] ** -0.5  # (B, S, S)
     weights = scores.masked_fill(~mask.unsqueeze(-2), torch.finfo(scores.dtype).min).softmax(dim=-1)  # (B, S, S)
     counts = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # (B, 1)
     # An empty row's weights are uniform, but none of its tokens asks.
@@ -175,7 +175,7 @@ def adaptive_avg_pool(states: torch.Tensor, mask: torch.Tensor, length: int) -> 
     """
     _check_mask(mask, states=states)
     bins = _adaptive_bins(mask, length)  # (B, l, S)
-    kept = _at_least_float32(states).masked_fill(~mask.unsqueeze(-1), 0.0)
+    kept = at_least_float32(states).masked_fill(~mask.unsqueeze(-1), 0.0)
     weights = bins.to(kept.dtype) / bins.sum(dim=-1, keepdim=True).clamp(min=1)
     return (weights @ kept).to(states.dtype)  # (B, l, S) @ (B, S, d) = (B, l, d)
 
@@ -217,7 +217,7 @@ def rms(states: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(..., 1)`: In the dtype of `states`, computed in float32 at least.
     """
-    return _rms(_at_least_float32(states), eps).to(states.dtype)
+    return _rms(at_least_float32(states), eps).to(states.dtype)
 
 
 def rms_norm(states: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -231,7 +231,7 @@ def rms_norm(states: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(..., d)`: In the dtype of `states`, computed in float32 at least.
     """
-    wide = _at_least_float32(states)
+    wide = at_least_float32(states)
     return (wide / _rms(wide, eps)).to(states.dtype)
 
 
@@ -240,7 +240,8 @@ def _rms(states: torch.Tensor, eps: float) -> torch.Tensor:
     return (norm.square() / states.shape[-1] + eps).sqrt()
 
 
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or its copy in float32 if it is in float16 or bfloat16."""
     # `promote_types` would be one more operator, five times a layer.
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 

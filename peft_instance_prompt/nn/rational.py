@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from .pooling import at_least_float32
+
 
 # (numerator a_0..a_6, denominator b_1..b_5): least-squares fits of GELU.
 GELU_FITS = {
@@ -77,7 +79,7 @@ def rational(x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     if coefficients.shape[-1] != 12:
         raise ValueError(f"`coefficients` must have the shape (..., 1, 12), got {tuple(coefficients.shape)}.")
     # x^6 leaves float16's range at |x| = 6.4, and bfloat16 has too few digits for the cancelling terms.
-    y = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    y = at_least_float32(x)
     each = coefficients.to(y.dtype).split(1, dim=-1)  # 12 times (..., 1, 1)
     # The polynomial of the denominator has no constant term: one more factor y after Horner's scheme.
     denominator = 1 + (y * _horner(each[7:], y)).abs()

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .pooling import at_least_float32
+
 
 class SamplingSwitch(nn.Dropout):
     """
@@ -59,7 +61,7 @@ def straight_through_choice(
     """
     if not temperature > 0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}.")
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = at_least_float32(logits)
     if noise:
         scores = scores - torch.empty_like(scores).exponential_().log()  # -log of an exponential is Gumbel(0, 1)
     soft = (scores / temperature).softmax(dim=-1)

@@ -141,9 +141,12 @@ def test_separation(monkeypatch):
     known = torch.tensor([label == "good" for label in labels]).float()[:, None, None]  # (20, 1, 1)
     noise = torch.randn(20, 4, 32)
     monkeypatch.setattr(plots, "generated_parts", lambda model, batches: {0: noise, 1: noise + 9 * known})
-    line, commonest = drawn(plot_separation(adapted(), BATCHES, labels)).axes[0].lines
+    figure = drawn(plot_separation(adapted(), BATCHES, labels))
+    line, commonest = figure.axes[0].lines
     assert line.get_xdata().tolist() == [0, 1] and line.get_ydata()[1] == 1.0 and line.get_ydata()[0] < 0.9
     assert set(commonest.get_ydata()) == {0.75}
+    (note,) = figure.axes[0].texts  # at the line's right end, whatever the layers are
+    assert note.xycoords == ("axes fraction", "data") and note.xy == (0.99, 0.75) and note.xyann == note.xy
     monkeypatch.undo()
     drawn(plot_separation(adapted(), BATCHES, [0, 1] * 4))
     with pytest.raises(ValueError, match="`labels`"):
