@@ -26,11 +26,11 @@ if __name__ == "__main__":
         Encoder,
         {
             "folder": minilm_folder,
-            "tasks": CLASSIFICATION,
+            "tasks": ("mixture", *CLASSIFICATION),
             # PEFT refuses prefix tuning for BERT, which takes no `past_key_values`
             "methods": [name for name in METHODS if name != "prefix-tuning"],
             "steps": 150,
-            "mixture_steps": 150,
+            "mixture_steps": 300,
             "batch_size": 8,
             "most": (200, 400),
             "step_seconds": 0.25,

@@ -22,6 +22,7 @@ from machine import RESULTS, ROOT
 from quality.command import numbers
 from quality.methods import METHODS, OURS
 from quality.statistics import paired_interval
+from quality.tasks import is_mixture
 
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -195,7 +196,7 @@ def blocks(folder: Path) -> dict[str, str]:
         if not results.cells:
             continue
         name = f"{path.parent.name}.{path.name}"
-        mixtures = [task for task in results.tasks if task == "mixture" or "+" in task]
+        mixtures = [task for task in results.tasks if is_mixture(task)]
         single = [task for task in results.tasks if task not in mixtures]
         measures = dict.fromkeys([results.score, "accuracy"])  # of a causal model both
         for size in sorted({key[1] for key in results.cells}):

@@ -35,6 +35,7 @@ class Causal:
     overrides: dict
     task_type = "CAUSAL_LM"
     score = "exact"
+    free_text = True
 
     def __post_init__(self):
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="left")

@@ -17,11 +17,11 @@ from transformers import set_seed
 
 from peft_instance_prompt import instance_report
 from quality.methods import METHODS
-from quality.tasks import Task, load
+from quality.tasks import Task, is_mixture, load
 from quality.training import fit
 
 
-EVAL_BATCH = 32
+EVAL_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Plan:
     folder: Path
 
     def steps_of(self, task: str) -> int:
-        return self.mixture_steps if task == "mixture" or "+" in task else self.steps
+        return self.mixture_steps if is_mixture(task) else self.steps
 
 
 def run_cell(plan: Plan, cell: Cell) -> dict:
     """Compute a cell and write its file, whole or not at all."""
     suite, start = plan.suite, time.perf_counter()
-    task = load(cell.task, cell.size, plan.most)
+    task = load(cell.task, cell.size, plan.most, suite.free_text)
     result = {
         "task": cell.task,
         "size": cell.size,
@@ -113,8 +113,9 @@ def _trained(plan: Plan, cell: Cell, task: Task) -> dict:
         del model
     model, record, rate = kept
     start = time.perf_counter()
-    test = {part.name: tested(plan.suite, model, part, METHODS[cell.method].ours) for part in task.each()}
-    if len(task.each()) > 1 and METHODS[cell.method].ours:
+    exchanged = METHODS[cell.method].exchanged
+    test = {part.name: tested(plan.suite, model, part, exchanged) for part in task.each()}
+    if len(task.each()) > 1 and exchanged:
         add_prompts_of_other_tasks(plan.suite, model, task, test)
     return {
         "rate": rate,
@@ -163,10 +164,10 @@ def summary(values: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: value.double().mean().item() for name, value in values.items()}
 
 
-def tested(suite: object, model: torch.nn.Module, task: Task, ours: bool) -> dict[str, dict[str, str]]:
-    """The test split, by prompt: each instance's own, and of a method of ours another's, the mean, and none."""
+def tested(suite: object, model: torch.nn.Module, task: Task, exchanged: bool) -> dict[str, dict[str, str]]:
+    """The test split, by prompt: each instance's own, and where prompts differ by instance another's, the mean, and none."""
     examples = task.splits["test"]
-    if ours:
+    if exchanged:
         found = reported(suite, model, task, examples)
     else:
         found = {"own": evaluate(suite, model, task, "test")}

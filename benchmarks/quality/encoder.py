@@ -28,6 +28,7 @@ class Encoder:
     overrides: dict
     task_type = "SEQ_CLS"
     score = "accuracy"
+    free_text = False
 
     def __post_init__(self):
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -37,14 +38,14 @@ class Encoder:
 
     def base(self, task: Task) -> torch.nn.Module:
         model = AutoModelForSequenceClassification.from_pretrained(
-            self.folder, num_labels=len(task.labels), dtype=torch.float32, **self.overrides
+            self.folder, num_labels=len(task.choices), dtype=torch.float32, **self.overrides
         )
         return model.requires_grad_(False).to(self.device)
 
     def collate(self, task: Task, examples: list[dict]) -> dict[str, torch.Tensor]:
         texts = [example["text"] for example in examples]
         batch = self.tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
-        labels = torch.tensor([task.labels.index(example["label"]) for example in examples])
+        labels = torch.tensor([task.choices.index(example["label"]) for example in examples])
         return {**batch, "labels": labels}
 
     def loss(self, model: torch.nn.Module, batch: dict, ours: bool) -> torch.Tensor:
@@ -74,9 +75,9 @@ class Encoder:
             states, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]  # (B, S, d), (B, S, 1)
             return F.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)  # (B, d)
 
-        labels = vectors(list(task.labels))
+        labels = vectors(list(task.choices))
         rows = torch.cat([vectors([e["text"] for e in examples[i : i + 32]]) for i in range(0, len(examples), 32)])
-        right = torch.tensor([task.labels.index(example["label"]) for example in examples], device=self.device)
+        right = torch.tensor([task.choices.index(example["label"]) for example in examples], device=self.device)
         return {"accuracy": ((rows @ labels.T).argmax(dim=-1) == right).float().cpu()}
 
     def generate(self, model: torch.nn.Module, task: Task, examples: list[dict]) -> None:

@@ -40,12 +40,14 @@ class Method:
     Attributes:
         attach: Takes the base model and the setting, returns the model to train.
         rates: The learning rates to try, the likeliest first. As many for each method.
-        ours: Whether its prompts can be exchanged, and a `instruction_mask` be given to it.
+        ours: Whether it is one of this package's, which takes an `instruction_mask`.
+        exchanged: Whether its prompts differ by instance, so that it is tested with another's prompt, too.
     """
 
     attach: Callable[[torch.nn.Module, Setting], torch.nn.Module]
     rates: tuple[float, ...]
     ours: bool = False
+    exchanged: bool = False
 
 
 def _peft(make: Callable[[Setting], PeftConfig]) -> Callable:
@@ -107,7 +109,7 @@ def _ours(make: Callable[..., PeftConfig], condition: str) -> Method:
             made.anneal_steps = setting.steps  # dynamic prompting's temperature falls during all of the training
         return made
 
-    return Method(_peft(config), (3e-3, 1e-3, 1e-2), ours=True)
+    return Method(_peft(config), (3e-3, 1e-3, 1e-2), ours=True, exchanged=condition == "instance")
 
 
 METHODS: dict[str, Method] = {

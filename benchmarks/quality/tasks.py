@@ -40,12 +40,14 @@ class Task:
         name: Its name.
         splits: Examples `{"text", "label"}`, and `"answers"` where any of several is right, by `"train"`, `"dev"`, `"test"`.
         labels: All labels, in alphabetic order; none of a task whose answers are free text.
+        choices: What a classification head chooses from: in a mixture, the labels of all its tasks.
         parts: The tasks of a mixture, in order; of a task, itself.
     """
 
     name: str
     splits: dict[str, list[dict]]
     labels: tuple[str, ...]
+    choices: tuple[str, ...] = ()
     parts: tuple[Task, ...] = ()
 
     @property
@@ -68,7 +70,11 @@ def _endless(examples: list[dict], rng: random.Random) -> Iterator[dict]:
         yield from rng.sample(examples, len(examples))
 
 
-def load(name: str, size: str = "full", most: tuple[int, int] = (200, 400)) -> Task:
+def is_mixture(name: str) -> bool:
+    return name == "mixture" or "+" in name
+
+
+def load(name: str, size: str = "full", most: tuple[int, int] = (200, 400), free_text: bool = True) -> Task:
     """
     Load a task.
 
@@ -76,15 +82,18 @@ def load(name: str, size: str = "full", most: tuple[int, int] = (200, 400)) -> T
         name (`str`): A domain of VADER, a task of `bigbench`, or `"mixture"`. A mixture of others is `"a+b"`.
         size (`str`, *optional*, defaults to `"full"`): How many training examples: a number, or `"full"` for at most 2,000.
         most (`tuple[int, int]`, *optional*): The most examples in dev and test, of each task.
+        free_text (`bool`, *optional*): Whether `"mixture"` has tasks whose answers are free text.
     """
-    names = MIXTURE if name == "mixture" else name.split("+")
-    if len(names) > 1:
-        parts = tuple(_cut(load(part, size, most), MAX_TRAIN // 2) for part in names)
-        return Task(name, {}, (), parts)
+    if is_mixture(name):
+        names = MIXTURE if name == "mixture" else name.split("+")
+        parts = [_cut(load(part, size, most), MAX_TRAIN // 2) for part in names]
+        parts = [part for part in parts if part.labels or free_text]
+        choices = tuple(sorted({label for part in parts for label in part.labels}))
+        return Task(name, {}, (), choices, tuple(replace(part, choices=choices) for part in parts))
     splits = _cached(name)
     labels = () if name == "overlap" else tuple(sorted({example["label"] for example in splits["train"]}))
     splits = {**splits, "dev": splits["dev"][: most[0]], "test": splits["test"][: most[1]]}
-    return _cut(Task(name, splits, labels), MAX_TRAIN if size == "full" else int(size))
+    return _cut(Task(name, splits, labels, labels), MAX_TRAIN if size == "full" else int(size))
 
 
 def _cut(task: Task, n: int) -> Task:

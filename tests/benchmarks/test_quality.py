@@ -48,7 +48,7 @@ def test_batches_are_the_same_for_each_method_and_mix_the_tasks() -> None:
     parts = tuple(
         Task(name, {"train": [{"text": f"{name}{i}"} for i in range(n)]}, ()) for name, n in (("a", 5), ("b", 80))
     )
-    mixture = Task("a+b", {}, (), parts)
+    mixture = Task("a+b", {}, (), parts=parts)
     batches = list(mixture.batches(steps=50, size=8, seed=3))
     assert (
         batches == list(mixture.batches(steps=50, size=8, seed=3)) != list(mixture.batches(steps=50, size=8, seed=4))
