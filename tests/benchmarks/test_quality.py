@@ -21,9 +21,11 @@ from splits import three_splits
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+from quality import tasks  # noqa: E402
 from quality.causal import Causal, overlap_f1  # noqa: E402
 from quality.cells import Cell  # noqa: E402
 from quality.command import CORE, cells, numbers  # noqa: E402
+from quality.encoder import Encoder  # noqa: E402
 from quality.methods import METHODS, OURS, Setting  # noqa: E402
 from quality.statistics import paired_interval  # noqa: E402
 from quality.tasks import Task  # noqa: E402
@@ -56,6 +58,31 @@ def test_batches_are_the_same_for_each_method_and_mix_the_tasks() -> None:
     of_a = [row["text"] for batch in batches for row in batch if row["text"][0] == "a"]
     assert 150 < len(of_a) < 250  # half of 400, though there are few such texts
     assert all(len(set(of_a[i : i + 5])) == 5 for i in range(0, 145, 5))  # each once before one comes again
+
+
+def test_a_head_chooses_among_the_labels_of_all_tasks_of_a_mixture(monkeypatch) -> None:
+    labels = {"movie": "ab", "vitaminc": "ca", "intent": "x", "overlap": "pqr"}
+    splits = {
+        name: {part: [{"text": "w1 w2", "label": l} for l in own] for part in ("train", "dev", "test")}
+        for name, own in labels.items()
+    }
+    monkeypatch.setattr(tasks, "MIXTURE", tuple(labels))
+    monkeypatch.setattr(tasks, "_cached", splits.get)
+    written = tasks.load("mixture")
+    assert [part.name for part in written.parts] == list(labels)
+    chosen = tasks.load("mixture", free_text=False)
+    assert [part.name for part in chosen.parts] == ["movie", "vitaminc", "intent"]
+    assert {chosen.choices, *(part.choices for part in chosen.parts)} == {("a", "b", "c", "x")}
+    assert chosen.parts[1].labels == ("a", "c") and tasks.load("intent").choices == ("x",)
+    suite = Encoder.__new__(Encoder)
+    suite.tokenizer = tiny.tokenizer()
+    for part, expected in zip(chosen.parts, ([0, 1], [2, 0], [3])):
+        assert suite.collate(part, part.splits["test"])["labels"].tolist() == expected
+
+
+def test_only_prompts_that_differ_by_instance_are_exchanged() -> None:
+    exchanged = {name for name, method in METHODS.items() if method.exchanged}
+    assert exchanged == set(OURS) and all(METHODS[name].ours for name in exchanged)
 
 
 def test_most_telling_cells_first_and_seed_0_before_the_others() -> None:
