@@ -126,7 +126,7 @@ def main():
     parser.add_argument("--methods", default=",".join(METHODS), help="(default: %(default)s)")
     parser.add_argument("--slots", default="4", help=f"of {', '.join(map(str, TEXTS))} (default: %(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=120, help="of 8 sentences (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="of 8 sentences (default: %(default)s)")
     parser.add_argument("--n-test", type=int, default=200, help="held-out sentences (default: %(default)s)")
     parser.add_argument(
         "--results",

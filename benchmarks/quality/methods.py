@@ -115,7 +115,7 @@ def _ours(make: Callable[..., PeftConfig], condition: str) -> Method:
 METHODS: dict[str, Method] = {
     # No step is taken: see the suites.
     "zero-shot": Method(lambda base, setting: base, ()),
-    "head": Method(_head, (1e-3, 3e-4, 3e-3)),
+    "head": Method(_head, (2e-2, 5e-3, 5e-2)),
     "full": Method(_full, (1e-4, 3e-5, 3e-4)),
     # PEFT's own choice of modules is q and v
     "lora-r8-qv": Method(_peft(_lora(8, None)), (1e-3, 3e-4, 3e-3)),

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 
-HEAD_RATE = (
-    1e-3  # of a fresh classification head, whatever the method: else the head would choose a method's learning rate
-)
+# Of a fresh classification head, whatever the method: else the head would choose a method's learning rate. Chosen with LoRA of
+# rank 16 on the dev split of the mixture, whose loss after 300 steps is 1.175 with 1e-3, 0.845 with 5e-3 and 0.515 with 2e-2.
+HEAD_RATE = 2e-2
 
 
 def is_head(name: str) -> bool:

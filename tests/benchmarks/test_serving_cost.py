@@ -47,7 +47,7 @@ def test_smoke_run_can_be_resumed(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr[-3000:]
     found = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
     assert sorted(found) == ["serving-1-8", "serving-3-8", "training-16", "training-16-ckpt"]
-    ours = {"iapt", "iapt-16-tokens", "iapt-128", "m-idpg", "s-idpg", "ipt", "dp", "lpt"}
+    ours = {"iapt", "iapt-16-tokens", "iapt-128", "m-idpg", "s-idpg", "ipt", "dp", "lpt", "idspam"}
     assert all(ours | {"bare", "lora-r16"} <= set(group["methods"]) for group in found.values())
     assert all(set(serving_cost.ONE_TENANT) >= set(group["refused"]) for group in found.values())
     assert all(
