@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import transformers as tf
-from methods import KINDS, METHODS, at_the_first_layer
+from methods import KINDS, METHODS
+from mixed_batches import GREEDY, NEW, alone, row_of, several
 from packaging import version
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb
 
 from peft_instance_prompt import generator as generators
@@ -21,8 +20,6 @@ from peft_instance_prompt.engine.layer import InstancePromptLayer
 
 NAMES = ["a", "__base__", "b", "c", "a", "d"]
 LENGTHS = (9, 12, 5, 7, 12, 8)
-NEW = 5
-GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 # The greedy text of some random models would be one token over and over. Not for decoders: padding counts as text there.
 VARIED = {**GREEDY, "no_repeat_ngram_size": 1}
 WAYS = [
@@ -31,50 +28,6 @@ WAYS = [
     {"num_beams": 3, "num_return_sequences": 2},
     {"cache_implementation": "static"},
 ]
-
-
-def accepted(method: str, **fields) -> dict:
-    """Those of the fields, in any combination, that a method takes as they are."""
-    kept = {}
-    for name, value in fields.items():
-        try:
-            METHODS[method](**{name: value})
-            kept[name] = value
-        except (TypeError, ValueError):
-            continue
-    return kept
-
-
-def several(base: torch.nn.Module, method: str, task_type: str, **fields) -> PeftModel:
-    """`a` and `b` differ in their weights only, `c` and `d` in their numbers of slots, their place and their bottleneck."""
-    make = METHODS[method]
-    model = adapted(base, make(task_type=task_type, **fields), name="a")
-    model.add_adapter("b", make(task_type=task_type, **fields))
-    # Late slots among the tokens are refused where distances are those of columns.
-    layer = next(module for module in model.modules() if isinstance(module, InstancePromptLayer))
-    before = layer.info.counts_columns and layer.generators["a"].first_visible_layer > 0
-    other = accepted(method, prompt_position="before" if before else "after_first")
-    model.add_adapter("c", make(task_type=task_type, **fields, num_virtual_tokens=2, **other))
-    other = accepted(method, bottleneck_dim=4, prompt_position="before" if before else "end")
-    model.add_adapter("d", make(task_type=task_type, **fields, num_virtual_tokens=3, **other))
-    for seed, name in enumerate("bcd", start=1):
-        perturb(model, seed=seed, adapter=name)
-    return model.eval()
-
-
-def alone(model: PeftModel, name: str, call: Callable, **inputs):
-    if name == "__base__":
-        with model.disable_adapter():
-            return call(**inputs)
-    model.set_adapter(name)
-    out = call(**inputs)
-    model.set_adapter("a")
-    return out
-
-
-def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    real = inputs["attention_mask"][row].bool()
-    return {"input_ids": inputs["input_ids"][row : row + 1, real]}
 
 
 # --------------------------------------------------------------------------------------------------- row by row
@@ -265,67 +218,6 @@ def test_instruction_mask_by_row(kind: str) -> None:
         own = mask[row : row + 1, inputs["attention_mask"][row].bool()]
         how = {**row_of(inputs, row), **GREEDY, "num_beams": 2, "instruction_mask": own}
         assert torch.equal(text[row, -NEW:], alone(model, name, model.generate, **how)[0, -NEW:])
-
-
-# ----------------------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize("call", ["forward", "generate"])
-def test_bad_names(kind: str, call: str) -> None:
-    model, inputs = several(causal_lm(), kind, "CAUSAL_LM"), batch(9, 6)
-
-    @torch.no_grad()
-    def run(names) -> torch.Tensor:
-        if call == "forward":
-            return model(**inputs, adapter_names=names).logits
-        return model.generate(**inputs, **GREEDY, adapter_names=names)
-
-    expected = run(["a", "b"])
-    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): nobody, someone$"):
-        run(["someone", "nobody"])
-    for names in (["a", "b", "c"], ["a"]):
-        with pytest.raises(ValueError, match=rf"`adapter_names` must name .* each of the 2 rows, got {len(names)}\."):
-            run(names)
-    with pytest.raises(TypeError, match="expected a list of str"):
-        run("a")
-    model.train()
-    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
-        run(["a", "b"])
-    model.eval()
-    assert torch.equal(run(["a", "b"]), expected)
-
-
-@torch.no_grad()
-def test_decoder_that_counts_its_own_positions(kind: str) -> None:
-    """BART's decoder takes no position ids, so rows with fewer slots than others would be moved."""
-    fields = {"target_modules": ["decoder"], **at_the_first_layer(kind)}
-    model = several(pair("bart"), kind, "SEQ_2_SEQ_LM", **fields)
-    inputs = {**batch(9, 6, side="right"), "decoder_input_ids": batch(4, 4, seed=3)["input_ids"]}
-    for names in (["a", "c"], ["a", "__base__"]):
-        with pytest.raises(
-            ValueError, match="different numbers of prompt slots in 'model.decoder'.*num_virtual_tokens"
-        ):
-            model(**inputs, adapter_names=names)
-    mixed = model(**inputs, adapter_names=["a", "b"]).logits
-    for row, name in enumerate("ab"):
-        own = {**row_of(inputs, row), "decoder_input_ids": inputs["decoder_input_ids"][row : row + 1]}
-        assert_same(mixed[row], alone(model, name, model, **own).logits[0])
-
-
-@pytest.mark.parametrize("other", ["lora", *KINDS])
-def test_kinds_do_not_mix(kind: str, other: str) -> None:
-    """One model holds adapters of one kind, as PEFT has it; and the refusal changes nothing."""
-    if other == kind:
-        pytest.skip("one kind")
-    model, inputs = several(causal_lm(), kind, "CAUSAL_LM"), batch(9, 6)
-    with torch.no_grad():
-        expected = model(**inputs, adapter_names=["a", "b"]).logits
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
-        model.add_adapter("other", lora if other == "lora" else METHODS[other](task_type="CAUSAL_LM"))
-    assert "other" not in model.peft_config
-    with torch.no_grad():
-        assert torch.equal(model(**inputs, adapter_names=["a", "b"]).logits, expected)
 
 
 # ------------------------------------------------------------------------------------------------ what neighbours do not do
