@@ -14,6 +14,7 @@ from peft_instance_prompt.tuners.dynamic_prompt import DynamicPromptGenerator
 
 
 L = 4  # prompt vectors
+K = 3  # prompts in the pool
 ORDERS = ("paper", "dpt")
 
 

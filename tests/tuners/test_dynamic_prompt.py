@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import transformers as tf
-from dynamic_prompts import ORDERS, L, choose, dynamic, generator_of, labels_for, prompts_of
+from dynamic_prompts import ORDERS, K, L, choose, dynamic, generator_of, labels_for, prompts_of
 from peft import get_peft_model
 from tiny import assert_same, batch, causal_lm, encoder
 
@@ -223,3 +223,33 @@ def test_assisted_decoding() -> None:
     assert torch.equal(model.generate(**inputs, **how, assistant_model=assistant), expected)
     with pytest.raises(ValueError, match="cannot be cropped to .* that would cut off prompt slots"):
         assistant.generate(**inputs, **how, assistant_model=model.get_base_model())
+
+
+# -------------------------------------------------------------------------------------------- start from the vocabulary
+
+
+@pytest.mark.parametrize("representation", ["off", "instance"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_start_from_embeddings(family: str, representation: str) -> None:
+    """They are what the stack makes of the first ids: Gemma 3 scales its embeddings."""
+    base = causal_lm(family)
+    config = DynamicPromptConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=L,
+        num_pool=K,
+        representation=representation,
+        init="embeddings",
+        init_weights="paper",
+    )
+    prompts = generator_of(get_peft_model(base, config)).prompts.detach()
+    k = K if representation == "instance" else 1
+    with torch.no_grad():
+        expected = [base.get_input_embeddings()(torch.tensor(number)) for number in range(k * L)]
+    assert torch.equal(prompts, torch.stack(expected).reshape(1, k, L * 32))
+
+
+def test_more_prompts_than_the_vocabulary_has_embeddings() -> None:
+    fields = {"init": "embeddings", "init_weights": "paper", "representation": "instance"}
+    config = DynamicPromptConfig(task_type="CAUSAL_LM", num_virtual_tokens=33, num_pool=3, **fields)
+    with pytest.raises(ValueError, match="`init='embeddings'` needs 3 x 33 embeddings .* has 96"):
+        get_peft_model(causal_lm(), config)

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Dynamic prompting over several tasks, its stages, and its start from the vocabulary, against plain loops written here."""
+"""Dynamic prompting over several tasks, and its two stages, against plain loops written here."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers as tf
-from dynamic_prompts import ORDERS, L, choose, dynamic, generator_of, labels_for
+from dynamic_prompts import ORDERS, K, L, choose, dynamic, generator_of, labels_for
 from peft import PeftModel, get_peft_model
 from test_dynamic_prompt_gradient import assert_same_gradients, explicit_sum, run_alone
 from tiny import adapted, assert_same, batch, causal_lm, encoder, pair, perturb
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from peft_instance_prompt import DynamicPromptConfig, learned_position, record_choices
 
 
-T, K = 3, 3  # tasks, prompts in the pool
+T = 3  # tasks
 TASKS = torch.tensor([2, 0, 1, 2])
 
 
@@ -270,33 +270,3 @@ def test_the_second_stage_keeps_the_position_of_the_first() -> None:
 def test_the_joint_preset_of_the_released_code_learns_both() -> None:
     config = DynamicPromptConfig.preset("adap_pos_ins_vec")
     assert (config.position, config.representation, config.length) == ("task", "instance", "off")
-
-
-# -------------------------------------------------------------------------------------------- start from the vocabulary
-
-
-@pytest.mark.parametrize("representation", ["off", "instance"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_start_from_embeddings(family: str, representation: str) -> None:
-    """They are what the stack makes of the first ids: Gemma 3 scales its embeddings."""
-    base = causal_lm(family)
-    config = DynamicPromptConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=L,
-        num_pool=K,
-        representation=representation,
-        init="embeddings",
-        init_weights="paper",
-    )
-    prompts = generator_of(get_peft_model(base, config)).prompts.detach()
-    k = K if representation == "instance" else 1
-    with torch.no_grad():
-        expected = [base.get_input_embeddings()(torch.tensor(number)) for number in range(k * L)]
-    assert torch.equal(prompts, torch.stack(expected).reshape(1, k, L * 32))
-
-
-def test_more_prompts_than_the_vocabulary_has_embeddings() -> None:
-    fields = {"init": "embeddings", "init_weights": "paper", "representation": "instance"}
-    config = DynamicPromptConfig(task_type="CAUSAL_LM", num_virtual_tokens=33, num_pool=3, **fields)
-    with pytest.raises(ValueError, match="`init='embeddings'` needs 3 x 33 embeddings .* has 96"):
-        get_peft_model(causal_lm(), config)
