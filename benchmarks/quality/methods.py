@@ -100,11 +100,20 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "idspam": IDSPAMConfig,
     "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
 }
+# One thing is changed in each: how many slots, where they stand, what they begin as. They have no control of their own.
+VARIANTS: dict[str, Callable[..., PeftConfig]] = {
+    "iapt-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **kw),
+    "iapt-end": lambda **kw: IAPTConfig(prompt_position="end", **kw),
+    "iapt-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **kw),
+}
 
 
 def _ours(make: Callable[..., PeftConfig], condition: str) -> Method:
     def config(setting: Setting) -> PeftConfig:
         made = make(task_type=setting.task_type, condition=condition)
+        if made.init_text is not None:
+            ids = setting.tokenizer(made.init_text, add_special_tokens=False)["input_ids"]
+            made.init_text = ids[: made.num_virtual_tokens]
         if hasattr(made, "anneal_steps"):
             made.anneal_steps = setting.steps  # dynamic prompting's temperature falls during all of the training
         return made
@@ -124,5 +133,6 @@ METHODS: dict[str, Method] = {
     "p-tuning": Method(_peft(_p_tuning), (3e-3, 1e-3, 1e-2)),
     "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),
     **{name: _ours(make, "instance") for name, make in OURS.items()},
+    **{name: _ours(make, "instance") for name, make in VARIANTS.items()},
     **{f"{name}-constant": _ours(make, "constant") for name, make in OURS.items()},
 }

@@ -26,7 +26,7 @@ from quality.causal import Causal, overlap_f1  # noqa: E402
 from quality.cells import Cell  # noqa: E402
 from quality.command import CORE, cells, numbers  # noqa: E402
 from quality.encoder import Encoder  # noqa: E402
-from quality.methods import METHODS, OURS, Setting  # noqa: E402
+from quality.methods import METHODS, OURS, VARIANTS, Setting  # noqa: E402
 from quality.statistics import paired_interval  # noqa: E402
 from quality.tasks import Task  # noqa: E402
 
@@ -82,7 +82,7 @@ def test_a_head_chooses_among_the_labels_of_all_tasks_of_a_mixture(monkeypatch) 
 
 def test_only_prompts_that_differ_by_instance_are_exchanged() -> None:
     exchanged = {name for name, method in METHODS.items() if method.exchanged}
-    assert exchanged == set(OURS) and all(METHODS[name].ours for name in exchanged)
+    assert exchanged == {*OURS, *VARIANTS} and all(METHODS[name].ours for name in exchanged)
 
 
 def test_most_telling_cells_first_and_seed_0_before_the_others() -> None:
