@@ -34,6 +34,7 @@ FIELDS = {
     "condition": st.sampled_from(["instance", "constant"]),
     "layers_to_transform": st.sampled_from([0, 1, [0, 2], [1, 2]]),
 }
+GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 
 
 def make_config(data: st.DataObject, task: str = "CAUSAL_LM", cls: type | None = None, **fixed: Any) -> PeftConfig:

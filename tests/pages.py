@@ -24,7 +24,7 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OTHER_LANGUAGES = {
     "": "what a program printed, or a drawing",
     "sh": "commands; a test looks whether the files and targets that they name are there",
-    "yaml": "a file for a command, which tests/test_commands.py has too",
+    "yaml": "a file for a command, which tests/test_commands_real_tools.py has too",
     "toml": "a proposal for other packages",
 }
 

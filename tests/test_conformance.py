@@ -9,12 +9,14 @@ import random
 
 import conformance
 import pytest
-from conformance import BEGIN, CHECKS, COLUMNS, END, FEATURES, PAGE, README
+from conformance import BEGIN, CHECKS, END, PAGE, README
+from conformance_features import FEATURES
+from conformance_table import COLUMNS, read
 from tiny import native_refuses
 
 
 TEXT = PAGE.read_text()
-CELLS = conformance.read(TEXT)
+CELLS = read(TEXT)
 # What a prompt that is made from the whole instance cannot be, or what a method cannot do without.
 STATED = {
     ("`merge_and_unload`", None): "cannot be merged",

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Encoders under their heads, and decoders under a classifier."""
+"""Encoders under their heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import transformers as tf
 from methods import KINDS, METHODS
 from peft import PeftModel
-from tiny import ENCODERS, adapted, assert_same, batch, configure, encoder
+from tiny import ENCODERS, adapted, assert_same, batch, encoder
 
 from peft_instance_prompt import IAPTConfig
 from peft_instance_prompt.engine.layer import InstancePromptLayer
@@ -32,12 +32,6 @@ HEADS = {
 CASES = [(m, f) for m in METHODS for f in ENCODERS if m in KINDS or f == "bert"]
 # The first method meets every head of every family, the others the heads of one.
 HEADED = [(m, f, h) for i, m in enumerate(KINDS) for f in ENCODERS for h in HEADS if i == 0 or f == "roberta"]
-CLASSIFIERS = [
-    (m, f)
-    for i, m in enumerate(METHODS)
-    for f in ("llama", "gpt2", "gemma3", "mistral")
-    if i == 0 or f in ("llama", "gpt2")
-]
 LENGTHS = (9, 6, 4)
 
 
@@ -170,6 +164,15 @@ def test_prompt_positions(kind: str, task_type: str) -> None:
         assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(outs, 2))
 
 
+def test_saved_head_and_prompt(kind: str, tmp_path: Path) -> None:
+    model = prompted(kind, "bert", "SEQ_CLS")
+    model.save_pretrained(tmp_path)
+    inputs = batch(*LENGTHS, side="right")
+    again = PeftModel.from_pretrained(encoder("bert", HEADS["SEQ_CLS"], seed=0), tmp_path, adapter_name="other").eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
 # ------------------------------------------------------------------------------ slots are embedded as any token would be
 
 
@@ -275,96 +278,3 @@ def test_sequence_that_does_not_fit(kind: str, family: str) -> None:
     assert model(**batch(room - num_slots, 5, side="left")).last_hidden_state.isfinite().all()
     with model.disable_adapter():
         assert model(**batch(room)).last_hidden_state.shape[1] == room
-
-
-# ------------------------------------------------------------------------------------------ decoders under a classifier
-
-
-@pytest.mark.parametrize(("method", "family"), CLASSIFIERS)
-@torch.no_grad()
-def test_decoder_as_classifier(method: str, family: str) -> None:
-    torch.manual_seed(0)
-    base = tf.AutoModelForSequenceClassification.from_config(configure(family, num_labels=3, pad_token_id=0)).eval()
-    base.double()  # what is compared is equal but for rounding
-    for name, parameter in base.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.25)
-    left, right = batch(9, 6, side="left"), batch(9, 6, side="right")
-    plain = base(**right, output_hidden_states=True)
-    model = adapted(base, METHODS[method](task_type="SEQ_CLS"))
-    out = model(**right, output_hidden_states=True)
-    assert out.logits.shape == (2, 3)
-    # The last token of a row is pooled, wherever the padding stands.
-    scored = model.get_base_model().score(out.hidden_states[-1])  # (B, S, 3)
-    for row, n in enumerate((9, 6)):
-        alone = model(right["input_ids"][row : row + 1, :n]).logits[0]
-        assert_same(out.logits[row], alone)
-        assert_same(model(**left).logits[row], alone)
-        assert_same(scored[row, n - 1], alone)
-    assert (out.logits - plain.logits).abs().max() > 1e-3
-    with model.disable_adapter():
-        assert torch.equal(model(**right).logits, plain.logits)
-    # PEFT leaves the trained head in place.
-    assert torch.equal(model.unload()(**right, output_hidden_states=True).hidden_states[-1], plain.hidden_states[-1])
-
-
-@torch.no_grad()
-def test_decoder_as_classifier_with_slots_at_the_end(kind: str) -> None:
-    """Then it is the last slot that is pooled, which has seen the whole text and the prompt."""
-    try:
-        config = METHODS[kind](task_type="SEQ_CLS", prompt_position="end")
-    except (TypeError, ValueError) as error:
-        pytest.skip(str(error))
-    torch.manual_seed(0)
-    base = tf.AutoModelForSequenceClassification.from_config(configure("llama", num_labels=3)).eval()
-    model = adapted(base, config)
-    right, left = batch(9, 6, side="right"), batch(9, 6, side="left")
-    out = model(**right).logits
-    seen = []
-    handle = base.model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
-    model(right["input_ids"][:1])
-    handle.remove()
-    states = seen[-1]  # (1, 9 + L, d); before it, IDPG has a frozen pass without slots
-    assert states.shape[1] > 9
-    assert_same(out[0], model.get_base_model().score(states)[0, -1])
-    assert_same(out[1], model(right["input_ids"][1:, :6]).logits[0])
-    assert_same(model(**left).logits, out)
-
-
-# ----------------------------------------------------------------------------------------------------- a real encoder
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_minilm(kind: str) -> None:
-    from minilm import load_minilm
-
-    try:
-        base, tokenizer = load_minilm()
-    except (RuntimeError, OSError) as error:
-        pytest.skip(f"all-MiniLM-L6-v2 cannot be had here: {error}")
-    texts = ["A gripping, beautiful film.", "I loved every minute of this movie.", "The printer is out of paper."]
-
-    def vectors(model: torch.nn.Module, texts: list[str]) -> torch.Tensor:
-        inputs = tokenizer(texts, padding=True, return_tensors="pt")
-        states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]  # (B, S, d), (B, S, 1)
-        return torch.nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)  # (B, d)
-
-    plain = vectors(base, texts)
-    model = adapted(base, METHODS[kind](task_type="FEATURE_EXTRACTION"))
-    together = vectors(model, texts)
-    assert (together - plain).abs().max() > 1e-2
-    for row, text in enumerate(texts):
-        assert_same(together[row], vectors(model, [text])[0])
-    close, far = (plain @ plain.T)[0, 1:]
-    assert close > 0.3 > far, "the model is not what it should be"
-    assert torch.equal(vectors(model.unload(), texts), plain)
-
-
-def test_saved_head_and_prompt(kind: str, tmp_path: Path) -> None:
-    model = prompted(kind, "bert", "SEQ_CLS")
-    model.save_pretrained(tmp_path)
-    inputs = batch(*LENGTHS, side="right")
-    again = PeftModel.from_pretrained(encoder("bert", HEADS["SEQ_CLS"], seed=0), tmp_path, adapter_name="other").eval()
-    with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, model(**inputs).logits)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from methods import METHODS
 from peft import PeftConfig, PeftModel, get_peft_model
-from test_trainers import causal_trainer, changed, losses, trainable
 from tiny import adapted, assert_same, batch, causal_lm, encoder, perturb, tokenizer
+from trainers import causal_trainer, changed, losses, trainable
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
