@@ -41,7 +41,7 @@ class Method:
         attach: Takes the base model and the setting, returns the model to train.
         rates: The learning rates to try, the likeliest first. As many for each method.
         ours: Whether it is one of this package's, which takes an `instruction_mask`.
-        exchanged: Whether its prompts differ by instance, so that it is tested with another's prompt, too.
+        exchanged: Whether it is tested with the prompt of another instance, too.
     """
 
     attach: Callable[[torch.nn.Module, Setting], torch.nn.Module]
@@ -100,7 +100,7 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "idspam": IDSPAMConfig,
     "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
 }
-# One thing is changed in each: how many slots, where they stand, what they begin as. They have no control of their own.
+# One thing is changed in each: how many slots, where they stand, what they begin as. They have no control, and are tested with their own prompts only.
 VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **kw),
     "iapt-end": lambda **kw: IAPTConfig(prompt_position="end", **kw),
@@ -108,7 +108,7 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
 }
 
 
-def _ours(make: Callable[..., PeftConfig], condition: str) -> Method:
+def _ours(make: Callable[..., PeftConfig], condition: str, exchanged: bool = False) -> Method:
     def config(setting: Setting) -> PeftConfig:
         made = make(task_type=setting.task_type, condition=condition)
         if made.init_text is not None:
@@ -118,7 +118,7 @@ def _ours(make: Callable[..., PeftConfig], condition: str) -> Method:
             made.anneal_steps = setting.steps  # dynamic prompting's temperature falls during all of the training
         return made
 
-    return Method(_peft(config), (3e-3, 1e-3, 1e-2), ours=True, exchanged=condition == "instance")
+    return Method(_peft(config), (3e-3, 1e-3, 1e-2), ours=True, exchanged=exchanged)
 
 
 METHODS: dict[str, Method] = {
@@ -132,7 +132,7 @@ METHODS: dict[str, Method] = {
     "prompt-tuning": Method(_peft(_prompt_tuning), (3e-2, 1e-2, 1e-1)),
     "p-tuning": Method(_peft(_p_tuning), (3e-3, 1e-3, 1e-2)),
     "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),
-    **{name: _ours(make, "instance") for name, make in OURS.items()},
+    **{name: _ours(make, "instance", exchanged=True) for name, make in OURS.items()},
     **{name: _ours(make, "instance") for name, make in VARIANTS.items()},
     **{f"{name}-constant": _ours(make, "constant") for name, make in OURS.items()},
 }
