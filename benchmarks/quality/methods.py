@@ -100,11 +100,12 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "idspam": IDSPAMConfig,
     "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
 }
-# One thing is changed in each: how many slots, where they stand, what they begin as. They have no control, and are tested with their
-# own prompts only.
+# One thing is changed in each: how many slots, where they stand, what they begin as, whether the activation is learned. They have no
+# control, and are tested with their own prompts only.
 VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **kw),
     "iapt-end": lambda **kw: IAPTConfig(prompt_position="end", **kw),
+    "iapt-gelu": lambda **kw: IAPTConfig(activation="gelu", **kw),
     "iapt-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **kw),
 }
 
