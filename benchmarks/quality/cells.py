@@ -141,7 +141,9 @@ def train(plan: Plan, cell: Cell, task: Task, rate: float) -> tuple[torch.nn.Mod
         {key: value.to(suite.device) for key, value in suite.collate(task, rows).items()}
         for rows in task.batches(steps, plan.batch_size, cell.seed)
     )
-    return model, fit(model, batches, lambda m, batch: suite.loss(m, batch, method.ours), steps, rate, suite.device)
+    return model, fit(
+        model, batches, lambda m, batch: suite.loss(m, batch, method.ours), steps, rate, suite.device, method.factors
+    )
 
 
 def loader(suite: object, task: Task, examples: list[dict]) -> DataLoader:

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from peft import (
@@ -42,12 +42,14 @@ class Method:
         rates: The learning rates to try, the likeliest first. As many for each method.
         ours: Whether it is one of this package's, which takes an `instruction_mask`.
         exchanged: Whether it is tested with the prompt of another instance, too.
+        factors: What the learning rate of parameters is multiplied by, by the last part of their names.
     """
 
     attach: Callable[[torch.nn.Module, Setting], torch.nn.Module]
     rates: tuple[float, ...]
     ours: bool = False
     exchanged: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def _peft(make: Callable[[Setting], PeftConfig]) -> Callable:
@@ -99,7 +101,11 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "dp": DynamicPromptConfig,
     "idspam": IDSPAMConfig,
     "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
+    "iapt-slow-down": lambda **kw: IAPTConfig(activation="gelu", **kw),
 }
+# An output of the down-projection sums over the width of the model, so a step of Adam's moves it far more than a step of the same
+# size moves what sums over the bottleneck.
+FACTORS = {"iapt-slow-down": {"down": 0.1}}
 # One thing is changed in each: how many slots, where they stand, what they begin as, whether the activation is learned. They have no
 # control, and are tested with their own prompts only.
 VARIANTS: dict[str, Callable[..., PeftConfig]] = {
@@ -110,7 +116,9 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
 }
 
 
-def _ours(make: Callable[..., PeftConfig], condition: str, exchanged: bool = False) -> Method:
+def _ours(name: str, condition: str, exchanged: bool = False) -> Method:
+    make = OURS.get(name) or VARIANTS[name]
+
     def config(setting: Setting) -> PeftConfig:
         made = make(task_type=setting.task_type, condition=condition)
         if made.init_text is not None:
@@ -120,7 +128,7 @@ def _ours(make: Callable[..., PeftConfig], condition: str, exchanged: bool = Fal
             made.anneal_steps = setting.steps  # dynamic prompting's temperature falls during all of the training
         return made
 
-    return Method(_peft(config), (3e-3, 1e-3, 1e-2), ours=True, exchanged=exchanged)
+    return Method(_peft(config), (3e-3, 1e-3, 1e-2), ours=True, exchanged=exchanged, factors=FACTORS.get(name, {}))
 
 
 METHODS: dict[str, Method] = {
@@ -134,7 +142,7 @@ METHODS: dict[str, Method] = {
     "prompt-tuning": Method(_peft(_prompt_tuning), (3e-2, 1e-2, 1e-1)),
     "p-tuning": Method(_peft(_p_tuning), (3e-3, 1e-3, 1e-2)),
     "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),
-    **{name: _ours(make, "instance", exchanged=True) for name, make in OURS.items()},
-    **{name: _ours(make, "instance") for name, make in VARIANTS.items()},
-    **{f"{name}-constant": _ours(make, "constant") for name, make in OURS.items()},
+    **{name: _ours(name, "instance", exchanged=True) for name in OURS},
+    **{name: _ours(name, "instance") for name in VARIANTS},
+    **{f"{name}-constant": _ours(name, "constant") for name in OURS},
 }

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from machine import Memory
@@ -22,8 +23,22 @@ def is_head(name: str) -> bool:
     return "classifier" in name
 
 
-def fit(model: nn.Module, batches: Iterable, loss: Callable, steps: int, rate: float, device: str) -> dict:
-    """Train what is trainable; returns the losses of the steps, seconds, and peak memory above that of the loaded model."""
+def fit(
+    model: nn.Module,
+    batches: Iterable,
+    loss: Callable,
+    steps: int,
+    rate: float,
+    device: str,
+    factors: Mapping[str, float] = MappingProxyType({}),
+) -> dict:
+    """
+    Train what is trainable; returns the losses of the steps, seconds, and peak memory above that of the loaded model.
+
+    Args:
+        rate: The learning rate, of all parameters but a head.
+        factors: What it is multiplied by, by the last part of a parameter's name.
+    """
     for parameter in model.parameters():
         parameter.sum()  # weights are mapped from the file, and resident only once they are read
     memory = Memory(device)
@@ -31,7 +46,12 @@ def fit(model: nn.Module, batches: Iterable, loss: Callable, steps: int, rate: f
     body = [parameter for name, parameter in named if not is_head(name)]
     head = [parameter for name, parameter in named if is_head(name)]
     # A method that has nothing but the head searches the head's own rate.
-    groups = [{"params": body, "lr": rate}, {"params": head, "lr": HEAD_RATE if body else rate}]
+    by_factor: dict[float, list] = {}
+    for name, parameter in named:
+        if not is_head(name):
+            by_factor.setdefault(factors.get(name.rsplit(".", 1)[-1], 1.0), []).append(parameter)
+    groups = [{"params": some, "lr": rate * factor} for factor, some in by_factor.items()]
+    groups.append({"params": head, "lr": HEAD_RATE if body else rate})
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     model.train()

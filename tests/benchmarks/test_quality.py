@@ -29,6 +29,7 @@ from quality.encoder import Encoder  # noqa: E402
 from quality.methods import METHODS, OURS, VARIANTS, Setting  # noqa: E402
 from quality.statistics import paired_interval  # noqa: E402
 from quality.tasks import Task  # noqa: E402
+from quality.training import HEAD_RATE, fit  # noqa: E402
 
 
 def examples(n: int) -> list[dict]:
@@ -198,6 +199,19 @@ def test_training_loss_is_that_of_the_answers_tokens() -> None:
     batch = suite.collate(Task("words", {}, ()), rows)
     expected = suite.model(**batch).loss
     torch.testing.assert_close(suite.loss(suite.model, batch, ours=False), expected)
+
+
+def test_learning_rates_of_a_head_and_of_named_parameters() -> None:
+    model = torch.nn.Module()
+    for name in ("down", "up"):
+        model.register_parameter(name, torch.nn.Parameter(torch.zeros(2)))
+    model.classifier = torch.nn.Linear(2, 2)
+    before = model.classifier.weight.clone()
+    fit(model, [None], lambda m, _: sum(p.sum() for p in m.parameters()), 1, 0.5, "cpu", {"down": 0.1})
+    # Adam's first step is as long as its rate.
+    torch.testing.assert_close(model.down, torch.full((2,), -0.05))
+    torch.testing.assert_close(model.up, torch.full((2,), -0.5))
+    torch.testing.assert_close(before - model.classifier.weight, torch.full((2, 2), HEAD_RATE))
 
 
 def test_overlap_f1() -> None:
