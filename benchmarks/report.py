@@ -55,15 +55,20 @@ class Results:
         return found
 
 
-def difference(results: Results, size: str, one: tuple, other: tuple, measure: str, tasks: list[str]):
-    """Mean and interval of one minus other, each (method, prompts), over the tasks and seeds that both have; None without any."""
+def difference(
+    results: Results, size: str, one: tuple, other: tuple, measure: str, tasks: list[str], only: str | None = None
+):
+    """
+    Mean and interval of one minus other, each (method, prompts), over the tasks and seeds that both have; None without any.
+    `only` is a part of a mixture.
+    """
     tables = []
     for task in tasks:
         left = results.values(task, size, one[0], measure, one[1])
         right = results.values(task, size, other[0], measure, other[1])
         parts = []
-        for part in left:
-            seeds = sorted(set(left[part]) & set(right.get(part, {})))
+        for part in left if only is None else [only]:
+            seeds = sorted(set(left.get(part, {})) & set(right.get(part, {})))
             if seeds:
                 parts.append(torch.stack([left[part][s] - right[part][s] for s in seeds]))
         tables += parts
@@ -145,26 +150,26 @@ def instance(results: Results, size: str, task_names: list[str], measure: str, p
 
 
 def instance_by_task(results: Results, size: str, task_names: list[str], measure: str) -> str:
+    columns = [(task, part) for task in task_names for part in parts_of(results, size, task, measure)]
     rows = []
     for name in OURS:
-        row = [name]
-        for task in task_names:
-            row.append(shown(difference(results, size, (name, "own"), (f"{name}-constant", "own"), measure, [task])))
-        if set(row[1:]) != {"-"}:
-            rows.append(row)
-    return table(["own - constant", *task_names], rows) if rows else NOTHING
+        sides = (name, "own"), (f"{name}-constant", "own")
+        row = [shown(difference(results, size, *sides, measure, [task], part)) for task, part in columns]
+        if set(row) != {"-"}:
+            rows.append([name, *row])
+    return table(["own - constant", *(part for _, part in columns)], rows) if rows else NOTHING
 
 
 def against_lora(results: Results, size: str, task_names: list[str], measure: str) -> str:
+    columns = [(task, part) for task in task_names for part in parts_of(results, size, task, measure)]
     rows = []
     for name in results.methods:
-        if name in (LORA, "zero-shot"):
+        sides = (name, "own"), (LORA, "own")
+        if name in (LORA, "zero-shot") or not (over := difference(results, size, *sides, measure, task_names)):
             continue
-        found = [difference(results, size, (name, "own"), (LORA, "own"), measure, task_names)]
-        found += [difference(results, size, (name, "own"), (LORA, "own"), measure, [task]) for task in task_names]
-        if found[0]:
-            rows.append([name, *(shown(f) for f in found)])
-    return table([f"minus {LORA}", "all tasks", *task_names], rows) if rows else NOTHING
+        each = [difference(results, size, *sides, measure, [task], part) for task, part in columns]
+        rows.append([name, *(shown(found) for found in (over, *each))])
+    return table([f"minus {LORA}", "all tasks", *(part for _, part in columns)], rows) if rows else NOTHING
 
 
 def rates(results: Results) -> str:

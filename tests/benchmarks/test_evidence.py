@@ -69,6 +69,28 @@ def test_tables(results: Path) -> None:
     assert made == report.blocks(results)  # always the same
 
 
+def test_a_mixture_is_compared_part_by_part(tmp_path: Path) -> None:
+    for method, right in (("iapt", (70, 40)), ("iapt-constant", (50, 60)), ("lora-r16", (70, 80))):
+        write(tmp_path, method, 0, "0")
+        file = tmp_path / "quality_encoder" / "m" / "movie-full" / f"{method}-seed0.json"
+        cell = json.loads(file.read_text())
+        ones = {part: "1" * n + "0" * (100 - n) for part, n in zip(("movie", "tweet"), right)}
+        cell.update(task="movie+tweet", test={part: {"own": {"accuracy": values}} for part, values in ones.items()})
+        file.write_text(json.dumps(cell))
+    made = report.blocks(tmp_path)
+    rows = made["quality_encoder.m.mixture-full.instance-by-task"].splitlines()
+    assert rows[0] == "| own - constant | movie | tweet |"
+    assert [cell.strip(" *").split()[0] for cell in rows[2].strip("|").split("|")] == ["iapt", "+20.0", "-20.0"]
+    rows = made["quality_encoder.m.mixture-full.lora"].splitlines()
+    assert rows[0] == "| minus lora-r16 | all tasks | movie | tweet |"
+    assert [cell.strip(" *").split()[0] for cell in rows[2].strip("|").split("|")] == [
+        "iapt",
+        "-20.0",
+        "+0.0",
+        "-40.0",
+    ]
+
+
 def test_page_keeps_what_is_written_by_hand(results: Path) -> None:
     text = "By hand.\n<!-- generated: quality_encoder.m.rates -->\nold\n<!-- end -->\nMore.\n<!-- generated: other -->\n<!-- end -->\n"
     page = report.fill(text, report.blocks(results))
