@@ -24,7 +24,8 @@ import torch  # noqa: E402
 import transformers as tf  # noqa: E402
 from conformance_families import FAMILIES  # noqa: E402
 from conformance_features import FEATURES  # noqa: E402
-from conformance_table import COLUMNS, Cell, compact, page  # noqa: E402
+from conformance_table import COLUMNS, compact, page  # noqa: E402
+from table_cells import Cell  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,11 +19,9 @@ from conformance_models import (
     logits,
     must,
     of_several,
-    row_of,
     text,
-    with_adapter,
 )
-from tiny import DECODERS, ENCODERS, PAIRS, VLMS, batch, causal_lm, encoder, pair, vlm
+from tiny import DECODERS, ENCODERS, PAIRS, VLMS, batch, causal_lm, encoder, pair, row_of, vlm, with_adapter
 
 
 @torch.no_grad()

@@ -24,13 +24,11 @@ from conformance_models import (
     must,
     of_several,
     prompted,
-    row_of,
     text,
-    with_adapter,
 )
 from conformance_training import check_checkpointing, check_sft, check_trainer
 from peft import PeftModel
-from tiny import batch, causal_lm, perturb
+from tiny import batch, causal_lm, perturb, row_of, with_adapter
 
 
 def check_forward(method: str) -> None:

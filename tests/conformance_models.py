@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from methods import METHODS
 from peft import LoraConfig, PeftModel
@@ -59,17 +57,3 @@ def logits(model: torch.nn.Module, side: str = "left", **kwargs) -> torch.Tensor
 
 def text(model: torch.nn.Module, **kwargs) -> torch.Tensor:
     return model.generate(**batch(*LENGTHS), **{**GREEDY, **kwargs})
-
-
-def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    return {"input_ids": inputs["input_ids"][row : row + 1, inputs["attention_mask"][row].bool()]}
-
-
-def with_adapter(model: PeftModel, name: str, call: Callable, **inputs):
-    if name == "__base__":
-        with model.disable_adapter():
-            return call(**inputs)
-    model.set_adapter(name)
-    out = call(**inputs)
-    model.set_adapter("default")
-    return out

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from conformance_families import FAMILIES, GROUPS
 from conformance_features import FEATURES
 from methods import KINDS, METHODS
+from table_cells import Cell, footnotes, parsed, reasons, written
 
 
 TITLES = {
@@ -24,29 +23,13 @@ TITLES = {
 COLUMNS = ["lora", *(kind for kind in KINDS if type(METHODS[kind]()).__module__.startswith("peft_instance_prompt."))]
 
 
-class Cell(NamedTuple):
-    """`what` is "works", "refused" or "fails"; `why` says it in a sentence."""
-
-    what: str
-    why: str = ""
-
-
 def table(results: dict[tuple[str, str], Cell], rows: list[str], head: str, notes: list[str]) -> list[str]:
     """A table in Markdown; reasons are added to `notes` and their numbers stand in the cells."""
     lines = [f"| {head} | {' | '.join(TITLES.get(m, m) for m in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for row in rows:
-        cells = []
-        for method in COLUMNS:
-            what, why = results[row, method]
-            if why and why not in notes:
-                notes.append(why)
-            cells.append(f"{what} [{notes.index(why) + 1}]" if why else what)
+        cells = [written(results[row, method], notes) for method in COLUMNS]
         lines.append(f"| {row.rpartition(': ')[2] if row in FAMILIES else row} | {' | '.join(cells)} |")
     return lines
-
-
-def footnotes(notes: list[str]) -> list[str]:
-    return [f"{number}. {why}" for number, why in enumerate(notes, start=1)]
 
 
 def page(results: dict[tuple[str, str], Cell]) -> str:
@@ -97,7 +80,7 @@ def compact(results: dict[tuple[str, str], Cell]) -> str:
 
 def read(text: str) -> dict[tuple[str, str], Cell]:
     """The cells of a page."""
-    notes = dict(line.split(". ", 1) for line in text.partition("## Reasons")[2].splitlines() if ". " in line)
+    notes = reasons(text)
     methods = {title: name for name, title in TITLES.items()}
     results, columns, group = {}, [], ""
     for line in text.splitlines():
@@ -109,6 +92,5 @@ def read(text: str) -> dict[tuple[str, str], Cell]:
             continue
         row = cells[0] if group == "feature" else f"{group}: {cells[0]}"
         for method, cell in zip(columns, cells[1:]):
-            what, _, number = cell.partition(" ")
-            results[row, method] = Cell(what, notes[number.strip("[]")] if number else "")
+            results[row, method] = parsed(cell, notes)
     return results

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import peft
 import torch
 import transformers as tf
@@ -213,6 +215,23 @@ def batch(*lengths: int, side: str = "left", seed: int = 0) -> dict[str, torch.T
         ids[row, columns] = torch.randint(3, VOCAB, (n,), generator=generator)
         mask[row, columns] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def with_adapter(model: PeftModel, name: str, call: Callable, **inputs):
+    """What a call gives with one adapter, or with none for `__base__`; the active one is active again afterwards."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return call(**inputs)
+    before = model.active_adapter
+    model.set_adapter(name)
+    out = call(**inputs)
+    model.set_adapter(before)
+    return out
+
+
+def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """A row of a batch, without its padding."""
+    return {"input_ids": inputs["input_ids"][row : row + 1, inputs["attention_mask"][row].bool()]}
 
 
 def instances(states: torch.Tensor, mask: torch.Tensor | None = None, vector: torch.Tensor | None = None) -> Instances:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from methods import METHODS
 from peft import PeftModel
@@ -46,18 +44,3 @@ def several(base: torch.nn.Module, method: str, task_type: str, **fields) -> Pef
     for seed, name in enumerate("bcd", start=1):
         perturb(model, seed=seed, adapter=name)
     return model.eval()
-
-
-def alone(model: PeftModel, name: str, call: Callable, **inputs):
-    if name == "__base__":
-        with model.disable_adapter():
-            return call(**inputs)
-    model.set_adapter(name)
-    out = call(**inputs)
-    model.set_adapter("a")
-    return out
-
-
-def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    real = inputs["attention_mask"][row].bool()
-    return {"input_ids": inputs["input_ids"][row : row + 1, real]}

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers as tf
 from methods import KINDS, METHODS
-from mixed_batches import GREEDY, NEW, alone, row_of, several
+from mixed_batches import GREEDY, NEW, several
 from packaging import version
 from peft import PeftModel
-from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb
+from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb, row_of, with_adapter
 
 from peft_instance_prompt import generator as generators
 from peft_instance_prompt.engine.layer import InstancePromptLayer
@@ -47,9 +47,9 @@ def test_decoder(kind: str, family: str) -> None:
     with torch.no_grad():
         mixed = model(**inputs, adapter_names=NAMES).logits
         for row, name in enumerate(NAMES):
-            own = alone(model, name, model, **row_of(inputs, row)).logits[0]
+            own = with_adapter(model, name, model, **row_of(inputs, row)).logits[0]
             assert_same(mixed[row, -len(own) :], own)
-        named = alone(model, "b", model, **row_of(inputs, 0)).logits[0]
+        named = with_adapter(model, "b", model, **row_of(inputs, 0)).logits[0]
         assert (mixed[0, -len(named) :] - named).abs().max() > 1e-2, "all adapters give the same"
     # Bloom before transformers 5.23 cannot generate for an unpadded row with a static cache, without an adapter either.
     no_static = family == "bloom" and version.parse(tf.__version__) < version.parse("5.23")
@@ -57,7 +57,7 @@ def test_decoder(kind: str, family: str) -> None:
         text = model.generate(**inputs, **GREEDY, **how, adapter_names=NAMES)
         copies = how.get("num_return_sequences", 1)
         for row, name in enumerate(NAMES):
-            own = alone(model, name, model.generate, **row_of(inputs, row), **GREEDY, **how)
+            own = with_adapter(model, name, model.generate, **row_of(inputs, row), **GREEDY, **how)
             assert torch.equal(text[row * copies : (row + 1) * copies, -NEW:], own[:, -NEW:]), (how, row, name)
 
 
@@ -70,7 +70,7 @@ def test_encoder(kind: str, family: str) -> None:
     inputs = batch(*LENGTHS, side="right")
     mixed = model(**inputs, adapter_names=NAMES, output_hidden_states=True)
     for row, name in enumerate(NAMES):
-        own = alone(model, name, model, **row_of(inputs, row), output_hidden_states=True)
+        own = with_adapter(model, name, model, **row_of(inputs, row), output_hidden_states=True)
         n = LENGTHS[row]
         assert_same(mixed.last_hidden_state[row, :n], own.last_hidden_state[0])
         for together, states in zip(mixed.hidden_states, own.hidden_states):
@@ -86,7 +86,7 @@ def test_classifier_with_heads_of_their_own(kind: str) -> None:
     model, inputs = several(base, kind, "SEQ_CLS").double(), batch(*LENGTHS, side="right")
     mixed = model(**inputs, adapter_names=NAMES).logits
     for row, name in enumerate(NAMES):
-        assert_same(mixed[row], alone(model, name, model, **row_of(inputs, row)).logits[0])
+        assert_same(mixed[row], with_adapter(model, name, model, **row_of(inputs, row)).logits[0])
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_pair(kind: str, family: str, side: str) -> None:
         mixed = model(**inputs, decoder_input_ids=decoder_ids, adapter_names=NAMES).logits
         for row, name in enumerate(NAMES):
             own = {**row_of(inputs, row), "decoder_input_ids": decoder_ids[row : row + 1]}
-            assert_same(mixed[row], alone(model, name, model, **own).logits[0])
+            assert_same(mixed[row], with_adapter(model, name, model, **own).logits[0])
     for how in WAYS:
         text = model.generate(**inputs, **VARIED, **how, adapter_names=NAMES)
         copies = how.get("num_return_sequences", 1)
         for row, name in enumerate(NAMES):
-            own = alone(model, name, model.generate, **row_of(inputs, row), **VARIED, **how)
+            own = with_adapter(model, name, model.generate, **row_of(inputs, row), **VARIED, **how)
             assert torch.equal(text[row * copies : (row + 1) * copies], own), (how, row, name)
 
 
@@ -129,7 +129,7 @@ def test_whole_batch_of_one_name(kind: str) -> None:
     for name in ("a", "b", "d"):
         named = model(**inputs, adapter_names=[name, name]).logits
         real = inputs["attention_mask"].bool()
-        assert_same(named[real], alone(model, name, model, **inputs).logits[real])
+        assert_same(named[real], with_adapter(model, name, model, **inputs).logits[real])
     bare = causal_lm()(**inputs).logits
     assert torch.equal(model(**inputs, adapter_names=["__base__"] * 2).logits, bare)
     # Disabled is disabled, whatever the rows name.
@@ -197,7 +197,7 @@ def test_templates_of_their_own(kind: str) -> None:
     ids = torch.tensor([[5, 6, 90, 8, 9, 10], [5, 6, 7, 91, 92, 10], [5, 6, 90, 8, 91, 92]])
     mixed = model(ids, adapter_names=["a", "b", "c"]).logits
     for row, name in enumerate("abc"):
-        assert_same(mixed[row], alone(model, name, model, input_ids=ids[row : row + 1]).logits[0])
+        assert_same(mixed[row], with_adapter(model, name, model, input_ids=ids[row : row + 1]).logits[0])
     # A response that changes leaves what stands before it alone.
     changed = ids.clone()
     changed[0, 3:], changed[1, 5:] = torch.tensor([40, 41, 42]), 43
@@ -217,7 +217,7 @@ def test_instruction_mask_by_row(kind: str) -> None:
     for row, name in enumerate(NAMES):
         own = mask[row : row + 1, inputs["attention_mask"][row].bool()]
         how = {**row_of(inputs, row), **GREEDY, "num_beams": 2, "instruction_mask": own}
-        assert torch.equal(text[row, -NEW:], alone(model, name, model.generate, **how)[0, -NEW:])
+        assert torch.equal(text[row, -NEW:], with_adapter(model, name, model.generate, **how)[0, -NEW:])
 
 
 # ------------------------------------------------------------------------------------------------ what neighbours do not do

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from methods import KINDS, METHODS, at_the_first_layer
-from mixed_batches import GREEDY, alone, row_of, several
+from mixed_batches import GREEDY, several
 from peft import LoraConfig
-from tiny import assert_same, batch, causal_lm, pair
+from tiny import assert_same, batch, causal_lm, pair, row_of, with_adapter
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
@@ -52,7 +52,7 @@ def test_decoder_that_counts_its_own_positions(kind: str) -> None:
     mixed = model(**inputs, adapter_names=["a", "b"]).logits
     for row, name in enumerate("ab"):
         own = {**row_of(inputs, row), "decoder_input_ids": inputs["decoder_input_ids"][row : row + 1]}
-        assert_same(mixed[row], alone(model, name, model, **own).logits[0])
+        assert_same(mixed[row], with_adapter(model, name, model, **own).logits[0])
 
 
 @pytest.mark.parametrize("other", ["lora", *KINDS])

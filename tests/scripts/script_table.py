@@ -21,7 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,18 +39,12 @@ import trl_sft  # noqa: E402
 from common import Job, check, load  # noqa: E402
 from methods import METHODS  # noqa: E402
 from peft import LoraConfig, PeftConfig  # noqa: E402
+from table_cells import Cell, footnotes, parsed, reasons, written  # noqa: E402
 
 
 ROOT = HERE.parent.parent
 PAGE = ROOT / "docs" / "scripts.md"
 COLUMNS = ["lora", *METHODS]
-
-
-class Cell(NamedTuple):
-    """`what` is "works", "refused" or "fails"; `why` says it in a sentence."""
-
-    what: str
-    why: str = ""
 
 
 @dataclasses.dataclass
@@ -181,12 +175,7 @@ def table(results: dict[tuple[str, str], Cell], names: list[str], notes: list[st
     """A table in Markdown; reasons are added to `notes` and their numbers stand in the cells."""
     lines = [f"| method | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for method in COLUMNS:
-        cells = []
-        for name in names:
-            what, why = results[name, method]
-            if why and why not in notes:
-                notes.append(why)
-            cells.append(f"{what} [{notes.index(why) + 1}]" if why else what)
+        cells = [written(results[name, method], notes) for name in names]
         lines.append(f"| {title(method)} | {' | '.join(cells)} |")
     return lines
 
@@ -228,12 +217,12 @@ def page(results: dict[tuple[str, str], Cell]) -> str:
     lines += [
         "one. PEFT's notebook goes on to merge them (`add_weighted_adapter`), which prompts cannot: see [What works](conformance.md)."
     ]
-    return "\n".join([*lines, "", "## Reasons", "", *(f"{i}. {why}" for i, why in enumerate(notes, start=1)), ""])
+    return "\n".join([*lines, "", "## Reasons", "", *footnotes(notes), ""])
 
 
 def read(text: str) -> dict[tuple[str, str], Cell]:
     """The cells of a page."""
-    notes = dict(line.split(". ", 1) for line in text.partition("## Reasons")[2].splitlines() if ". " in line)
+    notes = reasons(text)
     methods = {title(method): method for method in COLUMNS}
     results, names = {}, []
     for line in text.splitlines():
@@ -242,8 +231,7 @@ def read(text: str) -> dict[tuple[str, str], Cell]:
             names = cells[1:]
         elif cells[0] in methods:
             for name, cell in zip(names, cells[1:]):
-                what, _, number = cell.partition(" ")
-                results[name, methods[cells[0]]] = Cell(what, notes[number.strip("[]")] if number else "")
+                results[name, methods[cells[0]]] = parsed(cell, notes)
     return results
 
 
