@@ -6,7 +6,7 @@ of several layers, start, number of slots and seed the loss of the fresh adapter
 
     python benchmarks/init_text.py
 
-trains 18 adapters (about 3 minutes each on two quiet CPU cores), one after the other, and writes each into the results file as
+trains 18 adapters (about 5 minutes each on one CPU core), one after the other, and writes each into the results file as
 soon as it is done. A run that was broken off goes on behind the last of them; a finished one only prints the table.
 """
 

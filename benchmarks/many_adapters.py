@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from bench import BATCH, decode
+from bench import decode
+from bench_methods import BATCH
 from peft import get_peft_model
 
 from peft_instance_prompt import IAPTConfig

@@ -113,7 +113,7 @@ def scores(results: Results, size: str, task_names: list[str], measure: str) -> 
         row.append(median(cell.get("train_cpu_seconds", cell["train_seconds"]) for cell in trained))
         row.append(median(cell["above_loaded_mb"] for cell in trained))
         rows.append(row)
-    if not rows:
+    if not rows or not columns:
         return NOTHING
     return table(["method", *(part for _, part in columns), "mean", "parameters", "s", "MB"], rows)
 

@@ -103,8 +103,8 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
     "iapt-slow-down": lambda **kw: IAPTConfig(activation="gelu", **kw),
 }
-# An output of the down-projection sums over the width of the model, so a step of Adam's moves it far more than a step of the same
-# size moves what sums over the bottleneck.
+# Each output of the down-projection is a sum over the width d of the model, each of the up-projection one over the bottleneck m. Adam
+# moves all weights alike, so the first moves about d / m times as far.
 FACTORS = {"iapt-slow-down": {"down": 0.1}}
 # One thing is changed in each: how many slots, where they stand, what they begin as, whether the activation is learned. They have no
 # control, and are tested with their own prompts only.
@@ -117,7 +117,7 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
 
 
 def _ours(name: str, condition: str, exchanged: bool = False) -> Method:
-    make = OURS.get(name) or VARIANTS[name]
+    make = {**OURS, **VARIANTS}[name]
 
     def config(setting: Setting) -> PeftConfig:
         made = make(task_type=setting.task_type, condition=condition)

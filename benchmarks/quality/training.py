@@ -42,15 +42,14 @@ def fit(
     for parameter in model.parameters():
         parameter.sum()  # weights are mapped from the file, and resident only once they are read
     memory = Memory(device)
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    body = [parameter for name, parameter in named if not is_head(name)]
-    head = [parameter for name, parameter in named if is_head(name)]
-    # A method that has nothing but the head searches the head's own rate.
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = [parameter for name, parameter in named.items() if is_head(name)]
+    body = {name: parameter for name, parameter in named.items() if not is_head(name)}
     by_factor: dict[float, list] = {}
-    for name, parameter in named:
-        if not is_head(name):
-            by_factor.setdefault(factors.get(name.rsplit(".", 1)[-1], 1.0), []).append(parameter)
+    for name, parameter in body.items():
+        by_factor.setdefault(factors.get(name.rpartition(".")[2], 1.0), []).append(parameter)
     groups = [{"params": some, "lr": rate * factor} for factor, some in by_factor.items()]
+    # A method that has nothing but the head searches the head's own rate.
     groups.append({"params": head, "lr": HEAD_RATE if body else rate})
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -59,7 +58,7 @@ def fit(
     for batch in batches:
         value = loss(model, batch)
         value.backward()
-        nn.utils.clip_grad_norm_(body + head, 1.0)
+        nn.utils.clip_grad_norm_(list(named.values()), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -70,6 +69,6 @@ def fit(
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,  # hardly depends on what else the machine does
         "above_loaded_mb": memory.above_start(),
-        "trainable": sum(parameter.numel() for parameter in body),
+        "trainable": sum(parameter.numel() for parameter in body.values()),
         "head": sum(parameter.numel() for parameter in head),
     }
