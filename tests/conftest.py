@@ -12,6 +12,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
+
+
+# An assertion that fails in one of these shows its values, as in a test.
+pytest.register_assert_rewrite(
+    "cases", "decoder_calls", "folders", "hub", "invariants_outputs", "invariants_state", "llama_calls"
+)
+
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from methods import KINDS, METHODS, SKIPS  # noqa: E402
