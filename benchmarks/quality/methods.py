@@ -102,6 +102,9 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "idspam": IDSPAMConfig,
     "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
     "iapt-slow-down": lambda **kw: IAPTConfig(activation="gelu", **kw),
+    # In all-MiniLM-L6-v2 the state of the first token, which IDPG and LPT read, hardly depends on the text below the last layer.
+    "m-idpg-mean": lambda **kw: IDPGConfig.preset("m-phm", instance_pooling="mean", **kw),
+    "lpt-appg": lambda **kw: LPTConfig(generator_type="appg", **kw),
 }
 # Each output of the down-projection is a sum over the width d of the model, each of the up-projection one over the bottleneck m. Adam
 # moves all weights alike, so the first moves about d / m times as far.
