@@ -12,185 +12,28 @@ What stands between `<!-- generated: NAME -->` and `<!-- end -->` is generated; 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 
-import torch
 from machine import RESULTS, ROOT
-from quality.command import numbers
-from quality.methods import METHODS, OURS
-from quality.statistics import paired_interval
+from quality.methods import OURS
+from quality.tables import (
+    NOTHING,
+    Results,
+    against_lora,
+    difference,
+    instance,
+    instance_by_task,
+    rates,
+    scores,
+    setups,
+)
 from quality.tasks import is_mixture
 
 
 PAGE = ROOT / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NOTHING = "No results yet.\n"
-LORA = "lora-r16"
-
-
-class Results:
-    """The cells of one suite on one model, by (task, size, method, seed)."""
-
-    def __init__(self, folder: Path):
-        loaded = [json.loads(file.read_text()) for file in sorted(folder.glob("*/*.json"))]
-        self.cells = {(r["task"], r["size"], r["method"], r["seed"]): r for r in loaded}
-        self.score = loaded[0]["score"] if loaded else None
-        self.methods = [name for name in METHODS if any(key[2] == name for key in self.cells)]
-        self.tasks = list(dict.fromkeys(key[0] for key in self.cells))
-
-    def of(self, task: str, size: str, method: str) -> list[dict]:
-        return [self.cells[key] for key in sorted(self.cells) if key[:3] == (task, size, method)]
-
-    def values(self, task: str, size: str, method: str, measure: str, prompts: str = "own") -> dict:
-        """By part of the task and seed, the value of each test instance; `free text` is scored by what was written."""
-        found: dict[str, dict[int, torch.Tensor]] = {}
-        for cell in self.of(task, size, method):
-            for part, by_prompt in cell["test"].items():
-                values = by_prompt.get(prompts, {}).get(measure)
-                if values is not None:
-                    found.setdefault(part, {})[cell["seed"]] = torch.tensor(numbers(values), dtype=torch.float64)
-        return found
-
-
-def difference(
-    results: Results, size: str, one: tuple, other: tuple, measure: str, tasks: list[str], only: str | None = None
-):
-    """
-    Mean and interval of one minus other, each (method, prompts), over the tasks and seeds that both have; None without any.
-    `only` is a part of a mixture.
-    """
-    tables = []
-    for task in tasks:
-        left = results.values(task, size, one[0], measure, one[1])
-        right = results.values(task, size, other[0], measure, other[1])
-        parts = []
-        for part in left if only is None else [only]:
-            seeds = sorted(set(left.get(part, {})) & set(right.get(part, {})))
-            if seeds:
-                parts.append(torch.stack([left[part][s] - right[part][s] for s in seeds]))
-        tables += parts
-    return (paired_interval(tables), len(tables)) if tables else None
-
-
-def shown(found, percent: bool = True) -> str:
-    if found is None:
-        return "-"
-    (mean, low, high), count = found
-    factor, digits = (100, 1) if percent else (1, 3)
-    text = f"{factor * mean:+.{digits}f} [{factor * low:+.{digits}f}, {factor * high:+.{digits}f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
-
-
-def scores(results: Results, size: str, task_names: list[str], measure: str) -> str:
-    """Mean over seeds of each method on each task, in percent, with what it took."""
-    columns = [(task, part) for task in task_names for part in parts_of(results, size, task, measure)]
-    rows = []
-    for method in results.methods:
-        cells = [cell for task in task_names for cell in results.of(task, size, method)]
-        if not cells:
-            continue
-        row, means = [method], []
-        for task, part in columns:
-            by_seed = results.values(task, size, method, measure).get(part)
-            if by_seed is None:
-                row.append("-")
-                continue
-            seeds = [values.mean().item() * 100 for values in by_seed.values()]
-            means.append(sum(seeds) / len(seeds))
-            spread = f" ± {torch.tensor(seeds).std().item():.1f}" if len(seeds) > 1 else ""
-            row.append(f"{means[-1]:.1f}{spread}")
-        row.append(f"{sum(means) / len(means):.1f}" if means and len(means) == len(columns) else "-")
-        trained = [cell for cell in cells if "trainable" in cell]
-        row.append(f"{trained[0]['trainable']:,}" if trained else "0")
-        row.append(median(cell.get("train_cpu_seconds", cell["train_seconds"]) for cell in trained))
-        row.append(median(cell["above_loaded_mb"] for cell in trained))
-        rows.append(row)
-    if not rows or not columns:
-        return NOTHING
-    return table(["method", *(part for _, part in columns), "mean", "parameters", "s", "MB"], rows)
-
-
-def parts_of(results: Results, size: str, task: str, measure: str) -> list[str]:
-    names = [list(results.values(task, size, method, measure)) for method in results.methods]
-    return max(names, key=len, default=[])
-
-
-def median(values) -> str:
-    ordered = sorted(values)
-    return f"{ordered[len(ordered) // 2]:.0f}" if ordered else "-"
-
-
-def instance(results: Results, size: str, task_names: list[str], measure: str, percent: bool = True) -> str:
-    """Own prompts against the constant control, and against prompts that are exchanged."""
-    names = [name for name in OURS if name in results.methods]
-    exchanged = ["shuffled", "mean", "none"]
-    if any(
-        "shuffled over tasks" in part
-        for cell in results.cells.values()
-        if cell["task"] in task_names
-        for part in cell["test"].values()
-    ):
-        exchanged[2:2] = ["shuffled over tasks", "mean over tasks"]
-    rows = []
-    for name in names:
-        own = (name, "own")
-        control = difference(results, size, own, (f"{name}-constant", "own"), measure, task_names)
-        others = [difference(results, size, own, (name, prompts), measure, task_names) for prompts in exchanged]
-        if any((control, *others)):
-            rows.append([name, *(shown(found, percent) for found in (control, *others))])
-    return table(["method", "own - constant", *(f"own - {p}" for p in exchanged)], rows) if rows else NOTHING
-
-
-def instance_by_task(results: Results, size: str, task_names: list[str], measure: str) -> str:
-    columns = [(task, part) for task in task_names for part in parts_of(results, size, task, measure)]
-    rows = []
-    for name in OURS:
-        sides = (name, "own"), (f"{name}-constant", "own")
-        row = [shown(difference(results, size, *sides, measure, [task], part)) for task, part in columns]
-        if set(row) != {"-"}:
-            rows.append([name, *row])
-    return table(["own - constant", *(part for _, part in columns)], rows) if rows else NOTHING
-
-
-def against_lora(results: Results, size: str, task_names: list[str], measure: str) -> str:
-    columns = [(task, part) for task in task_names for part in parts_of(results, size, task, measure)]
-    rows = []
-    for name in results.methods:
-        sides = (name, "own"), (LORA, "own")
-        if name in (LORA, "zero-shot") or not (over := difference(results, size, *sides, measure, task_names)):
-            continue
-        each = [difference(results, size, *sides, measure, [task], part) for task, part in columns]
-        rows.append([name, *(shown(found) for found in (over, *each))])
-    return table([f"minus {LORA}", "all tasks", *(part for _, part in columns)], rows) if rows else NOTHING
-
-
-def rates(results: Results) -> str:
-    """How often each learning rate won on dev, and a mark where the winner lies at an edge of those tried."""
-    rows = []
-    for method in results.methods:
-        first = [cell for key, cell in results.cells.items() if key[2] == method and key[3] == 0 and "tried" in cell]
-        if not first:
-            continue
-        tried = sorted({t["rate"] for cell in first for t in cell["tried"]})
-        won = [sum(cell["rate"] == rate for cell in first) for rate in tried]
-        rows.append([method, ", ".join(f"{rate:g}: {n}" for rate, n in zip(tried, won))])
-    return table(["method", "learning rate: how often the best on dev"], rows) if rows else NOTHING
-
-
-def setups(results: Results) -> str:
-    keys = ("model", "device", "threads", "torch", "transformers", "peft", "peft_instance_prompt", "revision")
-    found = sorted({", ".join(f"{key} {cell['setup'].get(key)}" for key in keys) for cell in results.cells.values()})
-    shapes = sorted({(c["task"], c["steps"], c["batch_size"]) for c in results.cells.values() if c["steps"]})
-    steps = sorted({f"{steps} steps of {size}" for _, steps, size in shapes})
-    return "".join(f"- {line}\n" for line in found) + f"- {'; '.join(steps)}\n" if found else NOTHING
 
 
 def blocks(folder: Path) -> dict[str, str]:

@@ -114,9 +114,10 @@ def _trained(plan: Plan, cell: Cell, task: Task) -> dict:
     model, record, rate = kept
     start = time.perf_counter()
     exchanged = METHODS[cell.method].exchanged
-    test = {part.name: tested(plan.suite, model, part, exchanged) for part in task.each()}
+    spread: dict[int, float] = {}
+    test = {part.name: tested(plan.suite, model, part, exchanged, spread) for part in task.each()}
     if len(task.each()) > 1 and exchanged:
-        add_prompts_of_other_tasks(plan.suite, model, task, test)
+        add_prompts_of_other_tasks(plan.suite, model, task, test, spread)
     return {
         "rate": rate,
         "tried": tried,
@@ -126,6 +127,8 @@ def _trained(plan: Plan, cell: Cell, task: Task) -> dict:
         "train_cpu_seconds": round(record["cpu_seconds"], 2),
         "test_seconds": round(time.perf_counter() - start, 2),
         "above_loaded_mb": round(record["above_loaded_mb"], 1),
+        # how far the generated vectors of the test's instances differ, by layer: of a mixture, over all tasks
+        **({"spread": {depth: round(share, 4) for depth, share in spread.items()}} if spread else {}),
         "test": test,
     }
 
@@ -166,11 +169,13 @@ def summary(values: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: value.double().mean().item() for name, value in values.items()}
 
 
-def tested(suite: object, model: torch.nn.Module, task: Task, exchanged: bool) -> dict[str, dict[str, str]]:
+def tested(
+    suite: object, model: torch.nn.Module, task: Task, exchanged: bool, spread: dict[int, float]
+) -> dict[str, dict[str, str]]:
     """The test split, by prompt: each instance's own, and where prompts differ by instance another's, the mean, and none."""
     examples = task.splits["test"]
     if exchanged:
-        found = reported(suite, model, task, examples)
+        found = reported(suite, model, task, examples, spread)
     else:
         found = {"own": evaluate(suite, model, task, "test")}
     found["own"].update(suite.generate(model, task, examples) or {})
@@ -182,14 +187,20 @@ def told(task: Task, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: value for name, value in values.items() if task.labels or name != "accuracy"}
 
 
-def reported(suite: object, model: torch.nn.Module, task: Task, examples: list[dict]) -> dict[str, dict]:
+def reported(
+    suite: object, model: torch.nn.Module, task: Task, examples: list[dict], spread: dict[int, float]
+) -> dict[str, dict]:
+    """Losses and scores by prompt. `spread` gets that of the instances."""
     metric = suite.metric(task)
     report = instance_report(model, loader(suite, task, examples), metric=metric, resamples=1)
+    spread.update(report.spread)
     packed, losses = report.values[metric.__name__], report.values["loss"]
     return {prompts: {"loss": losses[prompts], **suite.unpack(packed[prompts])} for prompts in packed}
 
 
-def add_prompts_of_other_tasks(suite: object, model: torch.nn.Module, task: Task, test: dict) -> None:
+def add_prompts_of_other_tasks(
+    suite: object, model: torch.nn.Module, task: Task, test: dict, spread: dict[int, float]
+) -> None:
     """Of a mixture: the prompt of an instance of any task, and the mean over all tasks. Rows of all tasks stand in each batch.
 
     Without the labels of one task there is no `accuracy` among them.
@@ -198,7 +209,7 @@ def add_prompts_of_other_tasks(suite: object, model: torch.nn.Module, task: Task
         (i / len(part.splits["test"]), part.name, i) for part in task.each() for i in range(len(part.splits["test"]))
     )
     by_name = {part.name: part for part in task.each()}
-    found = reported(suite, model, task, [by_name[name].splits["test"][i] for _, name, i in mixed])
+    found = reported(suite, model, task, [by_name[name].splits["test"][i] for _, name, i in mixed], spread)
     for name in by_name:
         rows = sorted((i, row) for row, (_, other, i) in enumerate(mixed) if other == name)
         pick = torch.tensor([row for _, row in rows])

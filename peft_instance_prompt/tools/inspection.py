@@ -111,11 +111,12 @@ def generated_parts(
     for batch in batches:
         made = record(model, batch)
         for depth, parts in found.items():
-            parts.append(_generated(generator, made[depth]))
+            parts.append(generated_part(generator, made[depth]))
     return {depth: torch.cat(parts) for depth, parts in found.items()}
 
 
-def _generated(generator: PromptGenerator, made: Generated) -> torch.Tensor:
+def generated_part(generator: PromptGenerator, made: Generated) -> torch.Tensor:
+    """As [`generated_parts`], of one depth of a batch: shape (B, l, d)."""
     values = made.values.detach().float()  # (B, l, d)
     text = generator.text_state(generator.weights(made.depth))  # (l, d) or None
     start = generator.start(made.instances, made.depth) if text is None else text.detach()  # or (B, 1, d)

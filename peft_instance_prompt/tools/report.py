@@ -24,7 +24,7 @@ from ..engine.intercept import Generated, intercept
 from ..engine.request import note
 from ..generator import INPUT, PromptGenerator
 from . import report_html
-from .inspection import Reading, active_generator, evaluating, readings, record
+from .inspection import Reading, active_generator, evaluating, generated_part, readings, record
 
 
 PROMPTS = ("own", "shuffled", "mean", "none")
@@ -42,6 +42,8 @@ class InstanceReport:
         seed (`int`): The seed of the resampling.
         subject (`str`): What was measured, in words.
         readings (`list[Reading]`): What the prompt vectors read of the first instances, if there was a tokenizer.
+        spread (`dict[int, float]`): By depth, how far the generated parts of the prompts lie from their mean, over their
+            size (both root mean squares over instances): 0 if they are the same for all instances, 1 if they have nothing in common.
     """
 
     values: dict[str, dict[str, torch.Tensor]]
@@ -50,6 +52,7 @@ class InstanceReport:
     seed: int
     subject: str = ""
     readings: list[Reading] = field(default_factory=list)
+    spread: dict[int, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.values["loss"]["own"])
@@ -80,7 +83,13 @@ class InstanceReport:
         """The summary, the setting and the value of each instance, as JSON."""
         setting = {"instances": len(self), "level": self.level, "resamples": self.resamples, "seed": self.seed}
         values = {m: {p: value.tolist() for p, value in by_prompt.items()} for m, by_prompt in self.values.items()}
-        return json.dumps({**setting, "summary": self.summary(), "values": values}, indent=2)
+        return json.dumps({**setting, "summary": self.summary(), "spread": self.spread, "values": values}, indent=2)
+
+    def spread_in_words(self) -> str:
+        """How much the generated vectors differ between instances, in a sentence."""
+        shares = sorted(self.spread.values())
+        span = f"{shares[0]:.1%}" if shares[0] == shares[-1] else f"{shares[0]:.1%} to {shares[-1]:.1%}, by layer,"
+        return f"The generated vectors differ between instances by {span} of their size."
 
     def to_html(self, path: str | os.PathLike | None = None) -> str:
         """The report as a page that needs nothing else: table, chart, and what the prompt vectors read of some texts.
@@ -104,6 +113,7 @@ class InstanceReport:
             cells = (by_name[name] for by_name in summary.values())
             texts = (f"{c['mean']:.4f} [{c['low']:.4f}, {c['high']:.4f}]" for c in cells)
             lines.append(f"{name:<16}" + "".join(f"{text:<28}" for text in texts).rstrip())
+        lines += [self.spread_in_words()] if self.spread else []
         return "\n".join(lines)
 
 
@@ -129,7 +139,8 @@ def instance_report(
     - `mean`: the mean over all instances of these vectors, the same for each;
     - `none`: no prompt. Everything else that was trained, such as a classification head, stays.
 
-    If `own` is no better than `shuffled` and `mean`, the adapter has learned a prompt for the task and not for the instance.
+    If `own` is no better than `shuffled` and `mean`, the adapter has learned a prompt for the task and not for the instance. The
+    report's `spread` says whether the prompts differ at all.
 
     Args:
         model (`nn.Module`): The model with an active adapter, e.g. a [`~peft.PeftModel`].
@@ -175,10 +186,13 @@ def instance_report(
     shown: list[Reading] = []
     picks = torch.Generator().manual_seed(seed)
     total: dict[int | None, torch.Tensor] = {}
+    spread = Spread(generator)
     with evaluating(model):
         for number, batch in enumerate(batches):
             rows = count_rows(batch)
-            own = recorded(model, batch)
+            made = record(model, batch)
+            own = exchangeable(made)
+            spread.add(made)
             for depth, values in own.items():
                 total[depth] = total.get(depth, 0) + values.double().sum(dim=0)
             measure("own", batch)
@@ -188,7 +202,7 @@ def instance_report(
             donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: none gets its own
             others = own
             if rows == 1:  # the batch before it lends its first row
-                others, donors = recorded(model, batches[number - 1]), torch.tensor([0])
+                others, donors = exchangeable(record(model, batches[number - 1])), torch.tensor([0])
             with intercept(partial(lent, others, donors=donors)):
                 measure("shuffled", batch)
             with note(adapter_names=("__base__",) * rows):
@@ -201,7 +215,32 @@ def instance_report(
             for batch in batches:
                 measure("mean", batch)
     by_measure = {m: {name: torch.cat(lists[name]) for name in PROMPTS} for m, lists in found.items()}
-    return InstanceReport(by_measure, level, resamples, seed, describe(generator), shown)
+    return InstanceReport(by_measure, level, resamples, seed, describe(generator), shown, spread.shares())
+
+
+class Spread:
+    """Sums over instances, from which the spread of what is generated follows (see [`InstanceReport`])."""
+
+    def __init__(self, generator: PromptGenerator):
+        self.generator = generator
+        self.sums: dict[int, torch.Tensor] = {}
+        self.squares: dict[int, float] = {}
+        self.count = 0
+
+    def add(self, made: Mapping[int | None, Generated]) -> None:
+        for depth in self.generator.depths:
+            parts = generated_part(self.generator, made[depth]).double()  # (B, l, d)
+            self.sums[depth] = self.sums.get(depth, 0) + parts.sum(dim=0)  # (l, d)
+            self.squares[depth] = self.squares.get(depth, 0.0) + float(parts.square().sum())
+        self.count += len(parts)
+
+    def shares(self) -> dict[int, float]:
+        found = {}
+        for depth, total in self.sums.items():
+            size = self.squares[depth] / self.count
+            common = float((total / self.count).square().sum())
+            found[depth] = max(0.0, 1 - common / size) ** 0.5 if size else 0.0
+        return found
 
 
 def describe(generator: PromptGenerator) -> str:
@@ -212,9 +251,8 @@ def describe(generator: PromptGenerator) -> str:
     return f"{generator.config.peft_type.value}, {generator.num_slots} prompt vectors at {places}"
 
 
-def recorded(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, torch.Tensor]:
+def exchangeable(made: Mapping[int | None, Generated]) -> dict[int | None, torch.Tensor]:
     # The input of IPT's encoders is as long as the batch's longest row. Their prompt vectors are exchanged anyway.
-    made = record(model, batch)
     return {depth: m.values for depth, m in made.items() if depth is not None or m.values.dim() == 2}
 
 

@@ -64,10 +64,11 @@ def make_page(report: InstanceReport) -> str:
     summary = report.summary()
     method = f"{escape(report.subject)}. " if report.subject else ""
     setting = f"{len(report)} instances, {report.level:.0%} intervals of {report.resamples} bootstrap resamples (seed {report.seed})."
+    spread = [report.spread_in_words()] if report.spread else []
     body = [
         "<h1>Did the instance matter?</h1>",
         f'<p class="soft">{method}{setting}</p>',
-        f'<div class="answer">{"".join(f"<p>{line}</p>" for line in answer(summary))}</div>',
+        f'<div class="answer">{"".join(f"<p>{line}</p>" for line in answer(summary) + spread)}</div>',
         "<h2>The same data with four prompts</h2>",
         f"<dl>{''.join(f'<dt>{name}</dt><dd>{text}</dd>' for name, text in MEANING.items())}</dl>",
         *(chart(measure, by_name) for measure, by_name in summary.items()),

@@ -24,6 +24,7 @@ def write(folder: Path, method: str, seed: int, own: str, **more: str) -> None:
         **{"task": "movie", "size": "full", "method": method, "seed": seed, "score": "accuracy", "rate": 0.01},
         **{"steps": 5, "batch_size": 2, "trainable": 1234, "train_seconds": 2.0, "above_loaded_mb": 7.0},
         **{"tried": [{"rate": 0.01, "score": 1.0}, {"rate": 0.02, "score": 0.5}], "setup": {"model": "m"}},
+        **({"spread": {"0": 0.005 + seed / 10, "1": 0.25 - seed / 10}} if more else {}),
         "test": {
             "movie": {
                 name: {"accuracy": values, "loss": " ".join("0.5" for _ in values)} for name, values in prompts.items()
@@ -55,18 +56,23 @@ def results(tmp_path: Path) -> Path:
 
 def test_tables(results: Path) -> None:
     made = report.blocks(results)
+    assert made == report.blocks(results)  # always the same
     prefix = "quality_encoder.m.tasks-full"
     scores = made[f"{prefix}.scores-accuracy"].splitlines()
     assert "| lora-r16 | 95.0 ± 1.4 | 95.0 | 1,234 | 2 | 7 |" in scores
     assert "| iapt | 90.0 ± 0.0 | 90.0 | 1,234 | 2 | 7 |" in scores
     (row,) = [line for line in made[f"{prefix}.instance"].splitlines() if line.startswith("| iapt |")]
-    control, shuffled, mean, none = row.strip("|").split("|")[1:]
+    control, shuffled, mean, none, spread = row.strip("|").split("|")[1:]
     assert control.strip().startswith("**+10.0 [") and shuffled.strip().startswith("**+40.0 [")  # bold: not by chance
     assert mean.strip() == "+0.0 [+0.0, +0.0]" and none.strip().startswith("**+90.0 [")
+    assert spread.strip() == "0.5 to 25.0"
     (row,) = [line for line in made[f"{prefix}.lora"].splitlines() if line.startswith("| iapt |")]
-    assert "-5.0 [" in row
+    assert "-5.0 [" in row and "minus lora-r16" in made[f"{prefix}.lora"]
+    for seed in (0, 1):
+        write(results, "lora-r8-qv", seed, "1" * 88 + "0" * 12)
+        (results / "quality_encoder" / "m" / "movie-full" / f"lora-r16-seed{seed}.json").unlink()
+    assert "| minus lora-r8-qv |" in report.blocks(results)[f"{prefix}.lora"]
     assert "| iapt | 0.01: 1, 0.02: 0 |" in made["quality_encoder.m.rates"]
-    assert made == report.blocks(results)  # always the same
 
 
 def test_a_mixture_is_compared_part_by_part(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_text_and_json():
     lines = str(report).splitlines()
     assert "4 instances" in lines[0] and lines[1].split() == ["prompt", "loss", "accuracy"]
     names = ["own", "shuffled", "mean", "none", "own - shuffled", "own - mean", "own - none"]
-    assert [line[:16].strip() for line in lines[2:]] == names
+    assert [line[:16].strip() for line in lines[2:-1]] == names
     assert f"{report.values['loss']['own'].mean():.4f} [" in lines[2]
     read = json.loads(report.to_json())
     assert read["values"]["loss"]["none"] == report.values["loss"]["none"].tolist()
@@ -227,6 +227,38 @@ def test_what_is_read_of_the_first_texts():
     assert instance_report(model, data, resamples=10).readings == []
     assert instance_report(adapted("lpt"), data, resamples=10).subject.endswith("prompt vectors at layer 1")
     assert instance_report(adapted("ipt"), data, resamples=10).subject.endswith("prompt vectors at the input")
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_spread(batch_size):
+    """The distance of what stands in the slots from its mean, over its size, whatever the batches."""
+    model, data = adapted(init_weights="paper"), rows(5)  # whose vectors are generated as a whole
+    report = instance_report(model, data, batch_size=batch_size, resamples=10)
+    states = with_slots(model, data)[1]
+    assert list(report.spread) == list(states)
+    for depth, values in states.items():
+        values = values.flatten(1).double()
+        apart, size = (values - values.mean(dim=0)).square().sum(), values.square().sum()
+        assert report.spread[depth] == pytest.approx((apart / size).sqrt().item(), rel=1e-4)
+    low, high = min(report.spread.values()), max(report.spread.values())
+    words = f"differ between instances by {low:.1%} to {high:.1%}, by layer, of their size."
+    assert str(report).endswith(words) and words in report.to_html()
+    assert json.loads(report.to_json())["spread"] == {str(depth): share for depth, share in report.spread.items()}
+
+
+def test_spread_is_that_of_the_generated_part(kind):
+    """Not of the base state, which is large: here it differs between the rows, and a constant has no spread all the same."""
+    data = rows(4)
+    for number, row in enumerate(data):
+        row["input_ids"][0] = 3 + number
+    fresh = instance_report(adapted(kind, init_weights=True), data, batch_size=2, resamples=10)
+    assert all(share < 1e-3 for share in fresh.spread.values())  # of a fresh adapter, 0
+    blind = tiny.perturb(adapted(kind, condition="constant", init_weights=True))
+    assert all(share < 1e-3 for share in instance_report(blind, data, batch_size=2, resamples=10).spread.values())
+    seeing = tiny.perturb(adapted(kind, init_weights=True))
+    largest = max(instance_report(seeing, data, batch_size=2, resamples=10).spread.values())
+    # by default, dynamic prompting chooses places for vectors that are the same for all
+    assert (largest > 1e-2) != (kind == "dynamic_prompt")
 
 
 def test_page(tmp_path):
