@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from machine import RESULTS, ROOT
-from quality.methods import OURS
+from quality.methods import CONTROLS, OURS
 from quality.tables import (
     NOTHING,
     Results,
@@ -78,9 +78,9 @@ def picture(results: Results, size: str, file: Path) -> None:
     tasks = [task for task in results.tasks if any(key[:2] == (task, size) for key in results.cells)]
     figure, ax = plt.subplots(figsize=(7, 3.2))
     names = [name for name in OURS if name in results.methods]
-    for offset, (label, other) in enumerate((("constant", "-constant"), ("shuffled", None), ("mean", None))):
+    for offset, label in enumerate(("constant", "shuffled", "mean")):
         for row, name in enumerate(names):
-            right = (f"{name}{other}", "own") if other else (name, label)
+            right = (CONTROLS[name], "own") if label == "constant" else (name, label)
             found = difference(results, size, (name, "own"), right, results.score, tasks)
             if found:
                 (mean, low, high), _ = found

@@ -106,6 +106,8 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "m-idpg-mean": lambda **kw: IDPGConfig.preset("m-phm", instance_pooling="mean", **kw),
     "lpt-appg": lambda **kw: LPTConfig(generator_type="appg", **kw),
 }
+# A control, whose generator reads a learned constant, is the same however the states would have been pooled.
+CONTROLS = {name: "m-idpg-constant" if name == "m-idpg-mean" else f"{name}-constant" for name in OURS}
 # Each output of the down-projection is a sum over the width d of the model, each of the up-projection one over the bottleneck m. Adam
 # moves all weights alike, so the first moves about d / m times as far.
 FACTORS = {"iapt-slow-down": {"down": 0.1}}
@@ -147,5 +149,5 @@ METHODS: dict[str, Method] = {
     "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),
     **{name: _ours(name, "instance", exchanged=True) for name in OURS},
     **{name: _ours(name, "instance") for name in VARIANTS},
-    **{f"{name}-constant": _ours(name, "constant") for name in OURS},
+    **{control: _ours(control.removesuffix("-constant"), "constant") for control in CONTROLS.values()},
 }

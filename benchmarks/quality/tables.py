@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from quality.command import numbers
-from quality.methods import METHODS, OURS
+from quality.methods import CONTROLS, METHODS, OURS
 from quality.statistics import paired_interval
 
 
@@ -129,7 +129,7 @@ def instance(results: Results, size: str, task_names: list[str], measure: str, p
     rows = []
     for name in names:
         own = (name, "own")
-        control = difference(results, size, own, (f"{name}-constant", "own"), measure, task_names)
+        control = difference(results, size, own, (CONTROLS[name], "own"), measure, task_names)
         others = [difference(results, size, own, (name, prompts), measure, task_names) for prompts in exchanged]
         if any((control, *others)):
             rows.append(
@@ -154,7 +154,7 @@ def instance_by_task(results: Results, size: str, task_names: list[str], measure
     columns = [(task, part) for task in task_names for part in parts_of(results, size, task, measure)]
     rows = []
     for name in OURS:
-        sides = (name, "own"), (f"{name}-constant", "own")
+        sides = (name, "own"), (CONTROLS[name], "own")
         row = [shown(difference(results, size, *sides, measure, [task], part)) for task, part in columns]
         if set(row) != {"-"}:
             rows.append([name, *row])

@@ -26,7 +26,7 @@ from quality.causal import Causal, overlap_f1  # noqa: E402
 from quality.cells import Cell  # noqa: E402
 from quality.command import CORE, cells, numbers  # noqa: E402
 from quality.encoder import Encoder  # noqa: E402
-from quality.methods import METHODS, OURS, VARIANTS, Setting  # noqa: E402
+from quality.methods import CONTROLS, METHODS, OURS, VARIANTS, Setting  # noqa: E402
 from quality.statistics import paired_interval  # noqa: E402
 from quality.tasks import Task  # noqa: E402
 from quality.training import HEAD_RATE, fit  # noqa: E402
@@ -83,7 +83,7 @@ def test_a_head_chooses_among_the_labels_of_all_tasks_of_a_mixture(monkeypatch) 
 
 def test_only_prompts_that_differ_by_instance_are_exchanged() -> None:
     assert {name for name, method in METHODS.items() if method.exchanged} == set(OURS)
-    ours = {*OURS, *VARIANTS, *(f"{name}-constant" for name in OURS)}
+    ours = {*OURS, *VARIANTS, *CONTROLS.values()}
     assert {name for name, method in METHODS.items() if method.ours} == ours
 
 
@@ -99,7 +99,7 @@ def test_most_telling_cells_first_and_seed_0_before_the_others() -> None:
 
 
 def test_each_method_of_ours_has_a_control_and_as_many_rates() -> None:
-    assert all(f"{name}-constant" in METHODS for name in OURS)
+    assert set(CONTROLS) == set(OURS) and set(CONTROLS.values()) <= set(METHODS)
     assert {len(method.rates) for name, method in METHODS.items() if name != "zero-shot"} == {3}
 
 
