@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes the tables and pictures of docs/evidence.md from the results of the quality suites.
+Writes the tables and pictures of docs/evidence.md from the results of the quality suites and of serving_cost.py.
 
     python benchmarks/report.py            # writes
     python benchmarks/report.py --check    # exit code 1 if what is written is not what the results give
@@ -30,6 +30,7 @@ from quality.tables import (
     setups,
 )
 from quality.tasks import is_mixture
+from serving_tables import blocks as serving_blocks
 
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -38,7 +39,7 @@ BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def blocks(folder: Path) -> dict[str, str]:
     """All generated blocks, by name: `SUITE.MODEL.WHAT`."""
-    made = {}
+    made = serving_blocks(folder)
     for path in sorted(p for p in folder.glob("quality_*/*") if p.is_dir()):
         results = Results(path)
         if not results.cells:

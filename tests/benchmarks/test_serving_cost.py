@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import serving_cost  # noqa: E402
+import serving_tables  # noqa: E402
 
 
 def test_growth_finds_the_law_that_the_times_follow() -> None:
@@ -41,11 +42,42 @@ def test_growth_finds_the_law_that_the_times_follow() -> None:
         serving_cost.growth(groups[:1], "per_token")
 
 
+def measured(median: float, *ratios: float) -> dict:
+    return {"median": median, "ratio": sorted(ratios)[len(ratios) // 2], "ratios": ratios}
+
+
+def test_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "serving_cost" / "m-cpu-float32"
+    folder.mkdir(parents=True)
+    for tenants in (8, 1):
+        methods = {"bare": measured(1234.4, 1, 1, 1), "iapt": measured(1300, 1.1, 1.04, 1.06 * tenants)}
+        group = {
+            **{"kind": "serving", "tenants": tenants, "tokens": 32, "refused": {"prompt-tuning": "no"}},
+            "methods": {name: {"first_token": value} for name, value in methods.items()},
+            "sizes": {"bare": {"adapter_bytes": 0, "slots": 0}, "iapt": {"adapter_bytes": 2_220_960, "slots": 4}},
+            "setup": {"model": "m", "threads": 1},
+        }
+        (folder / f"serving-{tenants}-32.json").write_text(json.dumps(group))
+    made = serving_tables.blocks(tmp_path)
+    assert made["serving_cost.m-cpu-float32.first_token"].splitlines() == [
+        "|  | 32 tokens, 1 tenant | 32 tokens, 8 tenants |",
+        "|---|---|---|",
+        "| bare | 1,234 ms | 1,234 ms |",
+        "| prompt-tuning | refused | refused |",
+        "| iapt | 1.06 (1.04 to 1.10) | 1.10 (1.04 to 8.48) |",
+    ]
+    assert "| iapt | 2.22 MB | 4 |" in made["serving_cost.m-cpu-float32.sizes"]
+    assert "model m," in made["serving_cost.m-cpu-float32.setup"]
+    assert "serving_cost.m-cpu-float32.step" not in made  # no training was measured
+    assert serving_tables.blocks(tmp_path / "nothing") == {}
+
+
 def test_smoke_run_can_be_resumed(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "serving_cost.py"), "--smoke", "--results", str(tmp_path)]
+    folder = tmp_path / "serving_cost" / "tiny"
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving_cost.py"), "--smoke", "--results", str(folder)]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-3000:]
-    found = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    found = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
     assert sorted(found) == ["serving-1-8", "serving-3-8", "training-16", "training-16-ckpt"]
     ours = {"iapt", "iapt-16-tokens", "iapt-128", "m-idpg", "s-idpg", "ipt", "dp", "lpt", "idspam"}
     assert all(ours | {"bare", "lora-r16"} <= set(group["methods"]) for group in found.values())
@@ -55,10 +87,9 @@ def test_smoke_run_can_be_resumed(tmp_path: Path) -> None:
     )
     # 4 layers: two projections of 64 by 16, a pooling of 16 by 4, and 12 coefficients
     assert found["serving-1-8"]["sizes"]["iapt"] == {"adapter_bytes": 4 * 4 * (2 * 64 * 16 + 16 * 4 + 12), "slots": 4}
-    (tmp_path / "training-16.json").unlink()
+    (folder / "training-16.json").unlink()
     again = subprocess.run(command, capture_output=True, text=True)
     assert (
-        again.returncode == 0
-        and "3 of 4 groups are there" in again.stdout
-        and (tmp_path / "training-16.json").is_file()
+        again.returncode == 0 and "3 of 4 groups are there" in again.stdout and (folder / "training-16.json").is_file()
     )
+    assert "| lora-r16 | " in serving_tables.blocks(tmp_path)["serving_cost.tiny.step"]

@@ -1,0 +1,67 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of docs/evidence.md on what serving and training cost, from the groups that serving_cost.py has measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quality.tables import table
+from serving_models import METHODS
+
+
+def blocks(folder: Path) -> dict[str, str]:
+    """By name, `serving_cost.MODEL.WHAT`. Without results there are none."""
+    made = {}
+    for path in sorted(p for p in folder.glob("serving_cost/*") if p.is_dir()):
+        groups = [json.loads(file.read_text()) for file in sorted(path.glob("*.json"))]
+        groups.sort(key=lambda g: (g["tokens"], g.get("tenants", 0), g.get("checkpointing", False)))
+        serving = {
+            f"{g['tokens']} tokens, {g['tenants']} tenant{'s' * (g['tenants'] > 1)}": g
+            for g in groups
+            if g["kind"] == "serving"
+        }
+        training = {
+            f"{g['tokens']} tokens{', checkpointing' * g['checkpointing']}": g
+            for g in groups
+            if g["kind"] == "training"
+        }
+        for kind, measures in ((serving, ("first_token", "per_token")), (training, ("step", "memory_mb"))):
+            for measure in measures if kind else ():
+                made[f"serving_cost.{path.name}.{measure}"] = ratios(kind, measure)
+        if serving:
+            made[f"serving_cost.{path.name}.sizes"] = sizes(serving)
+        made[f"serving_cost.{path.name}.setup"] = setups(groups)
+    return made
+
+
+def ratios(groups: dict[str, dict], measure: str) -> str:
+    """Each method's median ratio to the bare model, least and most of the rounds behind it; the bare model in its own unit."""
+    rows = []
+    for name in METHODS:
+        row = [name]
+        for group in groups.values():
+            found = group["methods"].get(name, {}).get(measure)
+            if found is None:
+                row.append("refused" if name in group["refused"] else "-")
+            elif name == "bare":
+                row.append(f"{found['median']:,.0f} {'MB' if measure == 'memory_mb' else 'ms'}")
+            else:
+                row.append(f"{found['ratio']:.2f} ({min(found['ratios']):.2f} to {max(found['ratios']):.2f})")
+        if set(row[1:]) != {"-"}:
+            rows.append(row)
+    return table(["", *groups], rows)
+
+
+def sizes(groups: dict[str, dict]) -> str:
+    """What a tenant adds: its adapter, and the slots that it has in the cache of a row."""
+    found = {name: size for group in groups.values() for name, size in group["sizes"].items() if name != "bare"}
+    rows = [[n, f"{found[n]['adapter_bytes'] / 1e6:.2f} MB", str(found[n]["slots"])] for n in METHODS if n in found]
+    return table(["", "adapter", "slots"], rows)
+
+
+def setups(groups: list[dict]) -> str:
+    keys = ("model", "dtype", "device", "threads", "torch", "transformers", "peft", "revision")
+    found = sorted({", ".join(f"{key} {group['setup'].get(key)}" for key in keys) for group in groups})
+    return "".join(f"- {line}\n" for line in found)
