@@ -22,9 +22,9 @@ from transformers import set_seed
 from peft_instance_prompt import IDPGConfig, InstanceEmbedsCollator, add_instance_embeds
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path += [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "realdata")]
 
-from minilm import encode  # beside the loaders that reviews.py takes
+from minilm import encode
 from reviews import (
     Collator,
     accuracy,

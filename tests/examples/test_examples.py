@@ -39,7 +39,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
     def run(script: str, *args: str) -> str:
-        monkeypatch.setattr(sys, "path", [*sys.path])
+        # A script has to find the loaders itself: pytest's `pythonpath`, and what other tests have imported, are not there.
+        monkeypatch.setattr(sys, "path", [folder for folder in sys.path if Path(folder) != ROOT / "realdata"])
+        for name in ("reviews", *(file.stem for file in (ROOT / "realdata").glob("*.py"))):
+            monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.setattr(sys, "argv", [script, *args])
         capfd.readouterr()
         start = time.perf_counter()
