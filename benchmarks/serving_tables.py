@@ -7,8 +7,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quality.tables import table
+from quality.tables import setup_lines, table
 from serving_models import METHODS
+
+
+SETUP = ("model", "dtype", "device", "threads", "torch", "transformers", "peft", "revision")
 
 
 def blocks(folder: Path) -> dict[str, str]:
@@ -32,7 +35,7 @@ def blocks(folder: Path) -> dict[str, str]:
                 made[f"serving_cost.{path.name}.{measure}"] = ratios(kind, measure)
         if serving:
             made[f"serving_cost.{path.name}.sizes"] = sizes(serving)
-        made[f"serving_cost.{path.name}.setup"] = setups(groups)
+        made[f"serving_cost.{path.name}.setup"] = setup_lines(groups, SETUP)
     return made
 
 
@@ -59,9 +62,3 @@ def sizes(groups: dict[str, dict]) -> str:
     found = {name: size for group in groups.values() for name, size in group["sizes"].items() if name != "bare"}
     rows = [[n, f"{found[n]['adapter_bytes'] / 1e6:.2f} MB", str(found[n]["slots"])] for n in METHODS if n in found]
     return table(["", "adapter", "slots"], rows)
-
-
-def setups(groups: list[dict]) -> str:
-    keys = ("model", "dtype", "device", "threads", "torch", "transformers", "peft", "revision")
-    found = sorted({", ".join(f"{key} {group['setup'].get(key)}" for key in keys) for group in groups})
-    return "".join(f"- {line}\n" for line in found)

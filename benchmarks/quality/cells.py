@@ -114,10 +114,11 @@ def _trained(plan: Plan, cell: Cell, task: Task) -> dict:
     model, record, rate = kept
     start = time.perf_counter()
     exchanged = METHODS[cell.method].exchanged
-    spread: dict[int, float] = {}
-    test = {part.name: tested(plan.suite, model, part, exchanged, spread) for part in task.each()}
+    test, spread = {}, {}
+    for part in task.each():
+        test[part.name], spread = tested(plan.suite, model, part, exchanged)
     if len(task.each()) > 1 and exchanged:
-        add_prompts_of_other_tasks(plan.suite, model, task, test, spread)
+        spread = add_prompts_of_other_tasks(plan.suite, model, task, test)
     return {
         "rate": rate,
         "tried": tried,
@@ -170,16 +171,19 @@ def summary(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def tested(
-    suite: object, model: torch.nn.Module, task: Task, exchanged: bool, spread: dict[int, float]
-) -> dict[str, dict[str, str]]:
-    """The test split, by prompt: each instance's own, and where prompts differ by instance another's, the mean, and none."""
+    suite: object, model: torch.nn.Module, task: Task, exchanged: bool
+) -> tuple[dict[str, dict[str, str]], dict[int, float]]:
+    """
+    The test split, by prompt: each instance's own, and where prompts differ by instance another's, the mean, and none. Then
+    also how far they differ, by layer.
+    """
     examples = task.splits["test"]
     if exchanged:
-        found = reported(suite, model, task, examples, spread)
+        found, spread = reported(suite, model, task, examples)
     else:
-        found = {"own": evaluate(suite, model, task, "test")}
+        found, spread = {"own": evaluate(suite, model, task, "test")}, {}
     found["own"].update(suite.generate(model, task, examples) or {})
-    return {prompts: _texts(told(task, values)) for prompts, values in found.items()}
+    return {prompts: _texts(told(task, values)) for prompts, values in found.items()}, spread
 
 
 def told(task: Task, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -188,20 +192,20 @@ def told(task: Task, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def reported(
-    suite: object, model: torch.nn.Module, task: Task, examples: list[dict], spread: dict[int, float]
-) -> dict[str, dict]:
-    """Losses and scores by prompt. `spread` gets that of the instances."""
+    suite: object, model: torch.nn.Module, task: Task, examples: list[dict]
+) -> tuple[dict[str, dict], dict[int, float]]:
+    """Losses and scores by prompt, and the spread of the prompts by layer."""
     metric = suite.metric(task)
     report = instance_report(model, loader(suite, task, examples), metric=metric, resamples=1)
-    spread.update(report.spread)
     packed, losses = report.values[metric.__name__], report.values["loss"]
-    return {prompts: {"loss": losses[prompts], **suite.unpack(packed[prompts])} for prompts in packed}
+    found = {prompts: {"loss": losses[prompts], **suite.unpack(packed[prompts])} for prompts in packed}
+    return found, report.spread
 
 
-def add_prompts_of_other_tasks(
-    suite: object, model: torch.nn.Module, task: Task, test: dict, spread: dict[int, float]
-) -> None:
-    """Of a mixture: the prompt of an instance of any task, and the mean over all tasks. Rows of all tasks stand in each batch.
+def add_prompts_of_other_tasks(suite: object, model: torch.nn.Module, task: Task, test: dict) -> dict[int, float]:
+    """
+    Of a mixture: the prompt of an instance of any task, and the mean over all tasks. Rows of all tasks stand in each batch.
+    Returns how far the prompts of all tasks differ, by layer.
 
     Without the labels of one task there is no `accuracy` among them.
     """
@@ -209,13 +213,14 @@ def add_prompts_of_other_tasks(
         (i / len(part.splits["test"]), part.name, i) for part in task.each() for i in range(len(part.splits["test"]))
     )
     by_name = {part.name: part for part in task.each()}
-    found = reported(suite, model, task, [by_name[name].splits["test"][i] for _, name, i in mixed], spread)
+    found, spread = reported(suite, model, task, [by_name[name].splits["test"][i] for _, name, i in mixed])
     for name in by_name:
         rows = sorted((i, row) for row, (_, other, i) in enumerate(mixed) if other == name)
         pick = torch.tensor([row for _, row in rows])
         for prompts in ("shuffled", "mean"):
             values = {key: found[prompts][key][pick] for key in ("loss", suite.score)}
             test[name][f"{prompts} over tasks"] = _texts(values)
+    return spread
 
 
 def _texts(values: dict[str, torch.Tensor]) -> dict[str, str]:

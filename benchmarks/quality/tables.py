@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -191,7 +192,13 @@ def rates(results: Results) -> str:
 
 def setups(results: Results) -> str:
     keys = ("model", "device", "threads", "torch", "transformers", "peft", "peft_instance_prompt", "revision")
-    found = sorted({", ".join(f"{key} {cell['setup'].get(key)}" for key in keys) for cell in results.cells.values()})
+    found = setup_lines(results.cells.values(), keys)
     shapes = sorted({(c["task"], c["steps"], c["batch_size"]) for c in results.cells.values() if c["steps"]})
     steps = sorted({f"{steps} steps of {size}" for _, steps, size in shapes})
-    return "".join(f"- {line}\n" for line in found) + f"- {'; '.join(steps)}\n" if found else NOTHING
+    return f"{found}- {'; '.join(steps)}\n" if found else NOTHING
+
+
+def setup_lines(results: Iterable[dict], keys: tuple[str, ...]) -> str:
+    """A line for each different set-up."""
+    found = sorted({", ".join(f"{key} {result['setup'].get(key)}" for key in keys) for result in results})
+    return "".join(f"- {line}\n" for line in found)

@@ -262,6 +262,10 @@ def test_smoke_run_can_be_resumed(suite: str, tmp_path: Path) -> None:
     for by_prompt in result["test"].values():
         assert {"own", "shuffled", "mean", "none"} <= set(by_prompt)
         assert {len(numbers(by_prompt[p][result["score"]])) for p in by_prompt} == {8}
+    assert set(result["spread"]) == {"0", "1"} and all(
+        0 < share <= 1 for share in result["spread"].values()
+    )  # 2 layers
+    assert not any("spread" in f.read_text() for f in files if not f.name.startswith("iapt-seed"))
     files[0].unlink()
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "6 of 7 cells are there" in again.stdout and files[0].is_file()
