@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from bench import Clock
@@ -161,22 +160,6 @@ def run_group(group: dict, base: torch.nn.Module, args: argparse.Namespace) -> d
     }
 
 
-def growth(found: list[dict], what: str) -> dict[str, float]:
-    """Least squares of the milliseconds above the bare model: `constant + slots * s + tokens * t + tenants * n`, of our methods."""
-    rows, extra = [], []
-    for group in (g for g in found if g["kind"] == "serving"):
-        for name, measured in group["methods"].items():
-            slots = group["sizes"][name]["slots"]
-            if name in ("bare", "lora-r16", *ONE_TENANT) or not slots:
-                continue
-            rows.append([1.0, slots, group["tokens"], group["tenants"]])
-            extra.append(measured[what]["median"] - group["methods"]["bare"][what]["median"])
-    if len(rows) < 4:
-        raise ValueError(f"Four measurements are needed to fit the growth, got {len(rows)}.")
-    values = np.linalg.lstsq(np.array(rows), np.array(extra), rcond=None)[0]
-    return dict(zip(("constant", "slots", "tokens", "tenants"), values.tolist()))
-
-
 def main() -> None:
     def numbers(text: str) -> list[int]:
         return [int(n) for n in text.split(",")]
@@ -237,10 +220,6 @@ def main() -> None:
                 f"  {method:<16}"
                 + "  ".join(f"{what} {m['median']:.1f} (x {m['ratio']:.2f})" for what, m in measured.items())
             )
-    everything = [json.loads(file.read_text()) for file in files]
-    for what in ("first_token", "per_token"):
-        fitted = {key: round(value, 4) for key, value in growth(everything, what).items()}
-        print(f"{what}, ms above the bare model: {fitted}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 from quality.tables import setup_lines, table
-from serving_models import METHODS
+from serving_models import METHODS, SLOTS
 
 
 SETUP = ("model", "dtype", "device", "threads", "torch", "transformers", "peft", "revision")
@@ -35,6 +36,8 @@ def blocks(folder: Path) -> dict[str, str]:
                 made[f"serving_cost.{path.name}.{measure}"] = ratios(kind, measure)
         if serving:
             made[f"serving_cost.{path.name}.sizes"] = sizes(serving)
+            if law := growth(serving, ("first_token", "per_token")):
+                made[f"serving_cost.{path.name}.growth"] = law
         made[f"serving_cost.{path.name}.setup"] = setup_lines(groups, SETUP)
     return made
 
@@ -62,3 +65,26 @@ def sizes(groups: dict[str, dict]) -> str:
     found = {name: size for group in groups.values() for name, size in group["sizes"].items() if name != "bare"}
     rows = [[n, f"{found[n]['adapter_bytes'] / 1e6:.2f} MB", str(found[n]["slots"])] for n in METHODS if n in found]
     return table(["", "adapter", "slots"], rows)
+
+
+def growth(groups: dict[str, dict], measures: tuple[str, ...]) -> str | None:
+    """
+    How many milliseconds IAPT takes above the bare model, as `constant + a * slots + b * tokens + c * tenants`: least squares over the
+    groups and the numbers of slots. `None` where these do not vary enough to tell the four apart.
+    """
+    rows = []
+    for measure in measures:
+        terms, above = [], []
+        for group in groups.values():
+            bare = group["methods"]["bare"][measure]["median"]
+            for name in (name for name in SLOTS if name in group["methods"]):
+                terms.append([1, group["sizes"][name]["slots"], group["tokens"], group["tenants"]])
+                # the ratio's pairs stand in one round: steadier than the difference of two medians
+                above.append((group["methods"][name][measure]["ratio"] - 1) * bare)
+        if not terms or np.linalg.matrix_rank(terms) < len(terms[0]):
+            return None
+        law = np.linalg.lstsq(np.array(terms, dtype=float), np.array(above), rcond=None)[0]
+        misses = np.abs(np.array(terms) @ law - above)
+        rows.append([measure, *(f"{value:+.2f}" for value in law), f"{misses.mean():.2f}", str(len(above))])
+    header = ["ms above the bare model", "constant", "each slot", "each token of the prompt", "each tenant"]
+    return table([*header, "mean miss of the fit", "measurements"], rows)
