@@ -25,6 +25,7 @@ from quality.tables import (
     difference,
     instance,
     instance_by_task,
+    overview,
     rates,
     scores,
     setups,
@@ -39,7 +40,7 @@ BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def blocks(folder: Path) -> dict[str, str]:
     """All generated blocks, by name: `SUITE.MODEL.WHAT`."""
-    made = serving_blocks(folder)
+    made, settings = serving_blocks(folder), {}
     for path in sorted(p for p in folder.glob("quality_*/*") if p.is_dir()):
         results = Results(path)
         if not results.cells:
@@ -48,12 +49,18 @@ def blocks(folder: Path) -> dict[str, str]:
         mixtures = [task for task in results.tasks if is_mixture(task)]
         single = [task for task in results.tasks if task not in mixtures]
         measures = dict.fromkeys([results.score, "accuracy"])  # of a causal model both
-        for size in sorted({key[1] for key in results.cells}):
-            for group, names in (("tasks", single), ("mixture", mixtures)):
+        for size in sorted({key[1] for key in results.cells}, key=lambda size: (size != "full", size)):
+            for group, names in (("mixture", mixtures), ("tasks", single)):
                 here = [task for task in names if any(key[:2] == (task, size) for key in results.cells)]
                 if not here:
                     continue
                 prefix = f"{name}.{group}-{size}"
+                few = "" if size == "full" else f", {size} examples"
+                settings[f"{path.name}, {'mixture' if group == 'mixture' else 'single tasks'}{few}"] = (
+                    results,
+                    size,
+                    here,
+                )
                 for measure in measures:
                     made[f"{prefix}.scores-{measure}"] = scores(results, size, here, measure)
                 made[f"{prefix}.instance"] = instance(results, size, here, results.score)
@@ -65,6 +72,8 @@ def blocks(folder: Path) -> dict[str, str]:
                         made[f"{prefix}.scores-{measure}"] = scores(results, size, here, measure)
         made[f"{name}.rates"] = rates(results)
         made[f"{name}.setup"] = setups(results)
+    for what in ("scores", "constant", "lora"):
+        made[f"quality.{what}"] = overview(settings, what)
     return made
 
 

@@ -16,7 +16,10 @@ from quality.statistics import paired_interval
 
 
 NOTHING = "No results yet.\n"
-LORA = ("lora-r16", "lora-r8-qv")  # what the others are compared with: the first of them that was run
+LORA = (
+    "lora-r8-qv",
+    "lora-r16",
+)  # what the others are compared with: the first of them that was run. It has IAPT's size.
 
 
 class Results:
@@ -142,6 +145,39 @@ def instance(results: Results, size: str, task_names: list[str], measure: str, p
             )
     header = ["method", "own - constant", *(f"own - {p}" for p in exchanged), "spread"]
     return table(header, rows) if rows else NOTHING
+
+
+def overview(settings: dict[str, tuple[Results, str, list[str]]], what: str) -> str:
+    """
+    One column for each setting, which is (results, size, tasks): with `"scores"` the mean score of each method, with `"constant"` own
+    prompts minus the control's, with `"lora"` each method minus LoRA.
+    """
+    rows = []
+    for name in METHODS:
+        row = [_overview_cell(*setting, name, what) for setting in settings.values()]
+        if set(row) - {"-"}:
+            rows.append([name, *row])
+    header = {"scores": "mean score", "constant": "own - constant", "lora": "minus LoRA"}[what]
+    return table([header, *settings], rows) if rows else NOTHING
+
+
+def _overview_cell(results: Results, size: str, tasks: list[str], name: str, what: str) -> str:
+    score = results.score
+    columns = [(task, part) for task in tasks for part in parts_of(results, size, task, score)]
+    if what == "scores":
+        found = [results.values(task, size, name, score).get(part, {}) for task, part in columns]
+        if not all(found):
+            return "-"
+        means = [sum(values.mean().item() for values in by_seed.values()) / len(by_seed) for by_seed in found]
+        seeds = min(len(by_seed) for by_seed in found)
+        return f"{100 * sum(means) / len(means):.1f}" + f" ({seeds} seeds)" * (seeds > 1)
+    there = [lora for lora in LORA if any(results.of(task, size, lora) for task in tasks)]
+    other = {"constant": CONTROLS.get(name), "lora": there[0] if there else None}[what]
+    if other is None or name in (other, "zero-shot"):
+        return "-"
+    found = difference(results, size, (name, "own"), (other, "own"), score, tasks)
+    partly = found and found[1] < len(columns)
+    return shown(found) + (f" ({found[1]} of {len(columns)} tasks)" if partly else "")
 
 
 def spread(results: Results, size: str, method: str, task_names: list[str]) -> str:

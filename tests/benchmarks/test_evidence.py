@@ -18,20 +18,22 @@ sys.path.append(str(ROOT / "benchmarks"))
 import report  # noqa: E402
 
 
-def write(folder: Path, method: str, seed: int, own: str, **more: str) -> None:
+def write(
+    folder: Path, method: str, seed: int, own: str, size: str = "full", task: str = "movie", **more: str
+) -> None:
     prompts = {"own": own, **more}
     cell = {
-        **{"task": "movie", "size": "full", "method": method, "seed": seed, "score": "accuracy", "rate": 0.01},
+        **{"task": task, "size": size, "method": method, "seed": seed, "score": "accuracy", "rate": 0.01},
         **{"steps": 5, "batch_size": 2, "trainable": 1234, "train_seconds": 2.0, "above_loaded_mb": 7.0},
         **{"tried": [{"rate": 0.01, "score": 1.0}, {"rate": 0.02, "score": 0.5}], "setup": {"model": "m"}},
         **({"spread": {"0": 0.005 + seed / 10, "1": 0.25 - seed / 10}} if more else {}),
         "test": {
-            "movie": {
+            task: {
                 name: {"accuracy": values, "loss": " ".join("0.5" for _ in values)} for name, values in prompts.items()
             }
         },
     }
-    file = folder / "quality_encoder" / "m" / "movie-full" / f"{method}-seed{seed}.json"
+    file = folder / "quality_encoder" / "m" / f"{task}-{size}" / f"{method}-seed{seed}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(cell))
 
@@ -68,11 +70,35 @@ def test_tables(results: Path) -> None:
     assert spread.strip() == "0.5 to 25.0"
     (row,) = [line for line in made[f"{prefix}.lora"].splitlines() if line.startswith("| iapt |")]
     assert "-5.0 [" in row and "minus lora-r16" in made[f"{prefix}.lora"]
-    for seed in (0, 1):
-        write(results, "lora-r8-qv", seed, "1" * 88 + "0" * 12)
-        (results / "quality_encoder" / "m" / "movie-full" / f"lora-r16-seed{seed}.json").unlink()
+    write(results, "lora-r8-qv", 0, "1" * 88 + "0" * 12)
     assert "| minus lora-r8-qv |" in report.blocks(results)[f"{prefix}.lora"]
     assert "| iapt | 0.01: 1, 0.02: 0 |" in made["quality_encoder.m.rates"]
+
+
+def test_overview(results: Path) -> None:
+    write(results, "head", 0, "1" * 30 + "0" * 70, size="100")
+    made = report.blocks(results)
+    assert made["quality.scores"].splitlines() == [
+        "| mean score | m, single tasks | m, single tasks, 100 examples |",
+        "|---|---|---|",
+        "| head | - | 30.0 |",
+        "| lora-r16 | 95.0 (2 seeds) | - |",
+        "| iapt | 90.0 (2 seeds) | - |",
+        "| iapt-constant | 80.0 (2 seeds) | - |",
+    ]
+    (row,) = made["quality.constant"].splitlines()[2:]
+    assert row.startswith("| iapt | **+10.0 [")
+    head, *rows = made["quality.lora"].splitlines()
+    assert head.startswith("| minus LoRA |") and rows[1].startswith("| iapt | **-5.0 [")
+    assert [row.split("|")[1].strip() for row in rows[1:]] == ["iapt", "iapt-constant"]
+    assert report.blocks(results / "nothing")["quality.scores"] == report.NOTHING
+    write(results, "iapt-constant", 0, "1" * 70 + "0" * 30, task="tweet")
+    write(results, "iapt", 0, "1" * 90 + "0" * 10, task="tweet")
+    made = report.blocks(results)
+    assert "lora-r16" not in made["quality.scores"]  # it lacks a task: no mean
+    assert "| iapt | 90.0 | - |" in made["quality.scores"]
+    assert made["quality.constant"].splitlines()[2].startswith("| iapt | **+15.0 [")
+    assert "tasks)" not in made["quality.constant"] and "(1 of 2 tasks)" in made["quality.lora"]
 
 
 def test_a_mixture_is_compared_part_by_part(tmp_path: Path) -> None:
