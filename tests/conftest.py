@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 
 # An assertion that fails in one of these shows its values, as in a test.
 pytest.register_assert_rewrite(
-    "cases", "decoder_calls", "folders", "hub", "invariants_outputs", "invariants_state", "llama_calls"
+    "cases", "decoder_calls", "folders", "hub", "invariants_outputs", "invariants_state", "late_prompts", "llama_calls"
 )
 
 import torch  # noqa: E402

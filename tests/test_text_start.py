@@ -9,19 +9,14 @@ import pytest
 import torch
 from methods import KINDS, METHODS
 from peft import PeftModel, get_peft_model
-from tiny import adapted, assert_same, batch, causal_lm, encoder, instances, pair, perturb, tokenizer
+from tiny import adapted, assert_same, batch, causal_lm, encoder, generator_of, instances, pair, perturb, tokenizer
 
 from peft_instance_prompt import IAPTConfig, IDPGConfig, IPTConfig, LPTConfig
-from peft_instance_prompt.generator import INPUT, PromptGenerator
+from peft_instance_prompt.generator import INPUT
 
 
 TEXT = [7, 20, 9]
 FREE = [name for name, make in METHODS.items() if make().init_weights != "paper"]
-
-
-def generator_of(model: torch.nn.Module, name: str = "default") -> PromptGenerator:
-    (found,) = (m for key, m in model.named_modules() if isinstance(m, PromptGenerator) and key.endswith("." + name))
-    return found
 
 
 def repeated(length: int) -> list[int]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from peft_instance_prompt.generator import Instances
+from peft_instance_prompt.generator import Instances, PromptGenerator
 
 
 def native_refuses() -> str | None:
@@ -203,6 +203,13 @@ def perturb(model: torch.nn.Module, seed: int = 0, adapter: str | None = None, s
 def adapted(model: torch.nn.Module, config: PeftConfig, name: str = "default", seed: int = 0) -> PeftModel:
     """The model with an adapter whose weights are far from their start, in eval mode."""
     return perturb(get_peft_model(model, config, adapter_name=name), seed).eval()
+
+
+def generator_of(model: torch.nn.Module, adapter: str = "default") -> PromptGenerator:
+    """The adapter's generator, of which the model must have one."""
+    named = (module for name, module in model.named_modules() if name.endswith("." + adapter))
+    (found,) = (module for module in named if isinstance(module, PromptGenerator))
+    return found
 
 
 def batch(*lengths: int, side: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:

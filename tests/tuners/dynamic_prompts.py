@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel
-from tiny import adapted, causal_lm
+from tiny import adapted, causal_lm, generator_of
 
 from peft_instance_prompt import DynamicPromptConfig, record_choices
-from peft_instance_prompt.tuners.dynamic_prompt import DynamicPromptGenerator
 
 
 L = 4  # prompt vectors
@@ -22,12 +21,6 @@ def dynamic(family: str = "llama", seed: int = 0, base=None, **fields) -> PeftMo
     base = causal_lm(family) if base is None else base
     fields = {"task_type": "CAUSAL_LM", "num_virtual_tokens": L, "num_pool": 3, **fields}
     return adapted(base, DynamicPromptConfig(**fields), seed=seed)
-
-
-def generator_of(model: PeftModel, adapter: str = "default") -> DynamicPromptGenerator:
-    wanted = (m for name, m in model.named_modules() if name.endswith("." + adapter))
-    (found,) = (module for module in wanted if isinstance(module, DynamicPromptGenerator))
-    return found
 
 
 def choose(model: PeftModel, **numbers: int) -> PeftModel:

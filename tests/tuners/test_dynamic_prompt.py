@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 import transformers as tf
-from dynamic_prompts import ORDERS, K, L, choose, dynamic, generator_of, labels_for, prompts_of
+from dynamic_prompts import ORDERS, K, L, choose, dynamic, labels_for, prompts_of
 from peft import get_peft_model
-from tiny import assert_same, batch, causal_lm, encoder
+from tiny import assert_same, batch, causal_lm, encoder, generator_of
 
 from peft_instance_prompt import DynamicPromptConfig, record_choices
 from peft_instance_prompt.tuners.dynamic_prompt.config import PRESETS

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers as tf
-from dynamic_prompts import L, dynamic, generator_of, labels_for, positions
+from dynamic_prompts import L, dynamic, labels_for, positions
 from peft import PeftModel, get_peft_model
-from tiny import assert_same, batch, causal_lm
+from tiny import assert_same, batch, causal_lm, generator_of
 
 from peft_instance_prompt import DynamicPromptConfig, record_choices
 

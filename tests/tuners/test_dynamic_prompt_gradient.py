@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamic_prompts import ORDERS, L, choose, dynamic, generator_of, labels_for
+from dynamic_prompts import ORDERS, L, choose, dynamic, labels_for
 from peft import PeftModel
-from tiny import assert_same, batch, encoder
+from tiny import assert_same, batch, encoder, generator_of
 from torch.nn import functional as F
 
 

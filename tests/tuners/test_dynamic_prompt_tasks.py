@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from dynamic_prompts import ORDERS, K, L, choose, dynamic, generator_of, labels_for
+from dynamic_prompts import ORDERS, K, L, choose, dynamic, labels_for
 from peft import PeftModel, get_peft_model
 from test_dynamic_prompt_gradient import assert_same_gradients, explicit_sum, run_alone
-from tiny import adapted, assert_same, batch, causal_lm, encoder, pair, perturb
+from tiny import adapted, assert_same, batch, causal_lm, encoder, generator_of, pair, perturb
 from torch.nn import functional as F
 
 from peft_instance_prompt import DynamicPromptConfig, learned_position, record_choices

@@ -10,14 +10,12 @@ import torch
 import transformers as tf
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
-from tiny import adapted, batch, causal_lm
+from tiny import adapted, batch, causal_lm, generator_of
 from torch import nn
 
 from peft_instance_prompt import IAPTConfig
 from peft_instance_prompt.engine.intercept import intercept
-from peft_instance_prompt.engine.layer import InstancePromptLayer
 from peft_instance_prompt.nn.rational import rational
-from peft_instance_prompt.tuners.iapt import IAPTGenerator
 
 
 INPUTS = batch(9, 6)
@@ -27,11 +25,6 @@ d, L = 32, 3
 
 def config(**fields) -> IAPTConfig:
     return IAPTConfig(**{"task_type": "CAUSAL_LM", "bottleneck_dim": 8, **fields})
-
-
-def generator_of(model: nn.Module, name: str = "default") -> IAPTGenerator:
-    (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
-    return layer.generators[name]
 
 
 def count(model: nn.Module, *parts: str) -> int:

@@ -10,44 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from idpg_models import INPUTS, LABELS, VECTORS, L, config, count, d, logits
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import adapted, assert_same, batch, causal_lm, encoder, instances, pair
+from tiny import adapted, assert_same, batch, causal_lm, encoder, generator_of, instances, pair
 from torch import nn
 
 from peft_instance_prompt import IDPGConfig
 from peft_instance_prompt.engine.intercept import intercept
-from peft_instance_prompt.engine.layer import InstancePromptLayer
 from peft_instance_prompt.engine.stack import describe
 from peft_instance_prompt.tuners.idpg import IDPGGenerator
-
-
-INPUTS = batch(9, 6)
-LABELS = INPUTS["input_ids"].where(torch.arange(9) > 5, -100)
-VECTORS = torch.randn(2, 12, generator=torch.Generator().manual_seed(5))
-d, L = 32, 3
-
-
-def config(**fields) -> IDPGConfig:
-    return IDPGConfig(**{"task_type": "CAUSAL_LM", "phm_n": 4, "num_virtual_tokens": 4, "dropout": 0.0, **fields})
-
-
-def given(**fields) -> IDPGConfig:
-    return config(instance_source="instance_embeds", instance_embeds_dim=12, **fields)
-
-
-def generator_of(model: nn.Module, name: str = "default") -> IDPGGenerator:
-    (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
-    return layer.generators[name]
-
-
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@torch.no_grad()
-def logits(model: PeftModel, **kwargs) -> torch.Tensor:
-    return model(**INPUTS, **kwargs).logits
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes

@@ -11,13 +11,12 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
-from tiny import adapted, assert_same, batch, causal_lm, encoder
+from tiny import adapted, assert_same, batch, causal_lm, encoder, generator_of
 from torch import nn
 
 from peft_instance_prompt import IDPGConfig
 from peft_instance_prompt.engine.frozen import run_frozen
 from peft_instance_prompt.engine.intercept import intercept
-from peft_instance_prompt.tuners.idpg import IDPGGenerator
 
 
 INPUTS = batch(9, 6)
@@ -27,11 +26,6 @@ l, d = 4, 32
 
 def config(**fields) -> IDPGConfig:
     return IDPGConfig(**{"task_type": "CAUSAL_LM", "phm_n": 4, "num_virtual_tokens": l, "dropout": 0.0, **fields})
-
-
-def generator_of(model: nn.Module) -> IDPGGenerator:
-    (found,) = (module for module in model.modules() if isinstance(module, IDPGGenerator))
-    return found
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ import math
 import pytest
 import torch
 import transformers as tf
+from late_prompts import assert_all_learn_at_the_second_step
 from peft import PeftModel, get_peft_model
-from tiny import adapted, assert_same, batch, causal_lm, encoder, instances
+from tiny import adapted, assert_same, batch, causal_lm, encoder, generator_of, instances
 
 from peft_instance_prompt import IDSPAMConfig
 from peft_instance_prompt.engine.intercept import intercept
-from peft_instance_prompt.tuners.idspam import IDSPAMGenerator
 
 
 l = 3
@@ -27,11 +27,6 @@ def config(**fields) -> IDSPAMConfig:
 
 def idspam(seed: int = 0, **fields) -> PeftModel:
     return adapted(causal_lm(num_hidden_layers=4), config(task_type="CAUSAL_LM", **fields), seed=seed)
-
-
-def generator_of(model) -> IDSPAMGenerator:
-    (found,) = (module for module in model.modules() if isinstance(module, IDSPAMGenerator))
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- counts
@@ -189,15 +184,7 @@ def test_fresh_adapter_and_its_gradients() -> None:
     states, mask = torch.randn(2, 6, 32), torch.arange(6) >= torch.tensor([[0], [2]])
     prompts = generator(instances(states, mask, torch.randn(2, 32)), 1)
     assert torch.equal(prompts, states[[0, 1], [0, 2]][:, None].expand(-1, l, -1))
-    optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)
-    ids = batch(8, 8)["input_ids"]
-    labels = ids.clone()
-    labels[:, :5] = -100
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(ids, labels=labels).loss.backward()
-        optimizer.step()
-    assert all(parameter.grad.abs().max() > 0 for parameter in generator.parameters())
+    assert_all_learn_at_the_second_step(model, generator)
 
 
 def test_dropout_in_training_only() -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import adapted, assert_same, batch, causal_lm
+from tiny import adapted, assert_same, batch, causal_lm, generator_of
 from torch import nn
 
 from peft_instance_prompt import IPTConfig
 from peft_instance_prompt.engine.intercept import intercept
-from peft_instance_prompt.engine.layer import InstancePromptLayer
-from peft_instance_prompt.tuners.ipt import ENCODERS, IPTGenerator, Table
+from peft_instance_prompt.tuners.ipt import ENCODERS, Table
 
 
 INPUTS = batch(9, 4)
@@ -32,11 +31,6 @@ def config(**fields) -> IPTConfig:
 
 def encoder(**fields) -> IPTConfig:
     return config(**{"strategy": "encoder", **fields})
-
-
-def generator_of(model: nn.Module, name: str = "default") -> IPTGenerator:
-    (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
-    return layer.generators[name]
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,9 @@ import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
-from tiny import adapted, batch, causal_lm
-from torch import nn
+from tiny import adapted, batch, causal_lm, generator_of
 
 from peft_instance_prompt import IPTConfig
-from peft_instance_prompt.engine.layer import InstancePromptLayer
 from peft_instance_prompt.engine.stack import describe
 from peft_instance_prompt.tuners.ipt import ENCODERS, IPTGenerator, Table
 
@@ -35,11 +33,6 @@ def config(**fields) -> IPTConfig:
 
 def encoder(**fields) -> IPTConfig:
     return config(**{"strategy": "encoder", **fields})
-
-
-def generator_of(model: nn.Module, name: str = "default") -> IPTGenerator:
-    (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
-    return layer.generators[name]
 
 
 @torch.no_grad()

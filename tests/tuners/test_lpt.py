@@ -10,32 +10,15 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from late_prompts import assert_all_learn_at_the_second_step, config, lpt
 from peft import get_peft_model
-from tiny import adapted, assert_same, batch, causal_lm, encoder, instances, pair
+from tiny import adapted, assert_same, batch, causal_lm, encoder, generator_of, instances, pair
 from torch import nn
 
 from peft_instance_prompt import LPTConfig
-from peft_instance_prompt.tuners.lpt import LPTGenerator
 
 
 KINDS = ("npg", "appg", "mppg", "none")
-
-
-def config(**fields) -> LPTConfig:
-    return LPTConfig(**{"bottleneck_dim": 8, "dropout": 0.0, "num_virtual_tokens": 3, **fields})
-
-
-def lpt(family: str = "llama", seed: int = 0, attn_implementation: str | None = None, **fields):
-    changes = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    if family != "gemma3":
-        del changes["layer_types"]
-    base = causal_lm(family, attn_implementation=attn_implementation, **changes)
-    return adapted(base, config(task_type="CAUSAL_LM", **fields), seed=seed)
-
-
-def generator_of(model, adapter: str = "default") -> LPTGenerator:
-    (found,) = (m for name, m in model.named_modules() if isinstance(m, LPTGenerator) and name.endswith("." + adapter))
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------- generator
@@ -113,15 +96,7 @@ def test_fresh_adapter_and_its_gradients(kind: str) -> None:
     states, mask = torch.randn(2, 6, 32), torch.arange(6) >= torch.tensor([[0], [2]])
     prompts = generator(instances(states, mask), 1)
     assert torch.equal(prompts, states[[0, 1], [0, 2]][:, None].expand(-1, 3, -1))
-    optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)
-    ids = batch(8, 8)["input_ids"]
-    labels = ids.clone()
-    labels[:, :5] = -100
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(ids, labels=labels).loss.backward()
-        optimizer.step()
-    assert all(parameter.grad.abs().max() > 0 for parameter in generator.parameters())
+    assert_all_learn_at_the_second_step(model, generator)
 
 
 def test_dropout_in_training_only() -> None:

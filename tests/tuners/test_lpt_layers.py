@@ -7,28 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import adapted, assert_same, batch, causal_lm, encoder, pair
+from late_prompts import config, lpt
+from tiny import adapted, assert_same, batch, encoder, generator_of, pair
 from torch import nn
-
-from peft_instance_prompt import LPTConfig
-from peft_instance_prompt.tuners.lpt import LPTGenerator
-
-
-def config(**fields) -> LPTConfig:
-    return LPTConfig(**{"bottleneck_dim": 8, "dropout": 0.0, "num_virtual_tokens": 3, **fields})
-
-
-def lpt(family: str = "llama", seed: int = 0, attn_implementation: str | None = None, **fields):
-    changes = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    if family != "gemma3":
-        del changes["layer_types"]
-    base = causal_lm(family, attn_implementation=attn_implementation, **changes)
-    return adapted(base, config(task_type="CAUSAL_LM", **fields), seed=seed)
-
-
-def generator_of(model, adapter: str = "default") -> LPTGenerator:
-    (found,) = (m for name, m in model.named_modules() if isinstance(m, LPTGenerator) and name.endswith("." + adapter))
-    return found
 
 
 NUMBERED = ("llama", "gpt2", "opt")  # their slots may stand among the tokens
