@@ -55,12 +55,11 @@ def blocks(folder: Path) -> dict[str, str]:
                 if not here:
                     continue
                 prefix = f"{name}.{group}-{size}"
-                few = "" if size == "full" else f", {size} examples"
-                settings[f"{path.name}, {'mixture' if group == 'mixture' else 'single tasks'}{few}"] = (
-                    results,
-                    size,
-                    here,
-                )
+                model = f"{path.name}, " * (len([*path.parent.iterdir()]) > 1)
+                kind = "mixture" if group == "mixture" else "single tasks"
+                few = f", {size} examples" * (size != "full")
+                label = f"{model}{path.parent.name.removeprefix('quality_')}, {kind}{few}"
+                settings[label] = (results, size, here)
                 for measure in measures:
                     made[f"{prefix}.scores-{measure}"] = scores(results, size, here, measure)
                 made[f"{prefix}.instance"] = instance(results, size, here, results.score)

@@ -79,7 +79,7 @@ def test_overview(results: Path) -> None:
     write(results, "head", 0, "1" * 30 + "0" * 70, size="100")
     made = report.blocks(results)
     assert made["quality.scores"].splitlines() == [
-        "| mean score | m, single tasks | m, single tasks, 100 examples |",
+        "| mean score | encoder, single tasks | encoder, single tasks, 100 examples |",
         "|---|---|---|",
         "| head | - | 30.0 |",
         "| lora-r16 | 95.0 (2 seeds) | - |",
