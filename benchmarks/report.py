@@ -71,8 +71,9 @@ def blocks(folder: Path) -> dict[str, str]:
                         made[f"{prefix}.scores-{measure}"] = scores(results, size, here, measure)
         made[f"{name}.rates"] = rates(results)
         made[f"{name}.setup"] = setups(results)
-    for what in ("scores", "constant", "lora"):
+    for what in ("scores", "constant", "lora", "default"):
         made[f"quality.{what}"] = overview(settings, what)
+        made[f"quality.{what}-loss"] = overview(settings, what, loss=True)
     return made
 
 

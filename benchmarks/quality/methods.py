@@ -124,6 +124,10 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
 }
 
 
+# Of which method each of these is another setting.
+SETTING_OF = {"iapt-slow-down": "iapt", **dict.fromkeys(VARIANTS, "iapt"), "m-idpg-mean": "m-idpg", "lpt-appg": "lpt"}
+
+
 def _ours(name: str, condition: str, exchanged: bool = False) -> Method:
     make = {**OURS, **VARIANTS}[name]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from quality.command import numbers
-from quality.methods import CONTROLS, METHODS, OURS
+from quality.methods import CONTROLS, METHODS, OURS, SETTING_OF
 from quality.statistics import paired_interval
 
 
@@ -53,7 +53,7 @@ def difference(
     Mean and interval of one minus other, each (method, prompts), over the tasks and seeds that both have; None without any.
     `only` is a part of a mixture.
     """
-    tables = []
+    trainings = []
     for task in tasks:
         left = results.values(task, size, one[0], measure, one[1])
         right = results.values(task, size, other[0], measure, other[1])
@@ -62,8 +62,9 @@ def difference(
             seeds = sorted(set(left.get(part, {})) & set(right.get(part, {})))
             if seeds:
                 parts.append(torch.stack([left[part][s] - right[part][s] for s in seeds]))
-        tables += parts
-    return (paired_interval(tables), len(tables)) if tables else None
+        if parts:
+            trainings.append(parts)
+    return (paired_interval(trainings), sum(map(len, trainings))) if trainings else None
 
 
 def shown(found, percent: bool = True) -> str:
@@ -147,37 +148,48 @@ def instance(results: Results, size: str, task_names: list[str], measure: str, p
     return table(header, rows) if rows else NOTHING
 
 
-def overview(settings: dict[str, tuple[Results, str, list[str]]], what: str) -> str:
+HEADERS = {
+    "scores": "mean score",
+    "constant": "own - constant",
+    "lora": "minus LoRA",
+    "default": "minus the default",
+}
+
+
+def overview(settings: dict[str, tuple[Results, str, list[str]]], what: str, loss: bool = False) -> str:
     """
     One column for each setting, which is (results, size, tasks): with `"scores"` the mean score of each method, with `"constant"` own
-    prompts minus the control's, with `"lora"` each method minus LoRA.
+    prompts minus the control's, with `"lora"` each method minus LoRA, with `"default"` minus the method that it is another setting of.
     """
     rows = []
     for name in METHODS:
-        row = [_overview_cell(*setting, name, what) for setting in settings.values()]
+        row = [_overview_cell(*setting, name, what, loss) for setting in settings.values()]
         if set(row) - {"-"}:
             rows.append([name, *row])
-    header = {"scores": "mean score", "constant": "own - constant", "lora": "minus LoRA"}[what]
-    return table([header, *settings], rows) if rows else NOTHING
+    return table([HEADERS[what], *settings], rows) if rows else NOTHING
 
 
-def _overview_cell(results: Results, size: str, tasks: list[str], name: str, what: str) -> str:
-    score = results.score
-    columns = [(task, part) for task in tasks for part in parts_of(results, size, task, score)]
+def _overview_cell(results: Results, size: str, tasks: list[str], name: str, what: str, loss: bool) -> str:
+    measure = "loss" if loss else results.score
+    columns = [(task, part) for task in tasks for part in parts_of(results, size, task, measure)]
     if what == "scores":
-        found = [results.values(task, size, name, score).get(part, {}) for task, part in columns]
-        if not all(found):
+        found = [results.values(task, size, name, measure).get(part, {}) for task, part in columns]
+        if not found or not all(found):
             return "-"
         means = [sum(values.mean().item() for values in by_seed.values()) / len(by_seed) for by_seed in found]
-        seeds = min(len(by_seed) for by_seed in found)
-        return f"{100 * sum(means) / len(means):.1f}" + f" ({seeds} seeds)" * (seeds > 1)
+        mean, seeds = sum(means) / len(means), min(len(by_seed) for by_seed in found)
+        return (f"{mean:.3f}" if loss else f"{100 * mean:.1f}") + f" ({seeds} seeds)" * (seeds > 1)
     there = [lora for lora in LORA if any(results.of(task, size, lora) for task in tasks)]
-    other = {"constant": CONTROLS.get(name), "lora": there[0] if there else None}[what]
+    other = {
+        "constant": CONTROLS.get(name),
+        "lora": there[0] if there else None,
+        "default": SETTING_OF.get(name),
+    }[what]
     if other is None or name in (other, "zero-shot"):
         return "-"
-    found = difference(results, size, (name, "own"), (other, "own"), score, tasks)
+    found = difference(results, size, (name, "own"), (other, "own"), measure, tasks)
     partly = found and found[1] < len(columns)
-    return shown(found) + (f" ({found[1]} of {len(columns)} tasks)" if partly else "")
+    return shown(found, percent=not loss) + (f" ({found[1]} of {len(columns)} tasks)" if partly else "")
 
 
 def spread(results: Results, size: str, method: str, task_names: list[str]) -> str:

@@ -98,6 +98,11 @@ def test_overview(results: Path) -> None:
     assert "lora-r16" not in made["quality.scores"]  # it lacks a task: no mean
     assert "| iapt | 90.0 | - |" in made["quality.scores"]
     assert made["quality.constant"].splitlines()[2].startswith("| iapt | **+15.0 [")
+    write(results, "iapt-gelu", 0, "1" * 95 + "0" * 5, task="tweet")
+    other = report.blocks(results)["quality.default"].splitlines()[2]
+    assert other.startswith("| iapt-gelu | **+5.0 [") and "(1 of 2 tasks)" in other
+    assert "| iapt | 0.500 | - |" in made["quality.scores-loss"]
+    assert "| iapt | +0.000 [+0.000, +0.000] | - |" in made["quality.constant-loss"]
     assert "tasks)" not in made["quality.constant"] and "(1 of 2 tasks)" in made["quality.lora"]
 
 

@@ -223,15 +223,27 @@ def test_interval_covers_seeds_and_instances() -> None:
     rng = np.random.default_rng(0)
     one = 0.3 + rng.normal(size=(3, 400)) + np.array([[-0.2], [0.0], [0.2]])
     two = 0.1 + rng.normal(size=(1, 900))
-    mean, low, high = paired_interval([torch.tensor(one), torch.tensor(two)], resamples=4000)
+    mean, low, high = paired_interval([[torch.tensor(one)], [torch.tensor(two)]], resamples=4000)
     assert mean == pytest.approx((one.mean() + two.mean()) / 2)
     means = []  # the same bootstrap with numpy
     for _ in range(4000):
         picked = one[rng.integers(3, size=3)][:, rng.integers(400, size=400)].mean()
         means.append((picked + two[0, rng.integers(900, size=900)].mean()) / 2)
     assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=0.012)
-    with pytest.raises(ValueError, match="nothing to resample"):
-        paired_interval([])
+    for nothing in ([], [[]], [[torch.zeros(1, 0)]]):
+        with pytest.raises(ValueError, match="nothing to resample"):
+            paired_interval(nothing)
+
+
+def test_tasks_of_a_mixture_draw_the_same_seeds() -> None:
+    """Each seed is as good for one task as for the other: apart, the seeds would even out."""
+    table = torch.tensor([[-0.3], [0.0], [0.3]]).expand(3, 50)
+    _, low, high = paired_interval([[table, table]])
+    assert (low, high) == pytest.approx((-0.3, 0.3))
+    _, low, high = paired_interval([[table], [table]])
+    assert -0.3 < low < -0.1 and 0.1 < high < 0.3
+    with pytest.raises(ValueError, match=r"same seeds, got \[2, 3\]"):
+        paired_interval([[table, table[:2]]])
 
 
 def test_numbers_of_a_result() -> None:
