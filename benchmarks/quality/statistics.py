@@ -30,12 +30,13 @@ def paired_interval(
     Raises:
         ValueError: If there is no seed or no instance, or the tasks of a training differ in their number of seeds.
     """
-    tables = [table.double() for training in differences for table in training]
+    trainings = [[table.double() for table in training] for training in differences]
+    tables = [table for training in trainings for table in training]
     if not tables or any(not table.numel() for table in tables):
         raise ValueError("There is nothing to resample: each task needs at least one seed and one instance.")
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(resamples, dtype=torch.float64)
-    for training in differences:
+    for training in trainings:
         if len(counts := {len(table) for table in training}) > 1:
             raise ValueError(f"The tasks of one training have the same seeds, got {sorted(counts)} of them.")
         (S,) = counts
@@ -44,7 +45,7 @@ def paired_interval(
         for table in training:
             n = table.shape[1]
             picks = torch.randint(n, (resamples, n), generator=generator)
-            columns = torch.stack([table[s].double()[picks].mean(dim=1) for s in range(S)], dim=1)  # (resamples, S)
+            columns = torch.stack([table[s][picks].mean(dim=1) for s in range(S)], dim=1)  # (resamples, S)
             total += (weights * columns).sum(dim=1) / len(tables)
     tail = (1 - level) / 2
     low, high = total.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()

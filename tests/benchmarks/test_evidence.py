@@ -92,6 +92,9 @@ def test_overview(results: Path) -> None:
     assert head.startswith("| minus LoRA |") and rows[1].startswith("| iapt | **-5.0 [")
     assert [row.split("|")[1].strip() for row in rows[1:]] == ["iapt", "iapt-constant"]
     assert report.blocks(results / "nothing")["quality.scores"] == report.NOTHING
+    (results / "quality_encoder" / "other").mkdir()
+    assert made["quality.scores"].replace("encoder,", "m, encoder,") == report.blocks(results)["quality.scores"]
+    (results / "quality_encoder" / "other").rmdir()
     write(results, "iapt-constant", 0, "1" * 70 + "0" * 30, task="tweet")
     write(results, "iapt", 0, "1" * 90 + "0" * 10, task="tweet")
     made = report.blocks(results)
