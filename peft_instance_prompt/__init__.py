@@ -10,11 +10,7 @@ from .config import InstancePromptConfig
 from .engine.calls import warn_of_untested_release
 from .engine.request import instruction_scope
 from .loading import guard_loading
-from .model_card import teach_peft
-from .registry import register_method
-from .saving import guard_saving
-from .task_ids import carry_task_ids
-from .tuners import (
+from .methods import (
     Choices,
     DynamicPromptConfig,
     DynamicPromptModel,
@@ -28,9 +24,11 @@ from .tuners import (
     IPTModel,
     LPTConfig,
     LPTModel,
-    learned_position,
-    record_choices,
 )
+from .model_card import teach_peft
+from .registry import register_method
+from .saving import guard_saving
+from .task_ids import carry_task_ids
 
 
 __version__ = "0.2.0"
@@ -42,6 +40,8 @@ _TOOLS = {
     "encode_prompt_embeds": ".tools.prompt_embeds",
     "instance_report": ".tools.report",
     "learn_activations": ".tools.bilevel",
+    "learned_position": ".tools.choices",
+    "record_choices": ".tools.choices",
     "to_prompt_embeds": ".tools.prompt_embeds",
 }
 

@@ -17,6 +17,27 @@ from .generator import PromptGenerator
 from .model import InstancePromptModel
 
 
+# The docstring of a tuner class.
+TUNER_DOC = """{doc}
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        config ([`{config}`]): The configuration.
+        adapter_name (`str`): The adapter's name. Defaults to `"default"`.
+
+    Example:
+
+    ```py
+    >>> from transformers import AutoModelForCausalLM
+    >>> from peft import get_peft_model
+    >>> from {package} import {config}
+
+    >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+    >>> model = get_peft_model(model, {config}(task_type="CAUSAL_LM"))
+    ```
+    """
+
+
 def add_peft_type(name: str) -> PeftType:
     """The member `name` of PEFT's enum of method names, which has no other way to be extended from outside."""
     if name in PeftType.__members__:
@@ -39,7 +60,8 @@ def register_method(
         name (`str`): The method's name in lower case, e.g. `"iapt"`. Configs carry it as `peft_type`, in upper case.
         config_cls (`type`): Its config, a dataclass derived from [`InstancePromptConfig`].
         generator_cls (`type`): Its generator, derived from [`PromptGenerator`].
-        doc (`str`, *optional*): The docstring of the tuner class. Default: the generator's.
+        doc (`str`, *optional*): What the method is, for the docstring of the tuner class. Default: the generator's first
+            paragraph.
 
     Returns:
         `type`: The tuner class, which `get_peft_model` makes for such a config.
@@ -85,7 +107,7 @@ def register_method(
             f"The method {name!r} is registered already, with the config {known.__module__}.{known.__qualname__}: choose another "
             "name."
         )
-    model_cls = make_tuner(name, generator_cls, doc)
+    model_cls = make_tuner(name, config_cls, generator_cls, doc)
     config_cls.method = name
     if known is None:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
@@ -102,14 +124,15 @@ def same_class(one: type, other: type) -> bool:
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
-def make_tuner(name: str, generator_cls: type[PromptGenerator], doc: str | None) -> type[InstancePromptModel]:
+def make_tuner(
+    name: str, config_cls: type[InstancePromptConfig], generator_cls: type[PromptGenerator], doc: str | None
+) -> type[InstancePromptModel]:
     """The tuner class of a method, named after its generator and at home in the same module, so that it can be pickled."""
-    module = generator_cls.__module__.removesuffix(".generator")
-    class_name = f"{generator_cls.__name__.removesuffix('Generator')}Model"
+    doc = doc or (generator_cls.__doc__ or name).split("\n\n")[0]
     fields = {
         "prefix": f"{name}_",
         "generator_cls": generator_cls,
-        "__module__": module,
-        "__doc__": doc or generator_cls.__doc__,
+        "__module__": generator_cls.__module__,
+        "__doc__": TUNER_DOC.format(doc=doc, config=config_cls.__name__, package=config_cls.__module__.split(".")[0]),
     }
-    return type(class_name, (InstancePromptModel,), fields)
+    return type(f"{generator_cls.__name__.removesuffix('Generator')}Model", (InstancePromptModel,), fields)

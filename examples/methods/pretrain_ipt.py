@@ -26,8 +26,8 @@ from torch import nn
 from tqdm import trange
 from transformers import AutoConfig, AutoTokenizer
 
+from peft_instance_prompt.nn.encoders import ENCODERS, Table
 from peft_instance_prompt.nn.pooling import mean_pool, rms_norm
-from peft_instance_prompt.tuners.ipt import ENCODERS, Table
 
 
 # The loaders of model and sentences.

@@ -17,10 +17,10 @@ from peft_instance_prompt import IAPTConfig, InstancePromptConfig, registry
 from peft_instance_prompt.__main__ import main
 from peft_instance_prompt.engine import calls, layer, place, scope, widen
 from peft_instance_prompt.engine.layout import SlotTable
+from peft_instance_prompt.methods.iapt import IAPTGenerator
 from peft_instance_prompt.model import InstancePromptModel
 from peft_instance_prompt.tools import doctor
 from peft_instance_prompt.tools.doctor import MODELS, registered_methods, run_doctor
-from peft_instance_prompt.tuners.iapt import IAPTGenerator
 
 
 CAUSAL = {"llama", "bloom", "gpt2"}

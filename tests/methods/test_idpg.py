@@ -19,7 +19,7 @@ from torch import nn
 from peft_instance_prompt import IDPGConfig
 from peft_instance_prompt.engine.intercept import intercept
 from peft_instance_prompt.engine.stack import describe
-from peft_instance_prompt.tuners.idpg import IDPGGenerator
+from peft_instance_prompt.methods.idpg import IDPGGenerator
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes

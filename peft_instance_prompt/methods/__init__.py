@@ -1,7 +1,9 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-from .dynamic_prompt import Choices, DynamicPromptConfig, DynamicPromptModel, learned_position, record_choices
+"""The methods, a file each: config, generator and registration."""
+
+from .dynamic_prompt import Choices, DynamicPromptConfig, DynamicPromptModel
 from .iapt import IAPTConfig, IAPTModel
 from .idpg import IDPGConfig, IDPGModel
 from .idspam import IDSPAMConfig, IDSPAMModel
@@ -23,6 +25,4 @@ __all__ = [
     "IPTModel",
     "LPTConfig",
     "LPTModel",
-    "learned_position",
-    "record_choices",
 ]

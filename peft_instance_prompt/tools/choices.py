@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Look at the choices for each instance."""
+"""Look at the choices of dynamic prompting for each instance."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from ...engine.intercept import Generated, intercept
-from .generator import Choices, DynamicPromptGenerator
+from ..engine.intercept import Generated, intercept
+from ..methods.dynamic_prompt import Choices, DynamicPromptGenerator
+from .inspection import active_generator
 
 
 def learned_position(model: nn.Module) -> int | list[int]:
@@ -39,9 +40,6 @@ def learned_position(model: nn.Module) -> int | list[int]:
     >>> train(get_peft_model(base, config))
     ```
     """
-    # Tools are imported when they are asked for.
-    from ...tools.inspection import active_generator
-
     generator: Any = active_generator(model)[1]
     found = generator.config.position if isinstance(generator, DynamicPromptGenerator) else None
     if found != "task":

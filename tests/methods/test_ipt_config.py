@@ -18,7 +18,8 @@ from tiny import adapted, batch, causal_lm, generator_of
 
 from peft_instance_prompt import IPTConfig
 from peft_instance_prompt.engine.stack import describe
-from peft_instance_prompt.tuners.ipt import ENCODERS, IPTGenerator, Table
+from peft_instance_prompt.methods.ipt import IPTGenerator
+from peft_instance_prompt.nn.encoders import ENCODERS, Table
 
 
 INPUTS = batch(9, 4)

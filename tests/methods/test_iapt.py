@@ -91,7 +91,7 @@ def test_fixed_activation(activation: str, monkeypatch) -> None:
             if name in own:
                 parameter.copy_(own[name])
     assert (logits(twin) - logits(model)).abs().max() > 1e-4
-    monkeypatch.setattr("peft_instance_prompt.tuners.iapt.generator.rational", lambda x, coefficients: fixed(x))
+    monkeypatch.setattr("peft_instance_prompt.methods.iapt.rational", lambda x, coefficients: fixed(x))
     assert torch.equal(logits(twin), logits(model))
 
 

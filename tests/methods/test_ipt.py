@@ -15,7 +15,7 @@ from torch import nn
 
 from peft_instance_prompt import IPTConfig
 from peft_instance_prompt.engine.intercept import intercept
-from peft_instance_prompt.tuners.ipt import ENCODERS, Table
+from peft_instance_prompt.nn.encoders import ENCODERS, Table
 
 
 INPUTS = batch(9, 4)

@@ -12,15 +12,17 @@ Shapes: G instances, T tokens of which the first few of each instance count, w t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ...generator import Weights
-from ...nn.init import fan_in_uniform
-from ...nn.pooling import mean_pool
+from .init import fan_in_uniform
+from .pooling import mean_pool
+
+
+Weights = Mapping[str, torch.Tensor]  # parameters by name
 
 
 class Table(nn.Module):

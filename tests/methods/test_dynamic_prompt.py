@@ -15,7 +15,7 @@ from peft import get_peft_model
 from tiny import assert_same, batch, causal_lm, encoder, generator_of
 
 from peft_instance_prompt import DynamicPromptConfig, record_choices
-from peft_instance_prompt.tuners.dynamic_prompt.config import PRESETS
+from peft_instance_prompt.methods.dynamic_prompt import PRESETS
 
 
 def arrangement(prompt: torch.Tensor, embeds: torch.Tensor, start: int, end: int, j: int, order: str) -> torch.Tensor:

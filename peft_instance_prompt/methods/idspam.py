@@ -1,0 +1,141 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""ID-SPAM (https://arxiv.org/abs/2506.05629): self-attention over the token embeddings gives a prompt that enters at one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Optional
+
+import torch
+from torch import nn
+
+from ..checks import check_dropout, check_int
+from ..generator import Instances, Source, Weights
+from ..nn.init import fan_in_uniform
+from ..nn.pooling import mean_attention, rms_norm
+from ..registry import register_method
+from .late_prompt import LatePromptConfig, LatePromptGenerator
+
+
+if TYPE_CHECKING:
+    from ..engine.stack import StackInfo
+
+
+@dataclass
+class IDSPAMConfig(LatePromptConfig):
+    """Configuration of [`IDSPAMModel`], input-dependent soft prompting with self-attention (ACL 2025,
+    https://arxiv.org/abs/2506.05629).
+
+    One head of self-attention runs over the token embeddings E of the instance; the mean A of its outputs goes through a
+    bottleneck to `num_virtual_tokens` prompt vectors. These enter at the input of one layer in the middle of the model and stay
+    in the stream. The layers below run as if there were no prompt, so that training builds no autograd graph for them.
+
+    Deviations from the paper: by default the adapter starts as a near no-op, the embeddings are divided by their root mean
+    square, and the vectors have no ReLU of their own, which would let them add to the state that they start from but not take
+    from it (`init_weights`; `"paper"` has the paper's form).
+
+    Args:
+        num_virtual_tokens (`int`): The number l of prompt vectors. Defaults to 10, the paper's.
+        attention_dim (`int`, *optional*): The width d_k of queries and keys. Defaults to the width of the embeddings, which is
+            what the paper's parameter counts say.
+        bottleneck_dim (`int`): The width m of the bottleneck. The paper does not give it; the default of 34 comes closest to its
+            parameter counts.
+        insertion_layer (`int`, *optional*): The layer k, counted from 0, at whose input the prompt enters. Defaults to half
+            the number of layers; the paper finds 11 to 13 of 24 best. With 0 it enters at the first layer: then its positions
+            are counted and the tokens' move; otherwise the tokens keep the positions of the base model.
+        dropout (`float`): The rate of the dropout in the bottleneck in training, from 0 to below 1. The paper tunes a rate of
+            0.1 to 0.3 without saying of what. Defaults to 0.1.
+        prompt_position (`str`): As for all methods. Where a model reads distances off the columns of its input (ALiBi, tables of
+            relative distances, sliding windows) and the prompt is late, it must be `"before"`, the paper's.
+
+    The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them.
+    """
+
+    paper = ("Leveraging Self-Attention for Input-Dependent Soft Prompting in LLMs", "2506.05629")
+
+    num_virtual_tokens: int = field(default=10, metadata={"help": "The number of prompt vectors per instance."})
+    attention_dim: Optional[int] = field(
+        default=None, metadata={"help": "The width of queries and keys; None: that of the embeddings."}
+    )
+    bottleneck_dim: int = field(default=34, metadata={"help": "The width of the generator's bottleneck."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout in the bottleneck, in training only."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.attention_dim is not None:
+            check_int(self, "attention_dim", minimum=1)
+        check_dropout(self)
+
+
+class TokenAttention(nn.Module):
+    """The mean over the tokens of one head of self-attention, equation 1 of the paper.
+
+    Attributes:
+        query, key, value (`nn.Parameter`): Shapes (e, d_k), (e, d_k) and (e, e): W_Q, W_K and W_V.
+    """
+
+    def __init__(self, width: int, attention_dim: int):
+        super().__init__()
+        self.query, self.key = fan_in_uniform(width, attention_dim), fan_in_uniform(width, attention_dim)
+        self.value = fan_in_uniform(width, width)
+
+    def forward(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """A (G, e) of the embeddings (G, n, e), of which those count that `mask` (G, n) shows."""
+        embeds = embeds.to(self.query.device, self.query.dtype)
+        shares = mean_attention(embeds @ self.query, embeds @ self.key, mask.to(embeds.device))  # (G, n)
+        # The mean of the outputs is the mean of the tokens in these shares, so W_V multiplies one vector and not n.
+        kept = embeds.masked_fill(~mask.to(embeds.device)[..., None], 0.0)  # (G, n, e)
+        return (shares[:, None] @ kept @ self.value)[:, 0]  # (G, e)
+
+
+class IDSPAMGenerator(LatePromptGenerator):
+    """The generator of ID-SPAM (https://arxiv.org/abs/2506.05629).
+
+    With E (n, e) the token embeddings of the instance, equations 1 and 2 of the paper:
+
+    - `A = mean over tokens of softmax(E W_Q (E W_K)^T / sqrt(d_k)) E W_V`, (e,);
+    - `p = relu(relu(A W_down + b_down) W_up + b_up)`, reshaped to (l, d). The outer relu is there with `init_weights="paper"`.
+
+    It has `2 e d_k + e^2` weights in its attention and `e m + m + m l d + l d` in its bottleneck.
+
+    Attributes:
+        attention (`TokenAttention`): W_Q, W_K and W_V.
+        down, down_bias (`nn.Parameter`): Shapes (1, e, m) and (1, 1, m): W_down and b_down.
+        up, up_bias (`nn.Parameter`): Shapes (1, m, l*d) and (1, 1, l*d): W_up and b_up.
+        constant (`nn.Parameter`): Shape (1, 1, e). With `condition="constant"`, in place of `attention`: A.
+    """
+
+    def __init__(self, config: IDSPAMConfig, info: StackInfo):
+        super().__init__(config, info)
+        e, m, width = info.embedding_size, config.bottleneck_dim, config.num_virtual_tokens * info.hidden_size
+        if self.constant_condition:
+            self.constant = nn.Parameter(torch.randn(1, 1, e))
+        else:
+            self.attention = TokenAttention(e, config.attention_dim or e)
+        self.down, self.down_bias = fan_in_uniform(1, e, m), fan_in_uniform(1, 1, m, fan_in=e)
+        self.up, self.up_bias = fan_in_uniform(1, m, width), fan_in_uniform(1, 1, width, fan_in=m)
+        self.dropout = nn.Dropout(config.dropout)
+        self.zero_at_start(self.up, self.up_bias)
+
+    def encode(self, source: Source) -> torch.Tensor | None:
+        if self.constant_condition:
+            return None
+        embeds = source.embeds.detach()  # (G, n, e)
+        return self.attention(embeds if self.paper else rms_norm(embeds), source.mask)  # (G, e)
+
+    def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
+        A = weights["constant"] if self.constant_condition else instances.vector[:, None]  # (G, 1, e) or (1, e)
+        u = self.dropout(torch.relu(A.to(weights["down"].dtype) @ weights["down"] + weights["down_bias"]))  # (G, 1, m)
+        p = u @ weights["up"] + weights["up_bias"]  # (G, 1, l * d)
+        return (torch.relu(p) if self.paper else p).unflatten(-1, (self.num_slots, -1)).flatten(-3, -2)  # (G, l, d)
+
+
+IDSPAMModel = register_method(
+    "idspam",
+    IDSPAMConfig,
+    IDSPAMGenerator,
+    doc="""ID-SPAM (ACL 2025, https://arxiv.org/abs/2506.05629): one head of self-attention over the token embeddings of the
+    instance, averaged over the tokens, goes through a bottleneck to a prompt that enters at one layer and stays in the stream.""",
+)
