@@ -21,7 +21,7 @@ pytest.register_assert_rewrite(
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from methods import KINDS, METHODS, SKIPS  # noqa: E402
+from methods import KINDS, METHODS, SKIPS, SPANNING  # noqa: E402
 from tiny import native_refuses  # noqa: E402
 
 
@@ -30,11 +30,17 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-methods", action="store_true", help="run the shared tests over all methods, not over five")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `method` runs for each entry of METHODS; one that takes `kind`, for one entry per config class."""
+    """A test that takes `method` runs for each entry of SPANNING, with `--all-methods` of METHODS; one that takes `kind`, for
+    one entry per config class."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     own = [name for names in named for name in (names.split(",") if isinstance(names, str) else names)]
-    for name, values in (("method", METHODS), ("kind", KINDS)):
+    methods = METHODS if metafunc.config.getoption("--all-methods") else SPANNING
+    for name, values in (("method", methods), ("kind", KINDS)):
         if name in metafunc.fixturenames and name not in own:
             metafunc.parametrize(name, list(values))
 

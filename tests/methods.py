@@ -89,6 +89,11 @@ METHODS: dict[str, Callable] = {
     "mean_prompt": lambda **kw: MeanPromptConfig(**kw),
 }
 
+# The methods that span what the engine sees of one: vectors that replace the slots' states in every layer, or are added to them and
+# read a vector of the instance; late slots; slots that are not used; and places that are chosen per instance, with their gradient.
+# A shared test runs over these; with `--all-methods`, as in `make test-all`, over all.
+SPANNING: list[str] = ["iapt", "idpg", "lpt_pooled", "ipt", "dynamic_prompt_all"]
+
 # Which shared test (the name of its function) does not hold for which method, and why.
 SKIPS: dict[tuple[str, str], str] = {
     ("ipt", "test_whole_row_is_the_instance_of_a_plain_call"): "it looks up the first tokens only",
