@@ -64,7 +64,7 @@ def test_labels_from_the_first_token_on(kind: str) -> None:
     model = prompted(kind).train()
     labels = LABELS.clone()
     labels[1] = IDS[1]
-    with pytest.raises(ValueError, match=r"row\(s\) \[1\].*`response_template`"):
+    with pytest.raises(ValueError, match=r"^All tokens of row\(s\) \[1\] are scored.*`response_template`"):
         model(IDS, labels=labels)
     with pytest.raises(ValueError, match=r"row\(s\) \[0, 1\]"):
         model(IDS, labels=IDS)
@@ -78,10 +78,12 @@ def test_an_instruction_of_special_tokens_only() -> None:
     ids = torch.tensor([[1, 5, 6, 7], [1, 8, 9, 1]])
     labels = ids.masked_fill(ids == 1, -100)
     tokens = torch.ones_like(ids).bool()
-    with pytest.raises(ValueError, match=r"Nothing but special tokens .* in row\(s\) \[0, 1\].*`instruction_length`"):
+    with pytest.raises(
+        ValueError, match=r"^All tokens of row\(s\) \[0, 1\] but special ones are scored.*`instruction_length`"
+    ):
         from_labels(labels, tokens, False, ids, special_ids=(1, 2))
     model = get_peft_model(causal_lm(pad_token_id=1), IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8))
-    with pytest.raises(ValueError, match="Nothing but special tokens"):
+    with pytest.raises(ValueError, match="but special ones are scored"):
         model(ids, labels=labels)
 
 
