@@ -36,7 +36,7 @@ def clipped(values: list[int], end: bool = False) -> str:
 
 def all_scored(rows: torch.Tensor, but: str) -> str:
     """Of rows (B,) whose labels are -100 nowhere, `but` on some tokens."""
-    why = " (a collator that puts -100 on padding puts it on BOS, where both are one token)" if but else ""
+    why = " (BOS is masked as padding)" if but else ""
     return (
         f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {CURE}"
     )
@@ -69,15 +69,15 @@ def without_template(
         wanted, end = clipped(template), f"the tokens {clipped(ids, end=True)}"
     else:
         text = known.decode(template)
-        wanted, end = repr(text[:40]), repr(known.decode(ids[-16:])[-40:])
+        wanted, end = repr(text[:30]), repr(known.decode(ids[-16:])[-30:])
         if (own := find_text(text.strip(), ids, known)) is not None:
             return (
-                f"`response_template` {wanted} does not occur in row(s) {numbers(rows)} as the tokens {clipped(template)}: there, "
-                f"its text is {own}. A space at its end, and what stands beside it, change tokens. Give these ids."
+                f"`response_template` {wanted} does not occur in row(s) {numbers(rows)} as the tokens {clipped(template)}: row "
+                f"{row} has its text as {own}, since a space at its end, or what stands beside it, changes tokens. Give these ids."
             )
     return (
-        f"`response_template` {wanted} does not occur in row(s) {numbers(rows)}: row {row} ends in {end}. Give what stands before "
-        "the response in the data, spaces included. For rows that were cut off before it, set `missing_template='all'`."
+        f"`response_template` {wanted} does not occur in row(s) {numbers(rows)}: row {row} ends in {end}. Write it as the data do, "
+        "spaces included; for rows that were cut off before the response, set `missing_template='all'`."
     )
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -149,6 +151,16 @@ def test_several_turns_are_said_once(unsaid: None) -> None:
 def test_scoring_without_a_scope_is_said_once(unsaid: None) -> None:
     model = prompted("iapt")
     model(IDS[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(IDS, logits_to_keep=1)  # of the next token: nothing in the rows is scored
+        model.generate(IDS, max_new_tokens=1, do_sample=False)
     with pytest.warns(UserWarning, match="was not told which of their tokens are the instruction"):
         model(IDS)
     model(IDS)
+
+
+@pytest.mark.parametrize("kept", [0, 2, torch.tensor([1])], ids=str)
+def test_scoring_more_than_the_next_token_is_said(unsaid: None, kept: int | torch.Tensor) -> None:
+    with pytest.warns(UserWarning, match="was not told which of their tokens are the instruction"):
+        prompted("iapt")(IDS, logits_to_keep=kept)
