@@ -15,8 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
-from tiny import adapted, batch, causal_lm, tokenizer
-from tokenizers import Tokenizer, decoders, models
+from tiny import adapted, batch, causal_lm, letters, tokenizer
 from trainers import COMMON, TRL
 from trl import SFTConfig, SFTTrainer
 
@@ -51,16 +50,6 @@ def iapt(base: torch.nn.Module | None = None, **fields):
 def mamba(name: str, **sizes) -> tf.PreTrainedModel:
     config = getattr(tf, f"{name}Config")(vocab_size=96, hidden_size=32, num_hidden_layers=2, **sizes)
     return tf.AutoModelForCausalLM.from_config(config)
-
-
-def lines(path: Path) -> str:
-    """The folder of a tokenizer, whose tokens are characters, and the space with the letter behind it."""
-    letters = sorted(set("Question: no Answer: yes{}"))
-    pieces = {piece: n for n, piece in enumerate([*letters, *(f" {letter}" for letter in letters if letter != " ")])}
-    core = Tokenizer(models.BPE(pieces, [(" ", letter) for letter in letters if letter != " "], fuse_unk=False))
-    core.decoder = decoders.Fuse()
-    tf.PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(path)
-    return str(path)
 
 
 # -------------------------------------------------------------------------------------------------------- first steps
@@ -198,7 +187,7 @@ def _(path, patch):
 @says(MISSING)
 def _(path, patch):
     """A text that is not there, in rows that a tokenizer writes with more characters than there are."""
-    iapt(response_template="Answer: Answer: Answer: Answer:", tokenizer_name_or_path=lines(path))(
+    iapt(response_template="Answer: Answer: Answer: Answer:", tokenizer_name_or_path=letters(path))(
         torch.full((128, 40), 3)
     )
 
@@ -206,7 +195,7 @@ def _(path, patch):
 @says(MISSING)
 def _(path, patch):
     """A text that is there as other tokens."""
-    name = lines(path)
+    name = letters(path)
     rows = tf.AutoTokenizer.from_pretrained(name)(["Question: no Answer: yes"] * 128, return_tensors="pt")
     iapt(response_template="Answer: ", tokenizer_name_or_path=name)(rows["input_ids"])
 
