@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from . import commands
+from . import __version__, commands
 from .config import InstancePromptConfig
 from .engine.stack import StackInfo
 from .folder import PREFIX, check_files, check_tensors, read_kind
@@ -36,6 +37,8 @@ from .generator import PromptGenerator
 from .nn.rational import GELU_FITS
 from .tools import doctor
 
+
+COMMANDS = ("doctor", "run", "env", "--version", "--help")
 
 # A rational activation starts at a fit of GELU, whose coefficients lie within 0.5 of zero. The term of degree j weighs
 # x^j, and the bottleneck's values reach well beyond 1: from a coefficient of 1 on, the high terms explode. The likely
@@ -90,6 +93,31 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
     }
 
 
+def check_folder(folder: str, rest: Sequence[str] = ()) -> None:
+    """Raise a ValueError if the first word of the command line is no folder, or one whose adapters lie further down.
+
+    Args:
+        folder (`str`): The first word of the command line, which is none of the commands.
+        rest (`Sequence[str]`): The other words.
+    """
+    path = Path(folder)
+    if path.is_dir():
+        inside = sorted(path.glob(f"*/{CONFIG_NAME}"))
+        if inside and not (path / CONFIG_NAME).is_file():
+            raise ValueError(f"{folder} holds no {CONFIG_NAME}. Did you mean {inside[0].parent}?")
+        return
+    if path.exists():
+        raise ValueError(f"{folder} is a file. Name the folder that {CONFIG_NAME} lies in.")
+    if folder in ("inspect", "show", "info"):
+        given = rest[0] if rest else "ADAPTER_FOLDER"
+        raise ValueError(
+            f"There is no command {folder!r}: name the folder alone, `python -m peft_instance_prompt {given}`."
+        )
+    meant = get_close_matches(folder, COMMANDS, n=1)
+    cure = f"Did you mean `{meant[0]}`?" if meant else f"The commands are {', '.join(COMMANDS)}."
+    raise ValueError(f"There is neither a folder nor a command {folder!r}. {cure}")
+
+
 def count(mask: torch.Tensor) -> int:
     return int(mask.sum())
 
@@ -99,7 +127,9 @@ def read_config(folder: Path) -> InstancePromptConfig:
     file = folder / CONFIG_NAME
     kind = read_kind(folder)
     if kind is None:
-        raise ValueError(f"{folder} is no adapter's folder: it holds no {CONFIG_NAME}.")
+        raise ValueError(
+            f"{folder} is no adapter's folder: it holds no {CONFIG_NAME}. Name what `save_pretrained` wrote."
+        )
     own = {
         name.value: cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, InstancePromptConfig)
     }
@@ -210,9 +240,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="ADAPTER_FOLDER", help="as `save_pretrained` writes it")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--version", action="version", version=f"peft_instance_prompt {__version__}")
+    options, rest = parser.parse_known_args(arguments)
     warnings.simplefilter("ignore")
     try:
+        check_folder(options.folder, rest)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         found = inspect_folder(options.folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

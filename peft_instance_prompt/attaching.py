@@ -204,6 +204,6 @@ def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo]) -> None
             if causal_lm
             else "an encoder-decoder model"
             if pair
-            else "an encoder or a classifier"
+            else "an encoder, a classifier or a model without causal attention"
         )
         raise ValueError(f"`task_type` {task!s} does not fit the base model, which is {kind}.")

@@ -14,7 +14,7 @@ from peft.utils import PeftType
 
 from .checks import LARGEST, check_choice, check_int, check_pattern
 from .folder import read_kind
-from .lora_words import refuse_lora_words
+from .lora_words import refuse_unknown_fields
 from .model_card import write_card
 from .saving import staged
 
@@ -102,8 +102,8 @@ class InstancePromptConfig(PeftConfig):
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names the field, its value and what is allowed.
-        TypeError: A field is unknown, or a number or a list of names has the wrong type. For a field of LoRA's, the message names
-            the counterpart.
+        TypeError: A field is unknown, or a number or a list of names has the wrong type. For a field of LoRA's or of PEFT's soft
+            prompts the message names the counterpart, for a misspelt one the right one.
     """
 
     method: ClassVar[Optional[str]] = None  # set by `register_method`
@@ -167,7 +167,7 @@ class InstancePromptConfig(PeftConfig):
     )
 
     def __new__(cls, *args: Any, **kwargs: Any):
-        refuse_lora_words(cls, kwargs)
+        refuse_unknown_fields(cls, kwargs)
         return super().__new__(cls)
 
     def __post_init__(self):

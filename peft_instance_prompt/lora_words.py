@@ -1,41 +1,56 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a LoRA user means by a field that no config of this package has: the counterpart, or why there is none."""
+"""What is meant by a field that a config does not have: a field of LoRA's or of PEFT's soft prompts, or a slip of the pen."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
+from difflib import get_close_matches
 
 
-WEIGHTS = "it changes weight matrices, and a generated prompt leaves those alone: leave it out"
+WEIGHTS = "leave it out, weight matrices are not changed"
+SIZES = "leave it out, it is read off the base model"
 COUNTERPARTS = {
-    "r": (
-        "the size is set by `num_virtual_tokens`, the prompt vectors of an instance, and, where the method has a bottleneck, by "
-        "`bottleneck_dim`, its width"
-    ),
-    "lora_alpha": "nothing is scaled by it, set the learning rate",
-    "use_rslora": "nothing is scaled by it, set the learning rate",
-    "bias": (
-        "the base model's biases are never trained, as with `bias='none'`: leave it out, or train whole modules with "
-        "`modules_to_save`"
-    ),
+    # LoRA
+    "r": "use `num_virtual_tokens` and `bottleneck_dim`",
+    "lora_alpha": "leave it out, tune the learning rate",
+    "use_rslora": "leave it out, tune the learning rate",
+    "bias": "leave it out, or train modules with `modules_to_save`",
     "lora_bias": "leave it out",
     "init_lora_weights": "use `init_weights`",
-    "layers_pattern": "`target_modules` names the stack or its list of layers itself, by default the one that is found",
-    "rank_pattern": "all layers have one size, and `layers_to_transform` chooses among them",
-    "alpha_pattern": "all layers have one size, and `layers_to_transform` chooses among them",
-    "target_parameters": "`target_modules` names the stack or its list of layers, by default the one that is found",
+    "layers_pattern": "leave it out, or name the stack in `target_modules`",
+    "rank_pattern": "use `layers_to_transform`, all layers have one size",
+    "alpha_pattern": "use `layers_to_transform`, all layers have one size",
+    "target_parameters": "leave it out, or name the stack in `target_modules`",
+    # prompt tuning, for one task or several
+    "prompt_tuning_init": "use `init_text` for a text, else leave it out",
+    "prompt_tuning_init_text": "use `init_text`",
+    "prompt_tuning_init_state_dict_path": "leave it out, a generator starts from no table of vectors",
+    "prompt_tuning_init_task": "leave it out, a generator starts from no table of vectors",
+    "tokenizer_kwargs": "leave it out, or give `init_text` as token ids",
+    "num_ranks": "leave it out, a generator has no table to factorise",
+    "num_tasks": "use it with `DynamicPromptConfig`",
+    # P-tuning and prefix tuning
+    "encoder_hidden_size": "use `bottleneck_dim`",
+    "encoder_num_layers": "leave it out, `bottleneck_dim` sets the generator's size",
+    "encoder_reparameterization_type": "leave it out, the method is the generator",
+    "prefix_projection": "leave it out, there is always a generator",
+    "token_dim": SIZES,
+    "num_attention_heads": SIZES,
+    "num_transformer_submodules": SIZES,
 }
+LONGEST = 300  # characters of a message
 
 
-def refuse_lora_words(config_cls: type, names: Iterable[str]) -> None:
-    """Raise a TypeError if a config is to be made with fields that only LoRA's config has.
+def refuse_unknown_fields(config_cls: type, names: Iterable[str]) -> None:
+    """Raise a TypeError if a config is to be made with fields that it does not have, and what is meant by them can be told.
 
     Args:
         config_cls (`type`): The config's class.
-        names (`Iterable[str]`): The fields that it is to be made with. Fields that LoRA does not have either pass.
+        names (`Iterable[str]`): The fields that it is to be made with. Unknown ones that resemble nothing pass: the class itself
+            refuses them.
     """
     own = {field.name for field in fields(config_cls)}
     unknown = [name for name in names if name not in own]
@@ -43,11 +58,21 @@ def refuse_lora_words(config_cls: type, names: Iterable[str]) -> None:
         return
     from peft.tuners.lora import LoraConfig  # not above: PEFT may be in the midst of its own import
 
-    counterparts = {
-        **COUNTERPARTS,
-        "lora_dropout": "use `dropout`" if "dropout" in own else "the method has no dropout, leave it out",
-    }
-    lora = {field.name for field in fields(LoraConfig)}
-    words = [f"`{name}`: {counterparts.get(name, WEIGHTS)}" for name in unknown if name in lora]
-    if words:
-        raise TypeError(f"{config_cls.__name__} does not have these fields of LoRA's. {'. '.join(words)}.")
+    dropout = "use `dropout`" if "dropout" in own else "leave it out, the method has no dropout"
+    known = {field.name: WEIGHTS for field in fields(LoraConfig)}
+    known = {**known, **COUNTERPARTS, "lora_dropout": dropout, "encoder_dropout": dropout}
+    close = {name: get_close_matches(name, own, n=1, cutoff=0.7) for name in unknown}
+    meant = {name: known[name] for name in unknown if name in known}
+    slips = {name: f"did you mean `{close[name][0]}`?" for name in unknown if name not in known and close[name]}
+    if not meant and not slips:
+        return
+    # By the words "got an unexpected keyword argument" PEFT knows fields in the file of a newer release, which it leaves out with a
+    # warning. Those of other methods are no such fields.
+    text = f"{config_cls.__name__} " + (
+        "does not have these fields." if meant else "got an unexpected keyword argument."
+    )
+    told = [f" `{name}`: {word}{'' if word.endswith('?') else '.'}" for name, word in {**meant, **slips}.items()]
+    rest = ""
+    while len(told) > 1 and len(text + "".join(told) + rest) >= LONGEST:
+        told, rest = told[:-1], f" And {len({**meant, **slips}) - len(told) + 1} more."
+    raise TypeError(text + "".join(told) + rest)

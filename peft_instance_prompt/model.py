@@ -104,24 +104,25 @@ class InstancePromptModel(BaseTuner):
         return peft_config
 
     def _find_targets(self, peft_config: InstancePromptConfig) -> list[StackInfo]:
-        infos = describe(self.model)
-        known = {info.layers_name: info.name for info in infos}
-        if peft_config.target_modules is None:
-            infos = [info for info in infos if not info.decoder_of_pair]
-            how = "Name it with `target_modules`: a module that takes `input_ids` and `inputs_embeds`, or its list of layers."
-        else:
-            infos = [info for info in infos if matches(peft_config.target_modules, info)]
-            how = (
-                f"`target_modules` {peft_config.target_modules!r} matches none of the stacks that this model has: {known}. Linear "
-                "layers, which LoRA targets, hold no prompts: leave `target_modules` out, and the stack is found."
+        stacks = describe(self.model)
+        if not stacks:
+            raise ValueError(
+                f"No transformer stack to put a prompt into was found in {type(self.model).__name__}: none of its modules takes "
+                "`input_ids` and `inputs_embeds` and holds a list of layers. Give your model's text stack this form."
             )
-        if peft_config.exclude_modules is not None:
-            infos = [info for info in infos if not matches(peft_config.exclude_modules, info)]
-            how += f" Mind `exclude_modules` {peft_config.exclude_modules!r}."
+        targets, excluded = peft_config.target_modules, peft_config.exclude_modules
+        infos = [info for info in stacks if (not info.decoder_of_pair if targets is None else matches(targets, info))]
+        names = [info.layers_name for info in stacks]
+        if not infos and targets is None:
+            raise ValueError(f"Name the stack with `target_modules`: this model has decoders only, {names}.")
         if not infos:
             raise ValueError(
-                f"No transformer stack to put a prompt into was found in {type(self.model).__name__}. {how}"
+                f"Leave `target_modules` out: {targets!r} names none of the stacks that hold prompts here, {names}, and by default "
+                "the stack is found. Linear layers hold none."
             )
+        infos = [info for info in infos if excluded is None or not matches(excluded, info)]
+        if not infos:
+            raise ValueError(f"`exclude_modules` {excluded!r} leaves none of the stacks that hold prompts: {names}.")
         return infos
 
     @staticmethod

@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt import IAPTConfig, __version__
 from peft_instance_prompt.__main__ import main
 
 
@@ -176,6 +176,55 @@ def test_broken_folders_are_refused_in_one_sentence(tmp_path, capsys, message):
     said = capsys.readouterr()
     assert not said.out and said.err.startswith("error: ") and message in said.err
     assert said.err.count("\n") == 1 and said.err.endswith(".\n")
+
+
+def refused(capsys, *words: str) -> str:
+    """What is said on a command line that is refused: one sentence, and what to do."""
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1 and len(said.err) < 300
+    return said.err.removeprefix("error: ").strip()
+
+
+def test_words_that_are_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(Path("outputs/iapt"))
+    for word, meant in {
+        "doctr": "doctor",
+        "docter": "doctor",
+        "rum": "run",
+        "envs": "env",
+        "version": "--version",
+    }.items():
+        assert refused(capsys, word) == f"There is neither a folder nor a command {word!r}. Did you mean `{meant}`?"
+    nothing = refused(capsys, "some/where")
+    assert nothing.startswith(
+        "There is neither a folder nor a command 'some/where'. The commands are doctor, run, env"
+    )
+    assert refused(capsys, "inspect", "outputs/iapt") == (
+        "There is no command 'inspect': name the folder alone, `python -m peft_instance_prompt outputs/iapt`."
+    )
+    assert "peft_instance_prompt ADAPTER_FOLDER`" in refused(capsys, "inspect")
+    assert refused(capsys, "outputs") == "outputs holds no adapter_config.json. Did you mean outputs/iapt?"
+    assert "is a file. Name the folder" in refused(capsys, "outputs/iapt/adapter_config.json")
+    assert (
+        "outputs/iapt/more is no adapter's folder"
+        in (Path("outputs/iapt/more").mkdir(), refused(capsys, "outputs/iapt/more"))[1]
+    )
+
+
+@pytest.mark.parametrize("words", [["FOLDER", "more"], ["FOLDER", "--jsn"], []])
+def test_other_arguments_are_refused(tmp_path, capsys, words):
+    save(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path) if word == "FOLDER" else word for word in words])
+    assert end.value.code == 2 and "usage: python -m peft_instance_prompt" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"peft_instance_prompt {__version__}\n"
 
 
 def test_other_folders_are_refused(tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_sft_of_plain_text(changes: dict, tmp_path: Path) -> None:
 
 
 def test_sft_refuses_plain_text(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="prompt-completion data, completion-only loss"):
+    with pytest.raises(ValueError, match="^All tokens of row.* are scored.*in plain text, `instruction_length`"):
         sft(tmp_path, [{"text": row["prompt"] + row["completion"]} for row in COMPLETION]).train()
 
 

@@ -79,7 +79,7 @@ def test_sft_of_conversations(kind: str, assistant_only: bool, chat_config: Call
 
 
 def test_sft_of_conversations_without_a_template_proposes_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="for chat data, `response_template='chat'`"):
+    with pytest.raises(ValueError, match="^All tokens of row.* are scored.*`response_template` .chats: 'chat'"):
         sft(tmp_path, [said("w5", "w6")] * 8).train()
 
 

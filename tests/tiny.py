@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import torch
 import transformers as tf
 from packaging.version import Version
 from peft import PeftConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -266,3 +267,14 @@ def tokenizer(side: str = "right") -> tf.PreTrainedTokenizerFast:
         "{% if add_generation_prompt %}w1 {% endif %}"
     )
     return made
+
+
+def letters(path: Path) -> str:
+    """The folder of a tokenizer whose tokens are letters, and a space with the letter behind it, as those of most models are."""
+    single = [*"Question:Answer:yesno {}"]
+    merges = [(" ", letter) for letter in dict.fromkeys(single) if letter != " "]
+    pieces = {piece: n for n, piece in enumerate(dict.fromkeys([*single, *map("".join, merges)]))}
+    backend = Tokenizer(models.BPE(pieces, merges))
+    backend.decoder = decoders.Fuse()
+    tf.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(path)
+    return str(path)

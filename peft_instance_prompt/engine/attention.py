@@ -95,7 +95,7 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
         ) from error
     raise ValueError(
         f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the first of "
-        f"{layers_name!r} gets no mask of the form (batch, heads, queries, keys)."
+        f"{layers_name!r} gets no mask (batch, heads, queries, keys). Prompts need layers of attention, which state space models lack."
     )
 
 

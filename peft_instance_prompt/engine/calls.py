@@ -69,8 +69,8 @@ def check_release() -> None:
     """Raise a RuntimeError beside a transformers that the package was not tested with, unless the user wants to try it."""
     if (complaint := untested_release()) is not None and os.environ.get(SWITCH) != "1":
         raise RuntimeError(
-            f"{complaint} A release can change how it calls a model, and then prompts would be wrong without any error. "
-            f"Install a tested release, or set {SWITCH}=1 to try it and run `python -m peft_instance_prompt doctor`."
+            f"{complaint} Another can call models differently, and prompts would be wrong without an error. Install a tested "
+            f"release, or set {SWITCH}=1 and run `python -m peft_instance_prompt doctor`."
         )
 
 

@@ -42,6 +42,7 @@ class Request:
         input_ids (`torch.LongTensor`, *optional*): Shape (B, S).
         labels (`torch.LongTensor`, *optional*): Shape (B, S).
         shifted (`bool`): Whether the labels are TRL's `shift_labels`, which stand one place earlier.
+        last_only (`bool`): Whether the caller wants the logits of the last position only.
         prompt_length (`int`, *optional*): In `generate`, the number of columns that it was called with.
         prompt_ids (`torch.LongTensor`, *optional*): In `generate`, the tokens (B, S) that it was called with.
         adapter_names (`tuple[str]`, *optional*): One name per row.
@@ -63,6 +64,7 @@ class Request:
     input_ids: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     shifted: bool = False
+    last_only: bool = False
     prompt_length: int | None = None
     prompt_ids: torch.Tensor | None = None
     adapter_names: tuple[str, ...] | None = None
@@ -234,6 +236,7 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             input_ids=named.get("input_ids"),
             labels=named.get("shift_labels" if shifted else "labels"),
             shifted=shifted,
+            last_only=type(kept := named.get("logits_to_keep")) is int and kept == 1,
             packed={name: named[name] for name in ("position_ids", *PACKED_ARGUMENTS) if named.get(name) is not None},
             encoder_slots=slots_of(named.get("encoder_outputs")),
             entered=False,

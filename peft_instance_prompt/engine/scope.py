@@ -13,7 +13,7 @@ predicted, so the scope is found, in this order, from
 4. `labels` (or TRL's `shift_labels`) of a causal model: the tokens before the first label that is not -100;
 5. a causal model in training with none of these has no scope: ValueError;
 6. otherwise all tokens that are not padding, and a causal model that is given several rows warns once: if their ends are scored,
-   the prompt has seen them.
+   the prompt has seen them. Where the call asks for the logits of the last position only, nothing in the rows can be scored.
 
 A response never lies between instruction tokens: its tokens would be predicted from a prompt that has read them. So a mask with a
 gap is refused where what lies in the gap is, or may be, predicted.
@@ -30,18 +30,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from .complaints import WRAPPED, all_scored, no_instruction, numbers, without_template
 from .request import Request
-
-
-CURES = (
-    "Give the model data in which the instruction can be told from the response: labels that are -100 on the "
-    "instruction (prompt-completion data, completion-only loss), or `instruction_mask`, a bool tensor of the shape of "
-    "`input_ids`, passed to `forward` or set with `instruction_scope(mask)`, or a config with `response_template` (for chat data, "
-    "`response_template='chat'`; for plain text, `instruction_length`)."
-)
-WRAPPED = (
-    "Packing that cuts texts anywhere makes such rows of any data (TRL: `packing_strategy='wrapped'`): use 'bfd'."
-)
 
 
 def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_length: int | None = None) -> torch.Tensor:
@@ -98,7 +88,7 @@ def check_no_gap(
     if (rows := gap.any(dim=1)).any():
         raise ValueError(
             f"`instruction_mask` lets a response be predicted from a prompt that has read it: row(s) "
-            f"{rows.nonzero().flatten().tolist()} have {what}. Mark what stands before the first response only."
+            f"{numbers(rows)} have {what}. Mark what stands before the first response only."
         )
 
 
@@ -113,12 +103,14 @@ def from_template(
     tokens: torch.Tensor,
     missing: Literal["error", "all"] = "error",
     unlabelled: torch.Tensor | None = None,
+    tokenizer: str | None = None,
 ) -> torch.Tensor:
     """Rule 2: everything up to and including the first occurrence of `template` in each row, (B, S).
 
     A row without it is an error. With `missing="all"` it is an instruction as a whole, or up to the first label if labels tell:
     those of its tokens that are `unlabelled` (B, S), unless there are none. A row without it and without a label is never an error:
-    a maximum length has cut a conversation off before the answer, and nothing of it is predicted.
+    a maximum length has cut a conversation off before the answer, and nothing of it is predicted. The error shows texts where the
+    `tokenizer` that is named lies on this machine, and token ids elsewhere.
     """
     if input_ids is None:
         raise ValueError(
@@ -135,14 +127,8 @@ def from_template(
     allowed = found | found.new_full(found.shape, missing == "all")  # (B, 1)
     if unlabelled is not None:
         allowed = allowed | (unlabelled | ~tokens).all(dim=1, keepdim=True)  # (B, 1)
-    _check_no_empty_row(
-        allowed,
-        tokens,
-        f"`response_template` {template} does not occur in row(s) {{}}. It must stand between instruction and response in "
-        "each row, as the tokenizer of the data writes it there. Another tokenizer or chat template than that of "
-        "`tokenizer_name_or_path` writes it differently, and so may the same one in another text: compare it with the row's "
-        "`input_ids`. If rows have no response, as texts that were cut off have none, set `missing_template='all'`.",
-    )
+    if (rows := ~allowed[:, 0] & tokens.any(dim=1)).any():
+        raise ValueError(without_template(template, input_ids, tokens, rows, tokenizer))
     end = torch.where(found, hit.long().argmax(dim=1, keepdim=True) + k, S)  # (B, 1)
     scope = (torch.arange(S, device=tokens.device) < end) & tokens  # (B, S)
     unlabelled = scope if unlabelled is None else unlabelled
@@ -159,7 +145,7 @@ def check_no_response(scope: torch.Tensor, labels: torch.Tensor, shifted: bool) 
     later = (scope & ~asked).flip(1).cumsum(dim=1).flip(1) > 0  # (B, S), an instruction token without label follows
     if (rows := (scope & asked & later).any(dim=1)).any():
         raise ValueError(
-            f"The tokens up to the first `response_template` in row(s) {rows.nonzero().flatten().tolist()} begin with a response, "
+            f"The tokens up to the first `response_template` in row(s) {numbers(rows)} begin with a response, "
             f"which would be predicted from a prompt that has read it. {WRAPPED}"
         )
 
@@ -189,37 +175,34 @@ def from_labels(
             too, where both are one token.
     """
     asked, mask = labels != -100, before_labels(labels, tokens, shifted)  # (B, S) each
-    _check_no_empty_row(
-        mask,
-        tokens,
-        "No token is left for the prompt to be generated from in row(s) {}: their labels begin with the first token, so "
-        f"the prompt would see what is to be predicted. {CURES} {WRAPPED}",
-    )
+    _check_instruction(mask, asked, tokens, tokens, "")
     if input_ids is not None and special_ids:
         special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device)).to(tokens.device)  # (B, S)
         alone = packed & (mask.sum(dim=1, keepdim=True) == 1)  # (B, 1)
-        _check_no_empty_row(
-            mask & (~special | alone),
-            tokens,
-            "Nothing but special tokens is left for the prompt to be generated from in row(s) {}: a collator that puts -100 on "
-            f"padding does so on the first token, too, where both are the same. Plain text has no instruction: set "
-            f"`instruction_length`. {CURES}",
-        )
+        _check_instruction(mask & (~special | alone), asked, tokens, tokens & ~special, " but special ones")
     if packed and not _SAID["continuation"] and bool((asked.any(dim=1) & (mask.sum(dim=1) == 1)).any()):
         _SAID["continuation"] = True
         warnings.warn(
-            "Packed sequences have labels from their second token on, as continuations have that `packing_strategy='bfd_split'` cuts "
-            "off, and plain text: their prompts are generated from their first token alone. For plain text, set "
-            "`instruction_length`."
+            "Packed sequences have labels from their second token on, as plain text has, and what `packing_strategy='bfd_split'` cuts "
+            "off: their prompts are generated from their first token alone. For plain text, set `instruction_length`."
         )
     if not _SAID["turns"] and bool((asked.diff(dim=1).sum(dim=1) + asked[:, 0].long() > 2).any()):
         _SAID["turns"] = True
         warnings.warn(
-            "The rows have several labelled stretches, as conversations of several turns do. In training, prompts are generated "
-            "from what stands before the first; `generate` reads all that it is called with, earlier answers included. With "
-            "`response_template` (for chat data: 'chat') both read what stands before the first answer."
+            "The rows have several labelled stretches, as chats of several turns do: in training prompts are generated from what "
+            "stands before the first, in `generate` from earlier answers, too. With `response_template` (chats: 'chat') both read "
+            "what stands before the first answer."
         )
     return mask
+
+
+def _check_instruction(
+    mask: torch.Tensor, asked: torch.Tensor, tokens: torch.Tensor, words: torch.Tensor, but: str
+) -> None:
+    """Refuse rows without a token in `mask` (B, S): all `words` (B, S) of them are scored, or they begin in a response."""
+    if (empty := ~mask.any(dim=1) & tokens.any(dim=1)).any():  # (B,); a row of nothing but padding may be empty
+        whole = empty & (asked | ~words).all(dim=1)  # (B,)
+        raise ValueError(all_scored(whole, but) if whole.any() else no_instruction(empty, but))
 
 
 # Warnings that were given: once is enough.
@@ -229,7 +212,7 @@ _SAID = {"turns": False, "plain": False, "continuation": False}
 def _check_no_empty_row(mask: torch.Tensor, tokens: torch.Tensor, complaint: str) -> None:
     empty = ~mask.any(dim=1) & tokens.any(dim=1)  # (B,); a row of nothing but padding may be empty
     if empty.any():
-        raise ValueError(complaint.format(empty.nonzero().flatten().tolist()))
+        raise ValueError(complaint.format(numbers(empty)))
 
 
 def find_scope(
@@ -244,6 +227,7 @@ def find_scope(
     pair_decoder: bool = False,
     training: bool = False,
     packed: bool = False,
+    tokenizer: str | None = None,
 ) -> torch.Tensor:
     """Which tokens are the instance, by the rules at the head of this file.
 
@@ -259,6 +243,7 @@ def find_scope(
         pair_decoder (`bool`): Whether the stack is the decoder of an encoder-decoder model.
         training (`bool`): Whether the model is in training mode.
         packed (`bool`): Whether the rows are the sequences of a packed batch.
+        tokenizer (`str`, *optional*): The name of a tokenizer, for messages.
 
     Returns:
         `torch.BoolTensor`: Shape (B, S).
@@ -277,9 +262,9 @@ def find_scope(
     labels = labels.to(tokens.device) if labels is not None and labels.shape == tokens.shape else None
     if template is not None:
         if labels is None:
-            return from_template(template, input_ids, tokens, missing_template)
+            return from_template(template, input_ids, tokens, missing_template, tokenizer=tokenizer)
         before = before_labels(labels, tokens, request.shifted)  # (B, S)
-        scope = from_template(template, input_ids, tokens, missing_template, before)  # (B, S)
+        scope = from_template(template, input_ids, tokens, missing_template, before, tokenizer)  # (B, S)
         check_no_response(scope, labels, request.shifted)
         return scope
     if instruction_length is not None:
@@ -289,12 +274,16 @@ def find_scope(
     if labels is not None:
         return from_labels(labels, tokens, request.shifted, input_ids, special_ids, packed)
     if causal_lm and training:
-        raise ValueError(f"A causal language model in training mode cannot tell instruction from response. {CURES}")
-    if causal_lm and not _SAID["plain"] and len(tokens) > 1:
+        raise ValueError(
+            "A causal language model in training mode cannot tell instruction from response without `labels`. Pass "
+            "`instruction_mask`, or set it around the call with `instruction_scope(mask)`; where neither can be done, give the "
+            "config a `response_template`."
+        )
+    if causal_lm and not request.last_only and not _SAID["plain"] and len(tokens) > 1:
         _SAID["plain"] = True
         warnings.warn(
             "A causal language model got several rows and was not told which of their tokens are the instruction: prompts are "
-            "generated from whole rows. If their ends are scored, as evaluation harnesses score continuations, the prompt has "
-            f"seen them. {CURES}"
+            "generated from whole rows. If responses in them are scored, the prompt has read them: set `response_template`, or pass "
+            "`instruction_mask`."
         )
     return tokens

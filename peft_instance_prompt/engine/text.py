@@ -122,11 +122,12 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
                     pair_decoder=info.decoder_of_pair,
                     training=training,
                     packed=packing is not None,
+                    tokenizer=generator.config.tokenizer_name_or_path or generator.config.base_model_name_or_path,
                 )  # (rows, S)
             except ValueError as error:
                 if packing is None or "row(s)" not in str(error):
                     raise
-                raise ValueError(f"{error} The rows here are the sequences of a packed batch, from 0.") from error
+                raise ValueError(f"{error} Rows: the sequences of a packed batch.") from error
             scope = put(scope, rows, own)  # (B, S) or (G, n)
     return scope if packing is None else packing.pack(scope)  # (B, S)
 

@@ -215,6 +215,7 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
         instruction_length=config.instruction_length,
         input_ids=input_ids,
         causal_lm=True,
+        tokenizer=config.tokenizer_name_or_path or config.base_model_name_or_path,
     )  # (1, S)
     n = int(scope.sum())
     mask, vector = scope[:, :n], None  # (1, n)

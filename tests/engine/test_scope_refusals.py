@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -64,7 +66,7 @@ def test_labels_from_the_first_token_on(kind: str) -> None:
     model = prompted(kind).train()
     labels = LABELS.clone()
     labels[1] = IDS[1]
-    with pytest.raises(ValueError, match=r"row\(s\) \[1\].*`response_template`"):
+    with pytest.raises(ValueError, match=r"^All tokens of row\(s\) \[1\] are scored.*`response_template`"):
         model(IDS, labels=labels)
     with pytest.raises(ValueError, match=r"row\(s\) \[0, 1\]"):
         model(IDS, labels=IDS)
@@ -78,10 +80,12 @@ def test_an_instruction_of_special_tokens_only() -> None:
     ids = torch.tensor([[1, 5, 6, 7], [1, 8, 9, 1]])
     labels = ids.masked_fill(ids == 1, -100)
     tokens = torch.ones_like(ids).bool()
-    with pytest.raises(ValueError, match=r"Nothing but special tokens .* in row\(s\) \[0, 1\].*`instruction_length`"):
+    with pytest.raises(
+        ValueError, match=r"^All tokens of row\(s\) \[0, 1\] but special ones are scored.*`instruction_length`"
+    ):
         from_labels(labels, tokens, False, ids, special_ids=(1, 2))
     model = get_peft_model(causal_lm(pad_token_id=1), IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8))
-    with pytest.raises(ValueError, match="Nothing but special tokens"):
+    with pytest.raises(ValueError, match="but special ones are scored"):
         model(ids, labels=labels)
 
 
@@ -147,6 +151,16 @@ def test_several_turns_are_said_once(unsaid: None) -> None:
 def test_scoring_without_a_scope_is_said_once(unsaid: None) -> None:
     model = prompted("iapt")
     model(IDS[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(IDS, logits_to_keep=1)  # of the next token: nothing in the rows is scored
+        model.generate(IDS, max_new_tokens=1, do_sample=False)
     with pytest.warns(UserWarning, match="was not told which of their tokens are the instruction"):
         model(IDS)
     model(IDS)
+
+
+@pytest.mark.parametrize("kept", [0, 2, torch.tensor([1])], ids=str)
+def test_scoring_more_than_the_next_token_is_said(unsaid: None, kept: int | torch.Tensor) -> None:
+    with pytest.warns(UserWarning, match="was not told which of their tokens are the instruction"):
+        prompted("iapt")(IDS, logits_to_keep=kept)

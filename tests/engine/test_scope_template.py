@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
+import transformers as tf
 from methods import METHODS
 from peft import get_peft_model
 from scoped_rows import IDS, MASK, SPLIT, TEMPLATE, TOKENS, prompted, prompts
-from tiny import adapted, assert_same, causal_lm, tokenizer
+from tiny import adapted, assert_same, causal_lm, letters, tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -123,9 +127,58 @@ def test_a_template_that_another_tokenizer_writes(tmp_path) -> None:
     )
     chat = [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w7"}]
     ids = torch.tensor([words.apply_chat_template(chat, tokenize=True, return_dict=False)])
-    says = r"`response_template` \[5\] does not occur in row\(s\) \[0\].*Another tokenizer or chat template than that of `tokenizer_name"
+    says = r"`response_template` 'w1' does not occur in row\(s\) \[0\]: row 0 ends in 'w0 w9 </s> w2 w7 </s>'"
     with pytest.raises(ValueError, match=says):
         model(ids, labels=ids)
+
+
+def test_a_template_that_ends_in_a_space(tmp_path) -> None:
+    """It is there as text, but the tokenizer writes the space with the word behind it. The message tells the ids that are there."""
+    name = letters(tmp_path)
+    words = tf.AutoTokenizer.from_pretrained(name)
+    rows = words(["Question: {no} Answer: yes", "Question: on Answer: no"], padding=False)["input_ids"]
+    ids = torch.zeros(2, 30, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, own in enumerate(rows):
+        ids[row, -len(own) :], mask[row, -len(own) :] = torch.tensor(own), 1
+    model = adapted(
+        causal_lm(), IAPTConfig(task_type="CAUSAL_LM", response_template="Answer: ", tokenizer_name_or_path=name)
+    )
+    with pytest.raises(
+        ValueError, match=r"'Answer: ' does not occur in row\(s\) \[0, 1\] as the tokens \[.*Give these ids"
+    ) as caught:
+        model(ids, attention_mask=mask)
+    told = json.loads(re.search(r"row 0 has its text as (\[.*?\])", str(caught.value))[1])
+    assert words.decode(told) in ("Answer:", " Answer:")
+    cured = prompted("iapt", response_template=told)
+    behind = [n - len(words(" yes" if row == 0 else " no")["input_ids"]) for row, n in enumerate(map(len, rows))]
+    scope = mask.cumsum(dim=1).le(torch.tensor(behind)[:, None]) & mask.bool()
+    assert_same(
+        prompts(cured, ids, attention_mask=mask),
+        prompts(prompted("iapt"), ids, attention_mask=mask, instruction_mask=scope),
+        1e-6,
+    )
+
+
+def test_a_row_without_the_template_is_shown(tmp_path) -> None:
+    """The first one, by its end and without its padding; as ids, where the tokenizer is not on this machine."""
+    name = letters(tmp_path)
+    words = tf.AutoTokenizer.from_pretrained(name)
+    good, bad = (words(text)["input_ids"] for text in ("Answer: no", "{}yes: no"))
+    ids = torch.tensor([good, bad + [0] * (len(good) - len(bad))])
+    mask = torch.tensor([[1] * len(good), [1] * len(bad) + [0] * (len(good) - len(bad))])
+    how = {"task_type": "CAUSAL_LM", "response_template": words("Answer:")["input_ids"]}
+    model = adapted(causal_lm(), IAPTConfig(tokenizer_name_or_path=name, **how))
+    with pytest.raises(
+        ValueError, match=r"'Answer:' does not occur in row\(s\) \[1\]: row 1 ends in '\{\}yes: no'\. "
+    ):
+        model(ids, attention_mask=mask)
+    model = adapted(causal_lm(), IAPTConfig(tokenizer_name_or_path=str(tmp_path / "nowhere"), **how))
+    shown = re.escape(", ".join(map(str, bad[-6:])))
+    with pytest.raises(
+        ValueError, match=rf"\] does not occur in row\(s\) \[1\]: row 1 ends in the tokens \[\.\.\., {shown}\]"
+    ):
+        model(ids, attention_mask=mask)
 
 
 def test_the_config_says_what_a_row_without_the_template_is(kind: str) -> None:

@@ -21,10 +21,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from peft_instance_prompt.engine import scope
 from smollm2 import load_smollm2
 
 
-pytestmark = pytest.mark.slow
+# An example shows correct code, of which this package has nothing to warn.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error::UserWarning:peft_instance_prompt")]
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -35,6 +37,7 @@ Run = Callable[..., str]
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path) -> Run:
     """Run a script of examples/ as its command line does, in a folder of its own; returns what it prints."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scope, "_SAID", dict.fromkeys(scope._SAID, False))
     # What the scripts start inherits this package and not the one that is installed, if the two differ.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
@@ -47,7 +50,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path:
         capfd.readouterr()
         start = time.perf_counter()
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-        out = capfd.readouterr().out
+        out, errors = capfd.readouterr()
+        assert not re.search(r"peft_instance_prompt/\S+: \w*Warning", errors), errors  # of processes that it starts
         with Path("printed.txt").open("a") as file:  # beside what was written, for whoever looks into a failed test
             file.write(f"{script} {' '.join(args)}, {time.perf_counter() - start:.0f} s\n{out}\n")
         return out
@@ -203,6 +207,7 @@ def test_launch_configs(tmp_path: Path) -> None:
     command += ["--short", "--steps", "2", "--n-test", "4"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search(r"peft_instance_prompt/\S+: \w*Warning", done.stderr), done.stderr
     (tmp_path / "printed.txt").write_text(done.stdout)
     assert "2 process(es), whose trained weights are the same: True" in done.stdout
     assert "accuracy on 4 held-out sentences with the adapter from outputs/launched: " in done.stdout

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +50,12 @@ def test_all_is_well_here(capsys):
     for method in registered_methods():
         assert [method, *["ok"] * 6] in lines
     assert f"{len(registered_methods()) * 24} checks on llama, bloom, gpt2, t5, 0 failed" in out
+    # The page Tools shows the lines of this package's methods.
+    own = {name for name, cls in registered_methods().items() if cls.__module__.startswith("peft_instance_prompt.")}
+    page = (Path(__file__).parents[2] / "docs/tools.md").read_text(encoding="utf-8")
+    *table, last = re.search(r"```\n(method +inject[^`]*), 0 failed, \d+ s\n```", page)[1].splitlines()
+    assert set(table) <= set(out.splitlines()) and {line.split()[0] for line in table[1:]} == own
+    assert last == f"{24 * len(own)} checks on {', '.join(MODELS)}"
 
 
 def labels_are_read(patch: pytest.MonkeyPatch) -> None:
