@@ -80,7 +80,7 @@ def _pool(stack: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
 def attend_to_slots(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Before the decoder of a pair runs: widen its mask over the encoder's output, which kept its slots."""
     running = current_pass.get()
-    if running is not None and running.owner is None:  # a pass without prompts has the widened mask already
+    if running is not None and running.plain:  # a pass without prompts has the widened mask already
         return None
     if (found := current_request().encoder_slots) is None:
         return None
