@@ -122,8 +122,8 @@ def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skippe
     if lost:
         number = min(lost) * len(layers) // info.num_layers
         raise ValueError(
-            f"The layer '{name}.{number}' of {type(stack).__name__} runs without its forward hooks, so that its prompts would be "
-            f"lost: the stack calls `layer.forward(...)`. Let it call `layer(...)`."
+            f"The forward hooks of '{name}.{number}' in {type(stack).__name__} did not run, so that its prompts are lost, as where a "
+            "stack calls `layer.forward(...)` and not `layer(...)`. Use a method that writes to the input only."
         )
 
 
