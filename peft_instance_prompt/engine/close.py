@@ -49,7 +49,7 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         check_outputs(output, layout)
         whole = output.last_hidden_state  # (B, N, d)
         last = take(whole, layout.output_index)  # (B, S, d)
-        if output.get("hidden_states") is not None:
+        if output.get("hidden_states"):
             *inner, top = output.hidden_states  # (B, N, d) each; None for one that was not asked for
             inner = [states if states is None else take(states, layout.token_index) for states in inner]
             if top is not None:
@@ -57,16 +57,17 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
             output.hidden_states = (*inner, top)  # (B, S, d) each
         if output.get("pooler_output") is not None:
             output.pooler_output = pool(running.stack, whole, output.pooler_output, last)  # (B, d)
-        for kind in ROUTER_OUTPUTS:
-            if output.get(kind) is not None:
-                output[kind] = tree_map(partial(_strip_router, layout=layout), output[kind])
+        for key in ROUTER_OUTPUTS:
+            if output.get(key) is not None:
+                output[key] = tree_map(partial(_strip_router, layout=layout), output[key])
         if output.get("cross_attentions") is not None:  # their keys are another text's, whose slots stay
             maps = output.cross_attentions
             output.cross_attentions = tuple(m if m is None else take(m, layout.token_index, dim=2) for m in maps)
         if filled is not None:
             cache = SlotCache(filled, running.table)
         if info.encoder_of_pair:  # the decoder attends to the slots, so they stay
-            output.__class__ = with_slots(type(output))
+            kind: Any = type(output)  # no `type[...]`, which mypy does not take for hashable
+            output.__class__ = with_slots(kind)
             output["slot_order"], output["slot_live"] = layout.order, layout.live
             note_encoder_slots(layout.order, layout.live)
         else:
@@ -172,7 +173,7 @@ def with_slots(kind: type[ModelOutput]) -> type[ModelOutput]:
     return OutputWithSlots
 
 
-def _output_with_slots(kind: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
+def _output_with_slots(kind: Any, values: dict[str, Any]) -> ModelOutput:
     output = with_slots(kind)()
     for name, value in values.items():
         output[name] = value

@@ -58,9 +58,7 @@ def plain_pass(stack: PreTrainedModel, owner: InstancePromptLayer | None) -> Pas
     return Pass(stack, owner, plain=True, attention=str(stack.config._attn_implementation))
 
 
-def states_of_text(
-    stack: PreTrainedModel, owner: InstancePromptLayer, ids: Sequence[int]
-) -> dict[int, torch.Tensor]:
+def states_of_text(stack: PreTrainedModel, owner: InstancePromptLayer, ids: Sequence[int]) -> dict[int, torch.Tensor]:
     """The states (n, w) of the n tokens of a text, by depth: the input embeddings, and the input of each layer that runs.
 
     Args:
@@ -116,7 +114,7 @@ def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skippe
     if not missing:
         return
     name = info.layers_name.removeprefix(f"{info.name}.")
-    layers = stack.get_submodule(name)
+    layers: Any = stack.get_submodule(name)  # an `nn.ModuleList`
     lost = missing & depths_without_hook(running, layers, info.num_layers // len(layers), call)
     skipped.update((depth, *mode) for depth in missing - lost)
     if lost:

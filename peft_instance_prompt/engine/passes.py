@@ -68,12 +68,7 @@ class Pass:
     @property
     def concerns_layers(self) -> bool:
         """Whether the hooks of layers have work: there are slots to fill, something to hide, or states to collect."""
-        return (
-            self.layout is not None
-            or self.stretch is not None
-            or self.states is not None
-            or bool(self.late_layers)
-        )
+        return self.layout is not None or self.stretch is not None or self.states is not None or bool(self.late_layers)
 
 
 current_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", default=None)
