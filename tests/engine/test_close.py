@@ -200,7 +200,9 @@ def test_hidden_states_that_are_asked_for_by_number(indices) -> None:
 def test_pooler_that_is_a_linear_layer() -> None:
     """What stands before and behind it is found out by what it made of the states with slots; else it is refused."""
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = tf.BigBirdConfig(**sizes, intermediate_size=48, max_position_embeddings=64, attention_type="original_full")
+    config = tf.BigBirdConfig(
+        **sizes, intermediate_size=48, max_position_embeddings=64, attention_type="original_full"
+    )
     base = tiny._random(tf.AutoModel, config, seed=0)
     model = adapted(base, METHODS["iapt"](prompt_position="before"))
     inputs = batch(7, 5, side="right")
