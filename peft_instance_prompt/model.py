@@ -161,6 +161,10 @@ class InstancePromptModel(BaseTuner):
             generator.to(weight.device, weight.dtype if weight.is_floating_point() else None)
             with whole([weight]):
                 generator.begin(partial(embed_ids, stack))
+        if layer is None:
+            layer = InstancePromptLayer(info, self.prefix)
+            stack.add_module(name, layer)
+            layer.register_hooks(self.model, stack, target)
         if generator.from_text and not is_loading():  # a saved adapter brings the states along
             if not in_memory:
                 raise ValueError(
@@ -169,11 +173,7 @@ class InstancePromptModel(BaseTuner):
             assert isinstance(peft_config.init_text, list)  # `_prepare_adapter_config` has made ids of it
             ids = repeat_to(peft_config.init_text, generator.num_slots)
             with whole(stack.parameters()):
-                generator.begin_from_text(states_of_text(stack, target, ids))
-        if layer is None:
-            layer = InstancePromptLayer(info, self.prefix)
-            stack.add_module(name, layer)
-            layer.register_hooks(self.model, stack, target)
+                generator.begin_from_text(states_of_text(stack, layer, ids))
         layer.update_layer(adapter_name, generator)
         if adapter_name not in self.active_adapters:
             generator.requires_grad_(False)

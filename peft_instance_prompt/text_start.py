@@ -46,11 +46,16 @@ class TextStart(nn.Module):
             states (`Mapping[int, torch.Tensor]`): By depth: the states (l, w) of the text's tokens.
 
         Raises:
-            ValueError: They have another shape.
+            ValueError: A depth has none, or they have another shape.
         """
         for depth in self.text_depths:
             ((name, row),) = self.text_row(depth).items()
             own = self.get_buffer(name)[row]  # (l, w)
+            if depth not in states:
+                raise ValueError(
+                    f"`init_text` must be None for this model: its layer {depth} does not run on a text alone, or runs without its "
+                    "forward hooks, so that the text has no state there."
+                )
             if own.shape != states[depth].shape:
                 raise ValueError(
                     f"`init_text` must have states of shape {tuple(own.shape)} at depth {depth}, got {tuple(states[depth].shape)}: "

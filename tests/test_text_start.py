@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from methods import KINDS, METHODS
@@ -165,6 +168,44 @@ def test_text_is_turned_into_ids(tmp_path) -> None:
     assert config.init_text == [7, 20]
     other = get_peft_model(causal_lm(), IAPTConfig(task_type="CAUSAL_LM", init_text=[7, 20, 7, 20]))
     assert torch.equal(generator_of(model).text, generator_of(other).text)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_text_is_read_beside_threads_that_generate(family: str) -> None:
+    """Adapters are added while others generate: each holds the states of a quiet run, and no other call fails or changes."""
+    config = {"task_type": "CAUSAL_LM", "bottleneck_dim": 8}
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+
+    def added(model: PeftModel, number: int) -> torch.Tensor:
+        model.add_adapter(f"a{number}", IAPTConfig(**config, init_text=[5 + number, 9]))
+        return generator_of(model, f"a{number}").text
+
+    quiet, busy = (adapted(causal_lm(family), IAPTConfig(**config)) for _ in range(2))
+    expected = [added(quiet, number) for number in range(12)]
+    texts = [batch(5 + k, 4, seed=k) for k in range(3)]
+    alone = [busy.generate(**text, **how) for text in texts]
+    done, started = threading.Event(), threading.Barrier(4)
+
+    def generate(number: int) -> int:
+        count = 0
+        while not done.is_set():
+            assert torch.equal(busy.generate(**texts[number], **how), alone[number])
+            if count == 0:
+                started.wait()
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(generate, number) for number in range(3)]
+        try:
+            started.wait(timeout=60)
+            actual = [added(busy, number) for number in range(12)]
+        finally:
+            done.set()
+        counts = [job.result() for job in jobs]
+    assert all(count > 1 for count in counts), "nothing ran beside"
+    for one, other in zip(actual, expected):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

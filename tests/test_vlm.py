@@ -13,7 +13,7 @@ import transformers as tf
 from methods import KINDS, METHODS
 from packaging import version
 from peft import PeftModel
-from tiny import VLMS, adapted, assert_same, vlm
+from tiny import VLMS, adapted, assert_same, generator_of, vlm
 
 from peft_instance_prompt.engine.layer import InstancePromptLayer
 
@@ -104,6 +104,31 @@ def test_image_sees_itself_whole(kind: str, family: str) -> None:
     for maps in found:
         assert (maps[:, :, ~allowed] == 0).all()
         assert ((maps * allowed.triu(1)).sum(dim=(1, 2, 3)) > 0).all() == (family == "gemma3_vlm")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", VLMS)
+@torch.no_grad()
+def test_pass_without_prompts_is_the_bare_models_own(family: str, attention: str, monkeypatch) -> None:
+    """Images keep their bidirectional attention in it, whatever cache the mask was made for."""
+    base, inputs = vlm(family)
+    base.set_attn_implementation(attention)
+    bare = copy.deepcopy(base)
+    model = adapted(base, METHODS["idpg"](task_type="CAUSAL_LM", instance_source="frozen"))
+    expected, actual = [], []
+    bare.get_decoder().register_forward_hook(lambda stack, args, output: expected.append(output.last_hidden_state))
+    encode = type(generator_of(model)).encode
+    note = lambda self, source: (actual.append(source.frozen_states()), encode(self, source))[1]  # noqa: E731
+    monkeypatch.setattr(type(generator_of(model)), "encode", note)
+    bare(**inputs)
+    model(**inputs)
+    for cache in ("dynamic", "static"):
+        model.generate(**inputs, **GREEDY, cache_implementation=cache)
+    assert len(actual) == 3
+    for states in actual:
+        assert_same(states, expected[0])
+    model(**beside(inputs, left=3))
+    assert_same(actual[-1][:, -11:], expected[0], 1e-4)
 
 
 @pytest.mark.parametrize("family", VLMS)

@@ -33,9 +33,15 @@ SWITCH = "PEFT_INSTANCE_PROMPT_UNTESTED"
 # The argument of a stack or a layer that takes the cache, by release.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 # Arguments of a stack with a row and a column for each token, all of which the engine widens.
-PER_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+PER_TOKEN_ARGUMENTS = (
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "per_layer_inputs"
+)  # fmt: skip
+# Arguments with a row (B, 1, S, keys) for each token that says what it sees of another input: Llama 3.2 Vision's images.
+PER_QUERY_ARGUMENTS = ("cross_attention_mask", "full_text_row_masked_out_mask")
 # Arguments of the same form that belong to another text or to the loss: they stay as they are.
-FOREIGN_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask", "labels", "shift_labels")
+FOREIGN_ARGUMENTS = (
+    "encoder_hidden_states", "encoder_attention_mask", "cross_attention_states", "labels", "shift_labels"
+)  # fmt: skip
 # Arguments that say where the sequences of packed rows begin and how long they are. Only mamba-like layers read the last.
 LENGTH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PACKED_ARGUMENTS = (*LENGTH_ARGUMENTS, "seq_idx")

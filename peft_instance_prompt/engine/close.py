@@ -5,19 +5,33 @@
 
 from __future__ import annotations
 
+from functools import cache as once
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .cache import SlotCache
 from .calls import by_name, cache_of
-from .layout import SlotTable, take
+from .layout import Layout, SlotTable, take
 from .masks import padding_mask
 from .passes import Pass, current_pass
 from .request import current_request, note_encoder_slots
 from .stack import StackInfo
+
+
+# Outputs of a mixture of experts, a tensor for each layer that has a router.
+ROUTER_OUTPUTS = ("router_logits", "router_probs")
+# Outputs that are known, all of which `close_slots` strips of slots.
+KNOWN_OUTPUTS = (
+    "last_hidden_state", "hidden_states", "attentions", "cross_attentions", "pooler_output", *ROUTER_OUTPUTS
+)  # fmt: skip
+# Where the slots of an encoder stand, for its decoder.
+SLOT_OUTPUTS = ("slot_order", "slot_live")
 
 
 def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
@@ -32,15 +46,28 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         return output
     cache, (name, filled) = running.cache, cache_of(output)
     if (layout := running.layout) is not None:
-        last = take(output.last_hidden_state, layout.output_index)  # (B, S, d)
-        if output.get("hidden_states") is not None:
-            inner = tuple(take(states, layout.token_index) for states in output.hidden_states[:-1])
-            output.hidden_states = (*inner, last)  # each (B, S, d)
+        check_outputs(output, layout)
+        whole = output.last_hidden_state  # (B, N, d)
+        last = take(whole, layout.output_index)  # (B, S, d)
+        if output.get("hidden_states"):
+            *inner, top = output.hidden_states  # (B, N, d) each; None for one that was not asked for
+            inner = [states if states is None else take(states, layout.token_index) for states in inner]
+            if top is not None:
+                top = last if top is whole else take(top, layout.output_index)
+            output.hidden_states = (*inner, top)  # (B, S, d) each
         if output.get("pooler_output") is not None:
-            output.pooler_output = _pool(running.stack, last)  # (B, d)
+            output.pooler_output = pool(running.stack, whole, output.pooler_output, last)  # (B, d)
+        for key in ROUTER_OUTPUTS:
+            if output.get(key) is not None:
+                output[key] = tree_map(partial(_strip_router, layout=layout), output[key])
+        if output.get("cross_attentions") is not None:  # their keys are another text's, whose slots stay
+            maps = output.cross_attentions
+            output.cross_attentions = tuple(m if m is None else take(m, layout.token_index, dim=2) for m in maps)
         if filled is not None:
             cache = SlotCache(filled, running.table)
         if info.encoder_of_pair:  # the decoder attends to the slots, so they stay
+            kind: Any = type(output)  # no `type[...]`, which mypy does not take for hashable
+            output.__class__ = with_slots(kind)
             output["slot_order"], output["slot_live"] = layout.order, layout.live
             note_encoder_slots(layout.order, layout.live)
         else:
@@ -69,18 +96,95 @@ def _strip(attention: torch.Tensor | None, running: Pass) -> torch.Tensor | None
     return take(attention, keys, dim=3)  # (B, heads, S, keys - L)
 
 
-def _pool(stack: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    """Run the stack's pooler again, on `states` (B, S, d), to (B, d): its first run saw the slots."""
-    if isinstance(stack.pooler, nn.Linear):  # ALBERT
-        return stack.pooler_activation(stack.pooler(states[:, 0]))
-    return stack.pooler(states)
+def pool(stack: PreTrainedModel, whole: torch.Tensor, pooled: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Run the stack's pooler again, without slots.
+
+    Args:
+        stack (`PreTrainedModel`): The stack.
+        whole (`torch.Tensor`): Shape (B, N, d). The states that its pooler saw.
+        pooled (`torch.Tensor`): Shape (B, d). What it made of them.
+        states (`torch.Tensor`): Shape (B, S, d). The states of the tokens.
+
+    Returns:
+        `torch.Tensor`: Shape (B, d).
+
+    Raises:
+        ValueError: What the stack does before or behind its pooler is not known.
+    """
+    if (made := stack.pooler(states)).shape == pooled.shape:
+        return made
+    # The pooler of ALBERT and BigBird is a linear layer: they pick the first state before it and apply an activation behind it.
+    activations = [child for child in stack.children() if next(child.parameters(), None) is None]
+    for activation in (*activations, nn.Identity()):
+        made = activation(stack.pooler(whole[:, 0]))  # (B, d)
+        if made.shape == pooled.shape and torch.allclose(made, pooled):
+            return activation(stack.pooler(states[:, 0]))  # (B, d)
+    raise ValueError(
+        f"The slots cannot be taken out of `pooler_output`: how {type(stack).__name__} makes it with its `pooler` is not known. "
+        "Load the model with `add_pooling_layer=False`."
+    )
+
+
+def check_outputs(output: ModelOutput, layout: Layout) -> None:
+    """Refuse an output with a row per position that is not known: the caller would get rows of slots.
+
+    Raises:
+        ValueError: There is one.
+    """
+    B, N = layout.order.shape
+    for name, value in output.items():
+        if name in KNOWN_OUTPUTS or isinstance(value, Cache):
+            continue
+        for one in tree_leaves(value):
+            shape = tuple(one.shape) if isinstance(one, torch.Tensor) else ()
+            if shape[:1] == (B * N,) or (shape[:1] == (B,) and N in shape[1:]) or shape[:2] == (N, B):
+                raise ValueError(
+                    f"Instance prompts do not know how to take their slots out of the output `{name}` {shape}, which has a row for "
+                    f"each of {N} positions. Call the model without it."
+                )
+
+
+def _strip_router(logits: Any, layout: Layout) -> Any:
+    """What a router gives for each position, (B * N, experts) or (B, N, ...), without the rows of slots; anything else as it is."""
+    B, N = layout.order.shape
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else ()
+    if shape[:2] == (B, N):
+        return take(logits, layout.token_index)  # (B, S, ...)
+    if shape[:1] == (B * N,):
+        return take(logits.unflatten(0, (B, N)), layout.token_index).flatten(0, 1)  # (B * S, experts)
+    return logits
+
+
+@once
+def with_slots(kind: type[ModelOutput]) -> type[ModelOutput]:
+    """A subclass of a class of outputs that also holds where slots stand. Its tuple, in which models count from the end, does not."""
+
+    class OutputWithSlots(kind):  # type: ignore[valid-type, misc]
+        def to_tuple(self) -> tuple:
+            return tuple(self[name] for name in self if name not in SLOT_OUTPUTS)
+
+        def __len__(self) -> int:
+            return len(self.to_tuple())
+
+        def __reduce__(self) -> tuple:
+            return _output_with_slots, (kind, dict(self))
+
+    OutputWithSlots.__name__ = OutputWithSlots.__qualname__ = kind.__name__
+    return OutputWithSlots
+
+
+def _output_with_slots(kind: Any, values: dict[str, Any]) -> ModelOutput:
+    output = with_slots(kind)()
+    for name, value in values.items():
+        output[name] = value
+    return output
 
 
 @torch.compiler.disable
 def attend_to_slots(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Before the decoder of a pair runs: widen its mask over the encoder's output, which kept its slots."""
     running = current_pass.get()
-    if running is not None and running.owner is None:  # a pass without prompts has the widened mask already
+    if running is not None and running.plain:  # a pass without prompts has the widened mask already
         return None
     if (found := current_request().encoder_slots) is None:
         return None

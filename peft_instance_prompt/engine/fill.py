@@ -1,7 +1,8 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Before a layer runs: write this depth's vectors into the slots, and hide what the layer does not see: late slots, other sequences."""
+"""Before a layer runs: write this depth's vectors into the slots, and hide what the layer does not see: late slots, other sequences.
+A pass without prompts collects the layer's input instead, if it is asked to."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
     late = running.late_layers
     run = running.runs[key] = running.runs.get(key, -1) + 1
     depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # a count recompiles the graph
+    running.ran.add(depth)
     states = call.states  # (B, N, d)
+    if running.states is not None:
+        running.states[depth] = states
     groups = [group for group in running.groups if depth in group.model.depths]
     if (groups or late) and layout is not None and states.shape[:2] != layout.order.shape:
         raise ValueError(

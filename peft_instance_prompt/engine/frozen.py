@@ -1,32 +1,44 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A pass of the stack without prompts, for methods that read the frozen model's states."""
+"""A pass of the stack without prompts: for methods that read the frozen model's states, and to see which layers call their hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..generator import INPUT
-from .calls import LayerCall
+from .calls import cache_of
 from .passes import Pass, current_pass
-from .stack import embed_ids, walk
+from .stack import StackInfo, embed_ids, walk
 
 
-def run_frozen(stack: PreTrainedModel, call: dict[str, Any], stretch: torch.Tensor | None = None) -> torch.Tensor:
+if TYPE_CHECKING:
+    from .layer import InstancePromptLayer
+
+
+def run_frozen(
+    stack: PreTrainedModel, call: dict[str, Any], stretch: torch.Tensor | None = None, running: Pass | None = None
+) -> torch.Tensor:
     """The last hidden states (B, S, d) of the stack without prompts, gradient and dropout.
 
     Args:
         stack (`PreTrainedModel`): The stack.
         call (`dict`): Its arguments.
         stretch (`torch.LongTensor`, *optional*): Shape (B, S). As in [`Pass`].
+        running (`Pass`, *optional*): The pass. Default: one whose hooks are those of the layer that the current pass belongs to.
     """
-    token = current_pass.set(Pass(stack, attention=str(stack.config._attn_implementation), stretch=stretch))
+    if running is None:
+        outer = current_pass.get()
+        running = plain_pass(stack, None if outer is None else outer.owner)
+        running.stretch = stretch
+    token = current_pass.set(running)
     # Linear layers stay in training mode; they have no dropout. bitsandbytes repacks its linear layers when they run in
     # evaluation mode on a CPU, and then no gradient passes through them.
     training = [module for _, module in walk(stack) if module.training and not isinstance(module, nn.Linear)]
@@ -41,33 +53,109 @@ def run_frozen(stack: PreTrainedModel, call: dict[str, Any], stretch: torch.Tens
             module.training = True
 
 
-def states_of_text(stack: PreTrainedModel, layers: nn.ModuleList, ids: Sequence[int]) -> dict[int, torch.Tensor]:
-    """The states (n, w) of the n tokens of a text, by depth: the input embeddings, and the input of each layer.
+def plain_pass(stack: PreTrainedModel, owner: InstancePromptLayer | None) -> Pass:
+    """A pass without prompts in which the hooks of `owner` work."""
+    return Pass(stack, owner, plain=True, attention=str(stack.config._attn_implementation))
+
+
+def states_of_text(stack: PreTrainedModel, owner: InstancePromptLayer, ids: Sequence[int]) -> dict[int, torch.Tensor]:
+    """The states (n, w) of the n tokens of a text, by depth: the input embeddings, and the input of each layer that runs.
 
     Args:
         stack (`nn.Module`): The stack, which runs without prompts.
-        layers (`nn.ModuleList`): Its layers. One that is run several times counts as often.
+        owner (`InstancePromptLayer`): A layer whose hooks are registered on it. They collect in this context's pass only, so that
+            other threads may run the stack meanwhile.
         ids (`Sequence[int]`): The text's token ids.
     """
-    states: list[torch.Tensor] = []
-
-    def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        states.append(LayerCall(layer, args, kwargs).states)  # (1, n, d)
-
     tokens = torch.tensor([list(ids)], device=stack.get_input_embeddings().weight.device)  # (1, n)
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    try:
-        run_frozen(stack, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False})
-    finally:
-        for handle in handles:
-            handle.remove()
+    running = plain_pass(stack, owner)
+    running.states = {}
+    call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    run_frozen(stack, call, running=running)
     return {
         INPUT: embed_ids(stack, tokens[0]),
-        **{depth: state[0] for depth, state in enumerate(states)},
+        **{depth: state[0] for depth, state in running.states.items()},
     }  # (n, w) each
 
 
 def is_frozen(stack: nn.Module) -> bool:
     """Whether this stack runs without prompts. Another model, called by a hook of this stack, still runs with its prompts."""
     running = current_pass.get()
-    return running is not None and running.owner is None and running.stack is stack
+    return running is not None and running.plain and running.stack is stack
+
+
+# ------------------------------------------------------------------------------------------- layers without their hooks
+
+
+def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skipped: set[tuple]) -> None:
+    """Refuse a stack that runs a layer without its hooks, as `layer.forward(...)` does: the layer's prompts would be lost in silence.
+
+    A layer may also be left out: by layerdrop, by an early exit, or where it reads an image and there is none. To tell the two
+    apart, the stack runs once more in a case that is new, and whether the layer's parameters are used is looked at.
+
+    Args:
+        running (`Pass`): The pass, which opened slots.
+        info (`StackInfo`): Facts about the stack.
+        call (`dict`): Its arguments.
+        skipped (`set`): The cases in which layers are known to be left out. New ones are added.
+
+    Raises:
+        ValueError: A layer that needs its hook ran without it, or whether it did cannot be seen.
+    """
+    depths = {depth for group in running.groups for depth in group.model.depths if depth != INPUT}
+    depths.update(range(max(running.late_layers, default=0)))
+    if running.stretch is not None and not running.attention.startswith("flash_attention"):
+        depths.update(range(info.num_layers))
+    if depths <= running.ran:
+        return
+    stack = running.stack
+    mode = (stack.training, any(getattr(module, "gradient_checkpointing", False) for _, module in walk(stack)))
+    missing = {depth for depth in depths - running.ran if (depth, *mode) not in skipped}
+    if not missing:
+        return
+    name = info.layers_name.removeprefix(f"{info.name}.")
+    layers: Any = stack.get_submodule(name)  # an `nn.ModuleList`
+    lost = missing & depths_without_hook(running, layers, info.num_layers // len(layers), call)
+    skipped.update((depth, *mode) for depth in missing - lost)
+    if lost:
+        number = min(lost) * len(layers) // info.num_layers
+        raise ValueError(
+            f"The forward hooks of '{name}.{number}' in {type(stack).__name__} did not run, so that its prompts are lost, as where a "
+            "stack calls `layer.forward(...)` and not `layer(...)`. Use a method that writes to the input only."
+        )
+
+
+def depths_without_hook(running: Pass, layers: nn.ModuleList, runs: int, call: dict[str, Any]) -> set[int]:
+    """The depths of layers that run without their hook when the stack runs again, in its present mode and without gradient and cache."""
+    again = plain_pass(running.stack, running.owner)
+    again.states = {}
+    name, _ = cache_of(call)
+    call = {key: value for key, value in call.items() if key != name}
+    used = UsedParameters()
+    token = current_pass.set(again)
+    try:
+        with torch.no_grad(), used:
+            running.stack(**{**call, "attention_mask": None, "use_cache": False, "return_dict": True})
+    finally:
+        current_pass.reset(token)
+    seen = [used.any_of(layer) for layer in layers]
+    # Wrappers that lend a layer other parameters for its call, as offloading does, leave nothing to be seen.
+    blind = not used.any_of(running.stack) or any(not seen[depth // runs] for depth in again.ran)
+    return {depth for depth in range(len(layers) * runs) if depth not in again.ran and (blind or seen[depth // runs])}
+
+
+class UsedParameters(TorchFunctionMode):
+    """Notes which tensors are arguments of torch's functions within its context, in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def any_of(self, module: nn.Module) -> bool:
+        """Whether a parameter of a module was used."""
+        return any(id(parameter) in self.ids for parameter in module.parameters())
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            self.ids.update(map(id, value) if isinstance(value, (list, tuple)) else (id(value),))
+        return function(*args, **(kwargs or {}))

@@ -27,7 +27,7 @@ from .cache import SlotCache
 from .calls import LayerCall, by_name, cache_of
 from .close import attend_to_slots, close_slots
 from .fill import fill_slots
-from .frozen import is_frozen
+from .frozen import check_hooks_ran, is_frozen
 from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
@@ -56,6 +56,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = (prefix + "generator",)
         self.add_module(prefix + "generator", nn.ModuleDict())
         self.handles: list[Any] = []
+        self.skipped: set[tuple] = set()  # what `check_hooks_ran` found out about the stack's code
 
     @property
     def generators(self) -> Any:  # an `nn.ModuleDict`, which has no type for its values
@@ -159,16 +160,18 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     def _fill(self, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Before a layer runs."""
         running = current_pass.get()
-        if running is None or running.owner not in (self, None) or not running.changes_layers:
+        if running is None or running.owner is not self or not running.concerns_layers:
             return None
         call = fill_uncompiled(running, self.info, depths, LayerCall(layer, args, kwargs))
         return call.args, call.kwargs
 
     @torch.compiler.disable
-    def close(self, output: Any) -> Any:
-        """After the stack ran: return its output without slots."""
+    def close(self, output: Any, call: dict[str, Any]) -> Any:
+        """After the stack ran on `call`: return its output without slots."""
         running = current_pass.get()
         assert running is not None  # `open` has set it
+        if running.layout is not None:
+            check_hooks_ran(running, self.info, call, self.skipped)
         return close_slots(running, self.info, output)
 
 
@@ -193,7 +196,7 @@ class StackForward(StandIn):
         outer = current_pass.get()
         try:
             call = self.layer.open(self.module, args, kwargs)
-            return self.layer.close(self.call_wrapped(**call))
+            return self.layer.close(self.call_wrapped(**call), call)
         finally:
             current_pass.set(outer)
 
@@ -202,7 +205,7 @@ class StackForward(StandIn):
             return self.call_wrapped(*args, **kwargs)
         outer = current_pass.get()
         call = self.layer.open(self.module, args, kwargs)
-        output = self.layer.close(self.call_wrapped(**call))
+        output = self.layer.close(self.call_wrapped(**call), call)
         current_pass.set(outer)
         return output
 

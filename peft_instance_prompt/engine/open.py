@@ -48,14 +48,16 @@ def open_slots(
     """
     text = read_text(stack, info, groups, call, request)
     packing = text.packing
-    name, _ = cache_of(call)
+    name, cache = cache_of(call)
     call = prepare(call, text, groups, info)
     if packing is not None:
         groups = [own for group in groups if (own := group.of_sequences(packing))]
         if not groups:
             raise ValueError("No packed row with an adapter holds a sequence of two or more tokens.")
     plain = {key: value for key, value in call.items() if key != name}
-    plain.update(attention_mask=text.mask, use_cache=False)
+    if cache is not None and cache.is_compileable:
+        plain["attention_mask"] = without_room(plain.get("attention_mask"), *text.tokens.shape)
+    plain["use_cache"] = False
     frozen_states = once(partial(run_plain, stack, plain, text))
 
     scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
@@ -94,6 +96,20 @@ def run_plain(stack: PreTrainedModel, call: dict[str, Any], text: Text) -> torch
     stretch = text.packing.stretch  # (B, S)
     call = {**call, "attention_mask": no_padding(stack, stretch), **lengths_of(stack, stretch, call)}
     return run_frozen(stack, call, stretch)
+
+
+def without_room(mask: Any, num_rows: int, num_tokens: int) -> Any:
+    """The mask for an empty static cache, in any form, as it is without that cache: over the S tokens only."""
+    if isinstance(mask, dict):
+        return {kind: without_room(one, num_rows, num_tokens) for kind, one in mask.items()}
+    if isinstance(mask, torch.Tensor):
+        return mask[..., :num_tokens]  # (B, S) or (B, 1, S, S)
+    if mask is None:
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    size = (num_rows, None, num_tokens, num_tokens)
+    return create_block_mask(mask.mask_mod, *size, device=mask.kv_indices.device)
 
 
 def encode(

@@ -29,7 +29,8 @@ class Pass:
 
     Attributes:
         stack (`nn.Module`): The stack.
-        owner (`InstancePromptLayer`, *optional*): The layer whose slots these are. None: the stack runs without prompts.
+        owner (`InstancePromptLayer`, *optional*): The layer whose hooks work in this pass. None: no hook does.
+        plain (`bool`): Whether the stack runs without prompts.
         attention (`str`): The name of the stack's attention implementation.
         cache (`SlotCache`, *optional*): The cache with the slots of an earlier pass, if this one goes on from it.
         layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
@@ -39,11 +40,14 @@ class Pass:
             hold several: no position sees those of another.
         as_tuple (`bool`): Whether the caller wants a tuple.
         runs (`dict`): How often each layer has run, for layers that are run several times.
+        ran (`set[int]`): The depths whose hook has run.
+        states (`dict[int, torch.Tensor]`, *optional*): Collects the input (B, N, d) of each layer, by depth, if it is a dict.
         masks (`dict`): The masks that were made for layers which do not see all slots.
     """
 
     stack: nn.Module
     owner: InstancePromptLayer | None = None
+    plain: bool = False
     attention: str = "eager"
     cache: SlotCache | None = None
     layout: Layout | None = None
@@ -52,6 +56,8 @@ class Pass:
     stretch: torch.Tensor | None = None
     as_tuple: bool = False
     runs: dict[int, int] = field(default_factory=dict)
+    ran: set[int] = field(default_factory=set)
+    states: dict[int, torch.Tensor] | None = None
     masks: dict[tuple, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
@@ -60,9 +66,9 @@ class Pass:
         return () if self.table is None else self.table.late_layers
 
     @property
-    def changes_layers(self) -> bool:
-        """Whether the calls of layers are changed: there are slots to fill, or something to hide."""
-        return self.layout is not None or self.stretch is not None or bool(self.late_layers)
+    def concerns_layers(self) -> bool:
+        """Whether the hooks of layers have work: there are slots to fill, something to hide, or states to collect."""
+        return self.layout is not None or self.stretch is not None or self.states is not None or bool(self.late_layers)
 
 
 current_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", default=None)

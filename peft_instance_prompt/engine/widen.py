@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch.utils._pytree import tree_leaves
+from transformers import Cache, PreTrainedModel
 
 from .cache import make_room
-from .calls import FOREIGN_ARGUMENTS, LENGTH_ARGUMENTS, PER_TOKEN_ARGUMENTS, cache_of
+from .calls import FOREIGN_ARGUMENTS, LENGTH_ARGUMENTS, PER_QUERY_ARGUMENTS, PER_TOKEN_ARGUMENTS, cache_of
 from .layout import Layout, insert, insert_positions, take
 from .masks import beyond_causal, pad_to_static_cache, see_beyond_causal
 from .stack import StackInfo, embed_per_layer
@@ -26,11 +27,14 @@ def widen(
 ) -> dict[str, Any]:
     """The call with a place for the slots in each argument that has a column per token; an instance has up to `num_slots`."""
     (B, S), L = text.tokens.shape, layout.num_slots
-    for name, value in call.items():
-        unknown = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (B, S)
-        if unknown and name not in PER_TOKEN_ARGUMENTS + FOREIGN_ARGUMENTS:
-            raise ValueError(f"Instance prompts do not know how to give slots a place in `{name}` {(B, S)}.")
+    check_arguments(call, B, S)
     wide = dict(call)
+    for name in PER_QUERY_ARGUMENTS:
+        if (rows := call.get(name)) is not None:  # (B, 1, S, keys)
+            rows = rows.transpose(1, 2).expand(B, S, 1, -1)  # (B, S, 1, keys)
+            # A slot sees what the token that it follows sees, as in generation, where nothing stands behind it yet.
+            own = take(rows, torch.maximum(layout.before_token - 1, layout.first))  # (B, L, 1, keys)
+            wide[name] = insert(rows, own, layout).transpose(1, 2)  # (B, 1, N, keys)
     per_layer = wide.pop("per_layer_inputs", None)
     per_layer = embed_per_layer(stack, text.ids, text.embeds) if per_layer is None else per_layer
     if per_layer is not None:  # (B, S, layers, width); the slots begin as copies of the first token, here too
@@ -51,6 +55,29 @@ def widen(
         return {**wide, **lengths_of(stack, layout.stretch, call)}
     wide["attention_mask"] = widen_mask(stack, info, call, text, layout, wide["inputs_embeds"])
     return wide
+
+
+def check_arguments(call: dict[str, Any], num_rows: int, num_tokens: int) -> None:
+    """Refuse an argument that seems to have a column for each of S tokens, and in which the place of slots is not known.
+
+    Raises:
+        ValueError: There is one.
+    """
+    B, S = num_rows, num_tokens
+    for name, value in call.items():
+        if name in PER_TOKEN_ARGUMENTS + FOREIGN_ARGUMENTS or isinstance(value, Cache):
+            continue
+        for one in tree_leaves(value):
+            shape = tuple(one.shape) if isinstance(one, torch.Tensor) else ()
+            if name in PER_QUERY_ARGUMENTS and len(shape) == 4 and shape[0] in (1, B) and shape[1:3] == (1, S):
+                continue
+            if len(shape) > 1 and (
+                (shape[0] in (1, B) and S in shape[1:]) or shape[:2] == (S, B) or shape[0] == B * S
+            ):
+                raise ValueError(
+                    f"Instance prompts do not know how to give slots a place in `{name}` {shape}, which seems to have a place for each of "
+                    f"{S} tokens. Call the model without it."
+                )
 
 
 def no_padding(stack: PreTrainedModel, stretch: torch.Tensor) -> torch.Tensor | None:
