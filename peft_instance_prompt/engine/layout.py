@@ -240,7 +240,11 @@ def insert(tokens: torch.Tensor, slots: torch.Tensor, layout: Layout) -> torch.T
 
 
 def insert_positions(
-    position_ids: torch.Tensor, first: torch.Tensor, layout: Layout, sequence: torch.Tensor | None = None
+    position_ids: torch.Tensor,
+    first: torch.Tensor,
+    layout: Layout,
+    sequence: torch.Tensor | None = None,
+    backwards: bool = False,
 ) -> torch.Tensor:
     """Position ids inside the stack: a token's own plus the number of counted slots before it in its sequence.
 
@@ -250,17 +254,23 @@ def insert_positions(
         layout (`Layout`): The layout.
         sequence (`torch.LongTensor`, *optional*): Shape (B, S). Numbers from 0, not decreasing, of the sequences that a packed
             row holds. Default: one sequence per row.
+        backwards (`bool`): Whether a token's is its own minus the number of counted slots behind it: the last token keeps its
+            position, and the first ones may be negative.
 
     Returns:
         `torch.LongTensor`: Shape (B, N) or (R, B, N).
     """
     if position_ids.dim() == 3:
-        return torch.stack([insert_positions(row, first, layout, sequence) for row in position_ids])  # (R, B, N)
+        return torch.stack(
+            [insert_positions(row, first, layout, sequence, backwards) for row in position_ids]
+        )  # (R, B, N)
     first = first.expand(-1, layout.num_slots)  # (B, L)
     # A slot goes on from the token that it follows; before the first token it takes the place of that token.
     follows = (layout.before_token - 1).clamp(min=0)  # (B, L)
     leads = layout.before_token <= first  # (B, L)
-    own = torch.where(leads, position_ids.gather(1, first), position_ids.gather(1, follows) + 1)  # (B, L)
+    # Backwards, no slot may have a later position than the last token: one that is not counted takes that of the token before it.
+    step = layout.table.counted.long() if backwards else 1  # (B, L)
+    own = torch.where(leads, position_ids.gather(1, first), position_ids.gather(1, follows) + step)  # (B, L)
     counted = insert(torch.zeros_like(position_ids), layout.table.counted.long(), layout)  # (B, N)
     before = counted.cumsum(dim=1) - counted  # (B, N)
     if sequence is not None:
@@ -268,7 +278,10 @@ def insert_positions(
         within = counted.new_zeros(len(counted), int(number.max()) + 1).scatter_add(
             1, number, counted
         )  # (B, sequences)
-        before = before - (within.cumsum(dim=1) - within).gather(1, number)  # (B, N)
+        earlier = within.cumsum(dim=1) - (0 if backwards else within)  # (B, sequences)
+        before = before - earlier.gather(1, number)  # (B, N)
+    elif backwards:
+        before = before - layout.table.num_counted  # (B, N)
     return insert(position_ids, own, layout) + before  # (B, N)
 
 

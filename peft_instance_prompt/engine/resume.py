@@ -48,7 +48,9 @@ def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots
             positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, seen:] + info.position_offset  # (B, S)
         elif positions is None:
             positions = torch.arange(seen, seen + S, device=tokens.device) + info.position_offset  # (S,)
-        call["position_ids"] = positions + table.num_counted.to(positions.device)  # (B, S) or (R, B, S)
+        if not info.rotates_by_length:  # there the slots' positions lie before those of the tokens
+            positions = positions + table.num_counted.to(positions.device)  # (B, S) or (R, B, S)
+        call["position_ids"] = positions
     check_fits(info, call.get("position_ids"), num_positions, table.num_slots)
     return call
 

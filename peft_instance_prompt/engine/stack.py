@@ -41,6 +41,9 @@ class StackInfo:
         position_offset (`int`): The position id of the first token.
         counts_columns (`bool`): Whether the stack reads distances off the columns of its input and not off `position_ids`.
         counts_tokens (`bool`): Whether it counts the tokens that its mask shows, if it gets no `position_ids`, and not columns.
+        rotates_by_length (`bool`): Whether its rotary frequencies depend on the largest position of a batch (LongRoPE, dynamic
+            NTK). Slots then have positions before those of the tokens, for nothing but the distance of positions counts there,
+            and the frequencies switch where the base model's do.
         sliding_window (`int`, *optional*): The width of its sliding attention window.
         special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         begins_with_special (`bool`): Whether texts begin with a special token, as far as the config tells: T5 has none.
@@ -66,6 +69,7 @@ class StackInfo:
     position_offset: int
     counts_columns: bool
     counts_tokens: bool
+    rotates_by_length: bool
     sliding_window: int | None
     recurrent_layers: tuple[int, ...] = ()
     special_ids: tuple[int, ...] = ()
@@ -205,6 +209,7 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         position_offset=offset,
         counts_columns=_counts_columns(stack, config),
         counts_tokens=_counts_tokens(stack),
+        rotates_by_length=_rotates_by_length(stack),
         sliding_window=getattr(config, "sliding_window", None),
         begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
         special_ids=tuple(sorted(_special_ids(config))),
@@ -278,6 +283,13 @@ def _counts_tokens(stack: nn.Module) -> bool:
     """Whether the ids begin behind that of padding (RoBERTa), or the module that embeds positions reads the mask (OPT)."""
     by_mask = any("attention_mask" in forward_args(m) for name, m in walk(stack) if name.endswith("embed_positions"))
     return by_mask or _learned_positions(stack)[1] != 0
+
+
+def _rotates_by_length(stack: nn.Module) -> bool:
+    """Whether a rotary embedding reads the length of the sequence off the position ids. It has one type, or one per layer type."""
+    types = [getattr(module, "rope_type", None) for _, module in walk(stack)]
+    each = {kind for known in types for kind in (known.values() if isinstance(known, dict) else [known]) if kind}
+    return any("dynamic" in kind or kind == "longrope" for kind in each)
 
 
 def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:

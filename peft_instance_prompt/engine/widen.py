@@ -48,7 +48,9 @@ def widen(
         positions = call["position_ids"]
         positions = positions.expand(*positions.shape[:-2], B, S)  # (B, S) or (R, B, S)
         stretch = None if text.packing is None else text.packing.stretch
-        wide["position_ids"] = insert_positions(positions, layout.first, layout, stretch)  # (B, N) or (R, B, N)
+        wide["position_ids"] = insert_positions(
+            positions, layout.first, layout, stretch, info.rotates_by_length
+        )  # (B, N) or (R, B, N)
     check_fits(info, wide.get("position_ids"), S + L, num_slots)
     if layout.stretch is not None:
         wide["attention_mask"] = no_padding(stack, layout.stretch)
