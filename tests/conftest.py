@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all tests share: one thread, little logging, no hub, and the parameters `method` and `kind` of the shared tests."""
+"""What all tests share: `TEST_THREADS` threads, little logging, no hub, and the parameters `method` and `kind`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from methods import KINDS, METHODS, SKIPS, SPANNING  # noqa: E402
 from tiny import native_refuses  # noqa: E402
 
 
-torch.set_num_threads(1)  # the models are so small that threads cost more than they give
+# One: the models are so small that threads cost more than they give.
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

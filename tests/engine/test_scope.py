@@ -44,13 +44,13 @@ def test_no_leak(method: str, tell: str) -> None:
     model = prompted(method, response_template=TEMPLATE if tell == "template" else None)
     with instruction_scope(MASK if tell == "context" else None):
         expected = prompts(model, IDS, **TELLS[tell])
-        assert_same(expected, prompts(prompted(method), IDS, instruction_mask=MASK), 1e-6)
+        assert_same(expected, prompts(prompted(method), IDS, instruction_mask=MASK))
         for column in range(SPLIT, 11):
-            assert_same(prompts(model, changed(column), **TELLS[tell]), expected, 1e-6)
+            assert_same(prompts(model, changed(column), **TELLS[tell]), expected)
         assert depends_on(model, range(3), expected, **TELLS[tell])
     # What is said of one call does not outlive it: here the whole row is the instance.
     if tell != "template":
-        assert_same(prompts(model, IDS), prompts(model, IDS, instruction_mask=torch.ones_like(IDS)), 1e-6)
+        assert_same(prompts(model, IDS), prompts(model, IDS, instruction_mask=torch.ones_like(IDS)))
 
 
 def test_whole_row_is_the_instance_of_a_plain_call(method: str) -> None:
@@ -62,7 +62,7 @@ def test_response_logits_do_not_depend_on_later_tokens(method: str) -> None:
     model = prompted(method)
     with torch.no_grad():
         expected, actual = model(IDS, labels=LABELS), model(changed(10), labels=LABELS)
-    assert_same(actual.logits[:, :10], expected.logits[:, :10], 1e-6)
+    assert_same(actual.logits[:, :10], expected.logits[:, :10])
 
 
 def test_precedence(kind: str) -> None:
@@ -72,10 +72,10 @@ def test_precedence(kind: str) -> None:
     early = IDS.clone()
     early[:, :4] = -100
     both = prompted(kind, response_template=TEMPLATE)
-    assert_same(prompts(both, IDS, instruction_mask=some, labels=early), by_mask, 1e-6)
-    assert_same(prompts(both, IDS, labels=early), by_template, 1e-6)
+    assert_same(prompts(both, IDS, instruction_mask=some, labels=early), by_mask)
+    assert_same(prompts(both, IDS, labels=early), by_template)
     with instruction_scope(MASK):  # what is given to the call itself is nearer
-        assert_same(prompts(prompted(kind), IDS, instruction_mask=some), by_mask, 1e-6)
+        assert_same(prompts(prompted(kind), IDS, instruction_mask=some), by_mask)
     # In `generate` the template is nearer than the prompt.
     how = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_plain_text_does_not_leak(training: bool) -> None:
         expected, plain = model(IDS, labels=IDS).logits, bare(IDS).logits
         for column in range(1, 11):
             found = model(changed(column), labels=changed(column)).logits
-            assert_same(found[:, :column], expected[:, :column], 1e-6)
+            assert_same(found[:, :column], expected[:, :column])
         assert_same(expected[:, :2], plain[:, :2])
         assert ((expected - plain)[:, 2:].abs().amax(dim=(0, 2)) > 1e-3).all()
 
