@@ -6,6 +6,7 @@
 from importlib import import_module
 from typing import Any
 
+from .attaching import guard_attaching
 from .config import InstancePromptConfig
 from .engine.calls import warn_of_untested_release
 from .engine.request import instruction_scope
@@ -58,6 +59,7 @@ def __dir__() -> list[str]:
 
 warn_of_untested_release()
 teach_peft(InstancePromptConfig)
+guard_attaching(InstancePromptConfig)
 guard_loading(InstancePromptConfig)
 guard_saving(InstancePromptConfig)
 carry_task_ids(InstancePromptConfig)

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Union
 
 import psutil
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, TaskType
+from peft import PeftMixedModel, PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, PeftType, TaskType
 from torch import nn
 
 
@@ -38,6 +43,58 @@ def check_adapter_name(name: str) -> None:
             f"An adapter cannot be named {name!r}: the name must be a text, not empty, without '.', '/' and '\\', and "
             "none of '__base__' and the attributes of a module dict, such as 'keys' or 'training'."
         )
+
+
+def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | None = None) -> None:
+    """Raise a ValueError if the model has adapters already that an attached one would take the place of.
+
+    Args:
+        model (`nn.Module`): The model that an adapter is to be attached to.
+        adapter_name (`str`, *optional*): The new adapter's name. None: no name is free, as for a `PeftModel` around the model.
+        config (`PeftConfig`, *optional*): The new adapter's config.
+    """
+    wrapped = isinstance(model, (PeftModel, PeftMixedModel, BaseTuner))
+    known = getattr(model, "peft_config", None) or {}
+    if not wrapped:
+        live = bool(known) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        if not live or (adapter_name is not None and adapter_name not in known):
+            return  # a base model that another method was unloaded from still has the configs
+    types = {PeftType(one.peft_type).value for one in known.values()}
+    prompt = isinstance(model, PeftModel) and model._is_prompt_learning
+    cure = "take the base model, `get_base_model()`," if prompt else "call `unload()`"
+    if config is not None and types == {PeftType(config.peft_type).value}:
+        cure = f"add the new one with `add_adapter`, or {cure}"
+    raise ValueError(
+        f"The model has adapters already, {list(known)} of {sorted(types)}, and a new one would take their place: {cure} first."
+    )
+
+
+def guard_attaching(config_cls: type) -> None:
+    """Make the classes of `PeftModel` leave a `config_cls` that they are given as it is, and refuse a model with adapters where
+    one of the two methods is this package's. PEFT would write the new config over the old one, in a dict that both share."""
+    for cls in {PeftModel, PeftMixedModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+        for name in ("__init__", "add_adapter"):
+            if name in vars(cls):
+                setattr(cls, name, _guarded(vars(cls)[name], config_cls))
+
+
+def _guarded(method: Callable, config_cls: type) -> Callable:
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        model, config = call.arguments.get("model"), call.arguments["peft_config"]
+        own = isinstance(config, config_cls)
+        if model is not None:
+            known = getattr(model, "peft_config", None) or {}
+            if own or any(isinstance(one, config_cls) for one in known.values()):
+                check_free(model, None, config)
+        if own:  # for classifiers, PEFT writes `modules_to_save` into it
+            call.arguments["peft_config"] = copy.deepcopy(config)
+        return method(*call.args, **call.kwargs)
+
+    return guarded
 
 
 def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> None:

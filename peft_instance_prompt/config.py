@@ -109,6 +109,8 @@ class InstancePromptConfig(PeftConfig):
     method: ClassVar[Optional[str]] = None  # set by `register_method`
     paper: ClassVar[Optional[tuple[str, str]]] = None  # title and arXiv number, for the model card
     conditions: ClassVar[tuple[str, ...]] = ("instance", "constant")
+    # Trainers read this field of LoRA's off any config, and set it when a chat template adds tokens.
+    trainable_token_indices: ClassVar[Any] = None
 
     num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
     bottleneck_dim: int = field(default=16, metadata={"help": "The width of the generator's bottleneck."})

@@ -270,6 +270,11 @@ class PromptGenerator(TextStart):
         names = {name for depth in self.depths for name in self._all_rows_at(depth)}
         return {name: getattr(self, name).unbind(0) for name in names}
 
+    def _replicate_for_data_parallel(self) -> PromptGenerator:
+        for depth in self.depths:
+            self._all_rows_at(depth)  # a replica has no parameters to ask
+        return super()._replicate_for_data_parallel()
+
     def _all_rows_at(self, depth: int) -> dict[str, int]:
         if depth not in self._rows:  # found once: a batch of many adapters asks often
             self._rows[depth] = {**self.rows_at(depth), **self.text_row(depth)}

@@ -12,6 +12,7 @@ and nothing has been loaded. A failed load is undone. Adapters of other packages
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -182,7 +183,7 @@ def guard_loading(config_cls: type) -> None:
             return build(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
         check_files(Path(model_id, kwargs.get("subfolder") or ""))
         with undone_on_error(model), announced(Arrival.of(model_id, found)):
-            return build(cls, model, model_id, adapter_name, is_trainable, found, *args, **kwargs)
+            return build(cls, model, model_id, adapter_name, is_trainable, copy.deepcopy(found), *args, **kwargs)
 
     @functools.wraps(load)
     def load_adapter(self, model_id, adapter_name, *args, **kwargs):
@@ -228,7 +229,7 @@ def guard_loading(config_cls: type) -> None:
         reads = adapter_state_dict is None and "disk" in (getattr(self, "hf_device_map", None) or {}).values()
         with undone_on_error(self), announced(arrival):
             given = None if reads else weights
-            info = load_native(self, peft_model_id, adapter_name, found, given, *args, **kwargs)
+            info = load_native(self, peft_model_id, adapter_name, copy.deepcopy(found), given, *args, **kwargs)
             if reads:
                 again = load_peft_weights(source, device="cpu", **PeftConfig._split_kwargs(hub)[0])
                 check_tensors(arrival.source, {}, again, again, digest(weights))

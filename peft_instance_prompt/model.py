@@ -5,20 +5,23 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Optional, Union
+from types import SimpleNamespace
+from typing import Any, NoReturn, Optional, Union
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .attaching import (
     SIZES,
     check_adapter_name,
+    check_free,
     check_memory,
     check_modules_to_save,
     check_sizes,
@@ -53,10 +56,24 @@ class InstancePromptModel(BaseTuner):
 
     # -------------------------------------------------------------------------------------------------- injection
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        check_free(model, adapter_name)
+        known = getattr(model, "peft_config", None)  # transformers' own adapters: PEFT writes into their dict
+        before = dict(known or {})
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            if known is not None:
+                known.clear()
+                known.update(before)
+            raise
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter as PEFT does, or raise and leave the model as it was."""
         try:
             check_adapter_name(adapter_name)
+            # What is found out about the model is kept on a copy: the caller may use the config for another one.
+            self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
             take_config(self.peft_config[adapter_name])
             if "transformers.trainer" in sys.modules:
                 from .trainers import guard_trainers
@@ -64,6 +81,10 @@ class InstancePromptModel(BaseTuner):
                 guard_trainers()
             with undone_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                for _, module in walk(model):
+                    hooks = module._forward_pre_hooks
+                    if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in hooks.values():
+                        module.register_forward_pre_hook(name_rows, with_kwargs=True)
                 check_tensor_names(self.peft_config, names_of(type(self), model, adapter_name).values())
                 check_arrival(type(self), model, adapter_name)
         except BaseException:
@@ -75,6 +96,12 @@ class InstancePromptModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: InstancePromptConfig, model_config: dict) -> InstancePromptConfig:
         """Find the stacks, and refuse what does not fit before anything of the model is changed."""
         check_release()
+        if peft_config.trainable_token_indices is not None:
+            raise ValueError(
+                f"`trainable_token_indices` must be None, got {peft_config.trainable_token_indices!r}: only LoRA trains single "
+                "embeddings. Add the tokens to model and tokenizer before the trainer is made, and train them with "
+                "`modules_to_save=['embed_tokens', 'lm_head']`."
+            )
         infos = self._find_targets(peft_config)
         for info in infos:
             check_understood(self.model.get_submodule(info.name), info.name, info.causal)
@@ -133,7 +160,7 @@ class InstancePromptModel(BaseTuner):
             return True
         if peft_config.exclude_modules is None:
             return False
-        plain = type(peft_config)(target_modules=[], exclude_modules=peft_config.exclude_modules)
+        plain = SimpleNamespace(target_modules=[], exclude_modules=peft_config.exclude_modules)
         return check_target_module_exists(plain, key)
 
     def _create_and_replace(
@@ -213,9 +240,6 @@ class InstancePromptModel(BaseTuner):
         unexpected = {name for name in names if name != "__base__"} - present
         if unexpected:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
-        for _, module in walk(self.model):
-            if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(name_rows, with_kwargs=True)
         with note(self.model, adapter_names=tuple(names), adapters=adapters):
             yield
 
@@ -240,7 +264,16 @@ class InstancePromptModel(BaseTuner):
             stack = self.model.get_submodule(name.rpartition(".")[0])
             layer.remove_hooks(self.model, stack, self.model.get_submodule(layer.info.layers_name))
             delattr(stack, name.rpartition(".")[2])
-        return super().unload()
+        base = super().unload()
+        if not any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            vars(base).pop("peft_config", None)
+        return base
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "`add_weighted_adapter` is for LoRA, whose weights can be averaged: the mean of two generators' weights does not "
+            "generate the mean of their prompts. Train one adapter on the data of both."
+        )
 
     # --------------------------------------------------------------------------------------------- saving, loading
 

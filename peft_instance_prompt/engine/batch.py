@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -91,7 +92,8 @@ class Group:
             layout (`Layout`, *optional*): Where slots and tokens of the batch stand; only tools look at it.
         """
         model = self.model
-        device = next(model.parameters()).device  # layers can lie elsewhere than the adapter
+        weights = None if any(map(managed, self.generators)) else self.weights(depth)
+        device = self._device(weights, states.device)
         base = selection.last if model.copies_last else selection.first  # (G,)
         instances = Instances(
             selection.take(states).to(device),  # (G, n, w)
@@ -99,16 +101,34 @@ class Group:
             selection.state_at(states, base).to(device),  # (G, 1, w)
             None if self.vector is None else self.vector.to(device),
         )
-        prompts = model(instances, depth, self.weights(depth)).to(states.device, states.dtype)  # (G, l, w)
+        if weights is None and len(self.generators) > 1:
+            prompts = self._one_by_one(instances, depth)  # (G, l, w)
+        else:
+            prompts = model(instances, depth, weights)  # (G, l, w)
+        prompts = prompts.to(states.device, states.dtype)
         fields = {"instances": instances, "selection": selection, "layout": layout, "rows": self.rows}
         return intercepted(prompts, depth=depth, generators=self.generators, **fields)
 
-    def weights(self, depth: int) -> dict[str, torch.Tensor] | None:
+    def _device(self, weights: Mapping[str, torch.Tensor] | None, default: torch.device) -> torch.device:
+        """Where the adapters compute: layers can lie elsewhere. Parameters of a managed module lie elsewhere until it is called,
+        and a replica of `DataParallel` has none; so these are not asked."""
+        known = [self.vector] if weights is None else [*weights.values(), self.vector]
+        return next((tensor.device for tensor in known if tensor is not None), default)
+
+    def _one_by_one(self, instances: Instances, depth: int) -> torch.Tensor:
+        """The prompt vectors (G, l, w) of adapters that cannot be stacked, since each has its parameters only while it is called."""
+        places = [[i for i, n in enumerate(self.adapter_of) if n == number] for number in range(len(self.generators))]
+        made = [
+            generator(Instances._make(pick(values, torch.tensor(own)) for values in instances), depth)
+            for generator, own in zip(self.generators, places)
+        ]
+        order = torch.tensor([i for own in places for i in own]).argsort()  # (G,)
+        return torch.cat(made)[order.to(made[0].device)]
+
+    def weights(self, depth: int) -> dict[str, torch.Tensor]:
         """The adapters' parameters at a depth: of one adapter (a, b), of several one per instance (G, a, b)."""
         if len(self.generators) == 1:
-            # FSDP, DeepSpeed and accelerate's offloading put a module's parameters in place when the module is called.
-            managed = self.model._forward_pre_hooks or "_hf_hook" in self.model.__dict__
-            return None if managed else self._of(0, depth)
+            return self._of(0, depth)
         each = [self._of(number, depth) for number in range(len(self.generators))]
         return stack_weights(each[number] for number in self.adapter_of)
 
@@ -120,6 +140,24 @@ class Group:
         made_with_grad, unbound = self.unbound[number]
         # Re-entrant checkpointing runs a layer first without gradients and again with them, where its weights must be read anew.
         return generator.weights(depth, unbound if made_with_grad == grad else None)
+
+
+def managed(generator: PromptGenerator) -> bool:
+    """Whether FSDP, DeepSpeed or accelerate's offloading puts the parameters in place when the module is called."""
+    return bool(generator._forward_pre_hooks) or "_hf_hook" in generator.__dict__
+
+
+@contextmanager
+def in_place(generator: PromptGenerator) -> Iterator[None]:
+    """Put parameters that accelerate has offloaded in place while the block reads them other than by a call of their module."""
+    hooks = [(m, hook) for m in generator.modules() if (hook := m.__dict__.get("_hf_hook")) is not None]
+    for module, hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooks:
+            hook.post_forward(module, None)
 
 
 Values = TypeVar("Values", torch.Tensor, torch.Tensor | None)

@@ -7,7 +7,8 @@
     layer forward pre-hook    fill:  write the generated vectors into the slots of this layer's input
     stack forward             close: take the slots out of whatever the stack returns
 
-No module of the base model is replaced. Hooks are bound methods, so that a deep copy of the model calls its own layer.
+No module of the base model is replaced. What the hooks call is found from the module that runs: copies have layers of their own,
+and the replicas of `DataParallel` share the hooks.
 `torch.compile` leaves the hooks out and compiles what lies between them: a graph for each of their cases would take long.
 """
 
@@ -31,7 +32,7 @@ from .frozen import check_hooks_ran, is_frozen
 from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
-from .request import CallNote, NotedForward, current_request, end_call
+from .request import LAYERS, CallNote, NotedForward, current_request, end_call
 from .resume import resume
 from .stack import StackInfo, find_stacks
 from .stand_in import StandIn, stand_ins
@@ -52,6 +53,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     def __init__(self, info: StackInfo, prefix: str):
         super().__init__()
         self.info = info
+        self.name = prefix.removesuffix("_")  # as a submodule of the stack
         # PEFT and transformers find a method's weights by the prefix in the attribute's name.
         self.adapter_layer_names = (prefix + "generator",)
         self.add_module(prefix + "generator", nn.ModuleDict())
@@ -61,6 +63,11 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     @property
     def generators(self) -> Any:  # an `nn.ModuleDict`, which has no type for its values
         return getattr(self, self.adapter_layer_names[0])
+
+    @property
+    def path(self) -> str:
+        """The layer's name in the base model."""
+        return f"{self.info.name}.{self.name}".removeprefix(".")
 
     def update_layer(self, adapter_name: str, generator: PromptGenerator) -> None:
         """Add an adapter. The tuner activates it, or the one that is active, when it is in all layers."""
@@ -84,13 +91,13 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
 
     def register_hooks(self, model: nn.Module, stack: nn.Module, layers: nn.ModuleList) -> None:
         """Register the hooks on the base model, the stack and its layers."""
-        StackForward(stack, self).install()
+        StackForward(stack, self.name).install()
         if not stand_ins(model, NotedForward):
             CallNote().register(model)
             for stand_in in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
                 if hasattr(model, stand_in.method):
                     stand_in(model).install()
-        stand_ins(model, NotedForward)[0].layers.append(self)
+        vars(model).setdefault(LAYERS, []).append(self.path)
         if self.info.encoder_of_pair:
             for name in find_stacks(model).values():
                 if "decoder" in name.split("."):
@@ -99,18 +106,19 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         runs = self.info.num_layers // len(layers)
         for number, layer in enumerate(layers):
             depths = range(number * runs, (number + 1) * runs)
-            self.handles.append(layer.register_forward_pre_hook(partial(self._fill, depths), with_kwargs=True))
+            fill = partial(self._fill, self.info, depths)
+            self.handles.append(layer.register_forward_pre_hook(fill, with_kwargs=True))
 
     def remove_hooks(self, model: nn.Module, stack: nn.Module, layers: nn.ModuleList) -> None:
         """Remove the hooks; those of the base model with the last layer of this kind."""
         for handle in self.handles:
             handle.remove()
         for forward in stand_ins(stack, StackForward):
-            if forward.layer is self:
+            if forward.name == self.name:
                 forward.remove()
-        (noted,) = stand_ins(model, NotedForward)
-        noted.layers.remove(self)
-        if not noted.layers:
+        vars(model)[LAYERS].remove(self.path)
+        if not vars(model)[LAYERS]:
+            del vars(model)[LAYERS]
             for hook in list(model._forward_pre_hooks.values()):
                 if isinstance(hook, CallNote):
                     hook.remove()
@@ -156,13 +164,14 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         return {**call, "return_dict": True} if running.as_tuple else call
 
     # Not recursive: to switch the compiler off and on takes longer than all else that this hook does in a decoding step.
+    @staticmethod
     @torch.compiler.disable(recursive=False)
-    def _fill(self, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Before a layer runs."""
+    def _fill(info: StackInfo, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Before a layer runs. The adapters are those of the pass's owner, whose `info` tells that the hook is one of its own."""
         running = current_pass.get()
-        if running is None or running.owner is not self or not running.concerns_layers:
+        if running is None or running.owner is None or running.owner.info is not info or not running.concerns_layers:
             return None
-        call = fill_uncompiled(running, self.info, depths, LayerCall(layer, args, kwargs))
+        call = fill_uncompiled(running, info, depths, LayerCall(layer, args, kwargs))
         return call.args, call.kwargs
 
     @torch.compiler.disable
@@ -183,9 +192,14 @@ class StackForward(StandIn):
 
     method = "forward"
 
-    def __init__(self, module: nn.Module, layer: InstancePromptLayer):
+    def __init__(self, module: nn.Module, name: str):
         super().__init__(module)
-        self.layer = layer
+        self.name = name
+
+    @property
+    def layer(self) -> Any:
+        """The [`InstancePromptLayer`] of the stack: in a copy or a replica, its own."""
+        return self.module._modules[self.name]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # torch.compile cannot break a graph within `try`

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..generator import INPUT, Source
-from .batch import Group, put
+from .batch import Group, in_place, put
 from .calls import PACKED_ARGUMENTS, cache_of
 from .frozen import run_frozen
 from .instances import Selection
@@ -127,7 +127,9 @@ def encode(
             task_ids=said.task_ids,
             frozen_states=partial(_take_states, own, frozen_states),  # (G, n, d)
         )
-        vectors.append(intercepted(generator.encode(source), depth=None, generators=[generator], rows=rows))
+        with in_place(generator):
+            vector = generator.encode(source)
+        vectors.append(intercepted(vector, depth=None, generators=[generator], rows=rows))
     if vectors[0] is None:
         return group
     vector = torch.cat(vectors)  # (G, ...)

@@ -9,22 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..generator import PromptGenerator
 from .calls import PACKED_ARGUMENTS, declared, forward_args
-from .stand_in import StandIn, stand_ins
-
-
-if TYPE_CHECKING:
-    from .layer import InstancePromptLayer
+from .stand_in import StandIn
 
 
 # What `forward` and `generate` take beside the base model's arguments: tensors with a row for each row of the batch.
 OWN_ARGUMENTS = ("instruction_mask", "instance_embeds", "task_ids")
+
+# The attribute of a base model that lists the names of the layers which hold its adapters. Names hold in copies and replicas, too.
+LAYERS = "_instance_prompt_layers"
 
 # {layer: (names of the active adapters, {name: generator})}
 Adapters = dict[nn.Module, tuple[list[str], dict[str, PromptGenerator]]]
@@ -162,7 +161,7 @@ class Note:
 
 def adapters_of(model: nn.Module) -> Adapters:
     """The adapters of a base model as they are now."""
-    layers = [layer for noted in stand_ins(model, NotedForward) for layer in list(noted.layers)]
+    layers: list[Any] = [model.get_submodule(path) for path in list(vars(model).get(LAYERS, ()))]
     return {layer: (list(layer.active_adapters), dict(layer.generators._modules)) for layer in layers}
 
 
@@ -186,17 +185,18 @@ class CallNote:
 
 
 class NotedForward(StandIn):
-    """The forward of a base model, which notes a call as the hooks do, unless they have done so.
-
-    Attributes:
-        layers (`list[InstancePromptLayer]`): The layers that hold the base model's adapters.
-    """
+    """The forward of a base model, which notes a call as the hooks do, unless they have done so."""
 
     method = "forward"
 
-    def __init__(self, module: nn.Module):
-        super().__init__(module)
-        self.layers: list[InstancePromptLayer] = []
+    def bound_to(self, replica: nn.Module) -> StandIn:
+        known = known_of(self.module)
+        if said := [name for name in (*OWN_ARGUMENTS, "adapter_names") if getattr(known, name) is not None]:
+            raise ValueError(
+                f"`{said[0]}`, said around a call, does not reach the threads in which `DataParallel` runs the model's replicas: "
+                f"pass `{said[0]}` to the model."
+            )
+        return super().bound_to(replica)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -4,14 +4,16 @@
 """Stand-ins for methods of a module: attributes of the object that hide a method of its class, as accelerate's hooks do.
 
 Hooks of torch run in `module(...)` only. Tools such as sentence-transformers call `module.forward(...)`, and would get the
-base model without any sign of it. A stand-in has the signature of what it stands for, survives `copy.deepcopy` and pickle,
-works above and beneath other stand-ins, and leaves the module's class alone.
+base model without any sign of it. A stand-in has the signature of what it stands for, survives `copy.deepcopy`, pickle and the
+replicas of `DataParallel`, works above and beneath other stand-ins, and leaves the module's class alone.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -19,6 +21,7 @@ from torch import nn
 
 # The attribute of a module that lists its stand-ins. One beneath another cannot be reached through it.
 _KEY = "_instance_prompt_stand_ins"
+_REPLICATE = "_replicate_for_data_parallel"  # torch's name
 
 
 class StandIn:
@@ -47,6 +50,7 @@ class StandIn:
     def install(self) -> None:
         """Put the stand-in into its module."""
         self.module.__dict__.setdefault(_KEY, []).append(self)
+        self.module.__dict__.setdefault(_REPLICATE, Replicate(self.module))
         setattr(self.module, self.attribute, self)
 
     def remove(self) -> None:
@@ -55,13 +59,19 @@ class StandIn:
         own = self.module.__dict__
         own[_KEY].remove(self)
         if not own[_KEY]:
-            del own[_KEY]
+            del own[_KEY], own[_REPLICATE]
         for attribute in ("_old_forward", self.method):
             while isinstance(top := own.get(attribute), StandIn) and top.removed:
                 if top.hidden is None and attribute == self.method:
                     delattr(self.module, attribute)
                 else:
                     setattr(self.module, attribute, top.__wrapped__)
+
+    def bound_to(self, replica: nn.Module) -> StandIn:
+        """The same stand-in for a replica of its module."""
+        twin = copy.copy(self)
+        twin.module, twin.hidden = replica, rebound(self.hidden, self.module, replica)
+        return twin
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -92,6 +102,36 @@ class StandIn:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Called in place of the method, which is `call_wrapped`."""
         raise NotImplementedError
+
+
+class Replicate:
+    """Makes the replicas of a module for `torch.nn.DataParallel`.
+
+    torch copies the module's `__dict__`, where methods are bound to the module itself: a replica would run the module's weights.
+
+    Args:
+        module (`nn.Module`): The module.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        replica = getattr(type(self.module), _REPLICATE)(self.module)
+        own = replica.__dict__
+        own.update({name: rebound(value, self.module, replica) for name, value in own.items()})
+        own[_KEY] = [rebound(stand_in, self.module, replica) for stand_in in own[_KEY]]
+        return replica
+
+
+def rebound(value: Any, module: nn.Module, replica: nn.Module) -> Any:
+    """What is bound to a module, bound to its replica; everything else as it is."""
+    if isinstance(value, StandIn):
+        return value.bound_to(replica)
+    if isinstance(value, Replicate):
+        return Replicate(replica)
+    bound = isinstance(value, MethodType) and value.__self__ is module
+    return MethodType(value.__func__, replica) if bound else value
 
 
 Kind = TypeVar("Kind", bound=StandIn)

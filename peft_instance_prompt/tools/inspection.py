@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from ..engine.batch import in_place
 from ..engine.intercept import Generated, intercept
 from ..engine.layer import InstancePromptLayer
 from ..engine.layout import take
@@ -66,10 +67,15 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, Gener
     """
     active_generator(model)
     made: dict[int | None, Generated] = {}
-    device = next(model.parameters()).device
     with evaluating(model), intercept(lambda generated: made.__setitem__(generated.depth, generated)):
-        model(**send_to_device(dict(batch), device))
+        model(**on_device_of(model, batch))
     return made
+
+
+def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch on the model's device. To an offloaded model accelerate brings it itself."""
+    device = next(model.parameters()).device
+    return dict(batch) if device.type == "meta" else send_to_device(dict(batch), device)
 
 
 def prompt_vectors(model: nn.Module, batches: Iterable[Mapping[str, Any]], depth: int | None = None) -> torch.Tensor:
@@ -118,7 +124,8 @@ def generated_parts(
 def generated_part(generator: PromptGenerator, made: Generated) -> torch.Tensor:
     """As [`generated_parts`], of one depth of a batch: shape (B, l, d)."""
     values = made.values.detach().float()  # (B, l, d)
-    text = generator.text_state(generator.weights(made.depth))  # (l, d) or None
+    with in_place(generator):
+        text = generator.text_state(generator.weights(made.depth))  # (l, d) or None
     start = generator.start(made.instances, made.depth) if text is None else text.detach()  # or (B, 1, d)
     if start is not None:
         start = start.float()
@@ -151,7 +158,7 @@ def token_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None 
 
 def _token_weights(generator: PromptGenerator, made: Generated) -> torch.Tensor | None:
     check_rows(made)
-    with torch.no_grad():
+    with torch.no_grad(), in_place(generator):
         weights = generator.token_weights(made.instances, made.depth, generator.weights(made.depth))  # (B, l, n)
     return None if weights is None else _at_tokens(made, weights)
 

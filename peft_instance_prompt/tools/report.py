@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -24,7 +23,7 @@ from ..engine.intercept import Generated, intercept
 from ..engine.request import note
 from ..generator import INPUT, PromptGenerator
 from . import report_html
-from .inspection import Reading, active_generator, evaluating, generated_part, readings, record
+from .inspection import Reading, active_generator, evaluating, generated_part, on_device_of, readings, record
 
 
 PROMPTS = ("own", "shuffled", "mean", "none")
@@ -172,8 +171,7 @@ def instance_report(
     layer, generator = active_generator(model)
     if not isinstance(data, DataLoader):
         data = DataLoader(data, batch_size=batch_size, collate_fn=collate_fn or default_data_collator)
-    device = next(model.parameters()).device
-    batches = [send_to_device(dict(batch), device) for batch in data]  # the same order each time
+    batches = [on_device_of(model, batch) for batch in data]  # the same order each time
     if len(batches) < 2 and (not batches or count_rows(batches[0]) < 2):
         raise ValueError("At least two instances are needed for one to get the prompt of another.")
 
@@ -205,7 +203,7 @@ def instance_report(
                 others, donors = exchangeable(record(model, batches[number - 1])), torch.tensor([0])
             with intercept(partial(lent, others, donors=donors)):
                 measure("shuffled", batch)
-            with note(adapter_names=("__base__",) * rows):
+            with note(adapters={layer: ([], {})}):  # not by `adapter_names`, which name trained heads, too
                 measure("none", batch)
         n = sum(map(count_rows, batches))
         mean = {depth: values / n for depth, values in total.items()}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import math
@@ -12,6 +13,7 @@ import math
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from methods import METHODS
 from peft import get_peft_model
 from torch.utils.data import DataLoader
@@ -157,6 +159,76 @@ def test_classification_and_regression(num_labels):
     layer = model.get_base_model().model.iapt
     layer.enable_adapters(False)
     torch.testing.assert_close(report.values["loss"]["none"], alone(model, data), atol=1e-5, rtol=1e-5)
+
+
+def heads_and_rows(number: int = 4):
+    """A classifier with a trained head far from the base model's, and labelled rows."""
+    config = tiny.configure("llama", num_labels=3)
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(config)
+    model = tiny.adapted(base, METHODS["iapt"](task_type="SEQ_CLS", init_weights=False))
+    data = [{"input_ids": i, "labels": i[:1] % 3} for i in torch.randint(3, tiny.VOCAB, (number, 6))]
+    return model, [{**row, "labels": row["labels"][0]} for row in data]
+
+
+FEATURES = {
+    "names": lambda model, batch: model(**batch, adapter_names=["default", "__base__"]),
+    "names that raise": lambda model, batch: model(**batch, adapter_names=["default"] * 3),
+    "disabled": lambda model, batch: disabled(model, batch),
+    "no gradient": lambda model, batch: model.eval()(**batch),
+    "another adapter": lambda model, batch: model.add_adapter("b", METHODS["iapt"](task_type="SEQ_CLS")),
+    "a report": lambda model, batch: instance_report(model, [batch], resamples=1, collate_fn=lambda rows: rows[0]),
+}
+
+
+def disabled(model, batch):
+    with model.disable_adapter():
+        return model(**batch)
+
+
+def state(model: torch.nn.Module) -> dict:
+    """Everything that a call could leave on a module: its attributes, its hooks, its mode."""
+    return {
+        name: (
+            vars(module).keys() - {"_disable_adapters"},
+            {k: list(v) for k, v in vars(module).items() if "hooks" in k},
+            module.training,
+        )
+        for name, module in model.named_modules()
+        if ".b." not in f"{name}." and not name.endswith(".b")
+    }
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_after_another_feature(feature):
+    """Without the prompt the trained head stays, whatever was done before; no call leaves anything on a module."""
+    model, data = heads_and_rows()
+    expected = instance_report(model, data, batch_size=2).values
+    before = state(model)
+    with contextlib.suppress(ValueError):
+        FEATURES[feature](model, stack_rows(data[:2]))
+    assert state(model) == before
+    again = instance_report(model, data, batch_size=2).values
+    assert all(torch.equal(again[m][p], expected[m][p]) for m in again for p in again[m])
+    # By hand: no prompt, and the head that was trained.
+    base = model.get_base_model()
+    with model.disable_adapter(), torch.no_grad():
+        states = base.model(stack_rows(data)["input_ids"]).last_hidden_state[:, -1]  # (4, d)
+    logits = base.score.modules_to_save["default"](states)  # (4, 3)
+    labels = stack_rows(data)["labels"]
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
+    torch.testing.assert_close(again["loss"]["none"], loss, atol=1e-5, rtol=1e-5)
+    bare = torch.nn.functional.cross_entropy(base.score.original_module(states), labels, reduction="none").double()
+    assert (bare - loss).abs().max() > 1e-2
+
+
+def test_of_an_offloaded_model(kind):
+    model, data = adapted(kind), rows(4)
+    expected = instance_report(model, data, batch_size=2, tokenizer=tiny.tokenizer())
+    found = instance_report(cpu_offload(model, "cpu"), data, batch_size=2, tokenizer=tiny.tokenizer())
+    for prompts in PROMPTS:
+        torch.testing.assert_close(found.values["loss"][prompts], expected.values["loss"][prompts])
+    assert found.spread == pytest.approx(expected.spread)
 
 
 def test_own_metric_and_own_scope():
