@@ -114,7 +114,7 @@ def pool(stack: PreTrainedModel, whole: torch.Tensor, pooled: torch.Tensor, stat
     if (made := stack.pooler(states)).shape == pooled.shape:
         return made
     # The pooler of ALBERT and BigBird is a linear layer: they pick the first state before it and apply an activation behind it.
-    activations = [child for child in stack.children() if next(child.parameters(), None) is None]
+    activations = [child for child in stack.children() if not has_weights(child)]
     for activation in (*activations, nn.Identity()):
         made = activation(stack.pooler(whole[:, 0]))  # (B, d)
         if made.shape == pooled.shape and torch.allclose(made, pooled):
@@ -123,6 +123,11 @@ def pool(stack: PreTrainedModel, whole: torch.Tensor, pooled: torch.Tensor, stat
         f"The slots cannot be taken out of `pooler_output`: how {type(stack).__name__} makes it with its `pooler` is not known. "
         "Load the model with `add_pooling_layer=False`."
     )
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether a module or one inside it has parameters. Those of a replica of `DataParallel` are plain attributes."""
+    return any(own._parameters or getattr(own, "_former_parameters", None) for own in module.modules())
 
 
 def check_outputs(output: ModelOutput, layout: Layout) -> None:
