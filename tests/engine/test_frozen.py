@@ -199,4 +199,4 @@ def test_partial_is_bound_to_the_copy() -> None:
     assert new.skipped == old.skipped and new.skipped is not old.skipped
     for layer in twin.get_base_model().model.layers:
         (hook,) = layer._forward_pre_hooks.values()
-        assert isinstance(hook, partial) and hook.func.__self__ is new
+        assert isinstance(hook, partial) and hook.args[0] is new.info
