@@ -191,8 +191,9 @@ def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo]) -> None
     task = config.task_type
     pair = any(info.encoder_of_pair or info.decoder_of_pair for info in infos)
     causal_lm = any(info.causal_lm for info in infos)
+    undeclared = any(info.undeclared for info in infos)
     wrong = {
-        TaskType.CAUSAL_LM: not causal_lm,
+        TaskType.CAUSAL_LM: not (causal_lm or undeclared),
         TaskType.SEQ_2_SEQ_LM: not pair,
         TaskType.SEQ_CLS: causal_lm,
         TaskType.TOKEN_CLS: causal_lm,
@@ -204,6 +205,8 @@ def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo]) -> None
             if causal_lm
             else "an encoder-decoder model"
             if pair
+            else "a causal stack without a head that is known"
+            if undeclared
             else "an encoder or a classifier"
         )
         raise ValueError(f"`task_type` {task!s} does not fit the base model, which is {kind}.")

@@ -107,8 +107,14 @@ class InstancePromptModel(BaseTuner):
         infos = describe(self.model)
         known = {info.layers_name: info.name for info in infos}
         if peft_config.target_modules is None:
+            decoders = [info.name or info.layers_name for info in infos if info.decoder_of_pair]
             infos = [info for info in infos if not info.decoder_of_pair]
             how = "Name it with `target_modules`: a module that takes `input_ids` and `inputs_embeds`, or its list of layers."
+            if decoders:  # the encoder takes audio or images
+                how = (
+                    f"Its decoder takes tokens, and a prompt there is generated from the start token alone: set "
+                    f"`target_modules={decoders!r}`."
+                )
         else:
             infos = [info for info in infos if matches(peft_config.target_modules, info)]
             how = (

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calls import forward_args
+from .calls import cache_argument, forward_args
 from .sharded import whole
 
 
@@ -22,28 +22,39 @@ class Attention(NamedTuple):
     Attributes:
         causal (`bool`): Whether a token sees only what stands before it.
         true_hides (`bool`): Whether True in a mask of bools hides a key, as in MPT; elsewhere it shows the key.
+        prefix (`bool`): Whether only its mask makes it causal and a caller may let a prefix see all of itself, as PaliGemma does.
     """
 
     causal: bool
     true_hides: bool = False
+    prefix: bool = False
 
 
-def read_attention(stack: nn.Module, layers_name: str) -> Attention:
-    """Find out how a decoder-only or encoder-only stack attends.
+def read_attention(stack: nn.Module, layers_name: str, must_know: bool = False) -> Attention:
+    """Find out how a stack attends.
 
-    Attention modules declare whether they are causal. Where none does (Bloom, MPT, DeBERTa), the stack is asked for the mask that
-    it makes for its first layer.
+    Attention modules declare whether their kernel is causal. Where none does (Bloom, MPT, DeBERTa), or none is in a stack that can
+    fill a cache (the text stack of a prefix-LM), the stack is asked for the mask that it makes for its first layer.
 
     Args:
         stack (`nn.Module`): The stack.
         layers_name (`str`): The name of its list of layers, within the stack.
+        must_know (`bool`): Whether a mask that cannot be read is an error where no kernel is causal.
 
     Raises:
         ValueError: The stack declares nothing, and its mask cannot be read.
     """
     layers = stack.get_submodule(layers_name)
     flags = [module.is_causal for module in layers.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    return Attention(any(flags)) if flags else _read_mask(stack, layers_name)
+    if any(flags) or (flags and cache_argument(type(stack).forward) is None):
+        return Attention(any(flags))
+    try:
+        read = _read_mask(stack, layers_name)
+    except ValueError:
+        if flags and not must_know:
+            return Attention(causal=False)
+        raise
+    return read._replace(prefix=bool(flags) and read.causal)
 
 
 class _Mask(Exception):
@@ -75,11 +86,14 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
     device = torch.device("cpu") if weight.is_meta else weight.device
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     embeds = torch.zeros(1, 3, embedding.embedding_dim, device=device, dtype=dtype)  # (1, 3, e)
+    shown: dict[str, Any] = {"attention_mask": torch.ones(1, 3, dtype=torch.long, device=device), "use_cache": False}
+    if "encoder_hidden_states" in forward_args(stack):  # a decoder may insist on them
+        shown["encoder_hidden_states"] = torch.zeros(
+            1, 3, stack.config.get_text_config().hidden_size, device=device, dtype=dtype
+        )
     try:
         with torch.no_grad(), whole(probe.parameters()):
-            probe(
-                inputs_embeds=embeds, attention_mask=torch.ones(1, 3, dtype=torch.long, device=device), use_cache=False
-            )
+            probe(inputs_embeds=embeds, **shown)
     except _Mask as caught:
         mask = caught.args[0]
         if mask is None:  # a causal mask is never left out here

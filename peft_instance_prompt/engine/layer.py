@@ -35,6 +35,7 @@ from .request import CallNote, NotedForward, current_request, end_call
 from .resume import resume
 from .stack import StackInfo, find_stacks
 from .stand_in import StandIn, stand_ins
+from .use import callers, decoders_beside
 
 
 class InstancePromptLayer(nn.Module, BaseTunerLayer):
@@ -84,17 +85,18 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     def register_hooks(self, model: nn.Module, stack: nn.Module, layers: nn.ModuleList) -> None:
         """Register the hooks on the base model, the stack and its layers."""
         StackForward(stack, self).install()
-        if not stand_ins(model, NotedForward):
-            CallNote().register(model)
-            for stand_in in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
-                if hasattr(model, stand_in.method):
-                    stand_in(model).install()
-        stand_ins(model, NotedForward)[0].layers.append(self)
+        for caller in callers(model, self.info.name):
+            if not stand_ins(caller, NotedForward):
+                CallNote().register(caller)
+                for stand_in in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
+                    if hasattr(caller, stand_in.method):
+                        stand_in(caller).install()
+            (noted,) = stand_ins(caller, NotedForward)
+            noted.layers.append(self)
+            noted.outer = model if caller is not model else noted.outer
         if self.info.encoder_of_pair:
-            for name in find_stacks(model).values():
-                if "decoder" in name.split("."):
-                    decoder = model.get_submodule(name)
-                    self.handles.append(decoder.register_forward_pre_hook(attend_to_slots, with_kwargs=True))
+            for decoder in decoders_beside(model, self.info.layers_name, find_stacks(model)):
+                self.handles.append(decoder.register_forward_pre_hook(attend_to_slots, with_kwargs=True))
         runs = self.info.num_layers // len(layers)
         for number, layer in enumerate(layers):
             depths = range(number * runs, (number + 1) * runs)
@@ -107,14 +109,15 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         for forward in stand_ins(stack, StackForward):
             if forward.layer is self:
                 forward.remove()
-        (noted,) = stand_ins(model, NotedForward)
-        noted.layers.remove(self)
-        if not noted.layers:
-            for hook in list(model._forward_pre_hooks.values()):
-                if isinstance(hook, CallNote):
-                    hook.remove()
-            for stand_in in stand_ins(model, StandIn):
-                stand_in.remove()
+        for caller in callers(model, self.info.name):
+            (noted,) = stand_ins(caller, NotedForward)
+            noted.layers.remove(self)
+            if not noted.layers:
+                for hook in list(caller._forward_pre_hooks.values()):
+                    if isinstance(hook, CallNote):
+                        hook.remove()
+                for stand_in in stand_ins(caller, StandIn):
+                    stand_in.remove()
         release_context(layers)
 
     @torch.compiler.disable

@@ -115,10 +115,12 @@ def known_of(model: nn.Module | None) -> Request:
     """The request for the next call of `model`."""
     # While a model generates, another may be called, as the assistant of assisted decoding is.
     request = latest_request.get()
+    # A language model within the base model is told what the base model was.
+    outer = [one.outer for one in stand_ins(model, NotedForward) if one.outer is not None] if model is not None else []
     # The request of a running call, or of one that an interrupt broke off, does not hold for the next call.
-    while request.outer is not None:
+    while request.outer is not None and not (request.entered and request.model in outer):
         request = request.outer
-    return Request() if model is not None and request.model not in (None, model) else request
+    return Request() if model is not None and request.model not in (None, model, *outer) else request
 
 
 @contextmanager
@@ -188,6 +190,7 @@ class NotedForward(StandIn):
 
     Attributes:
         layers (`list[InstancePromptLayer]`): The layers that hold the base model's adapters.
+        outer (`nn.Module`, *optional*): The base model, where the module is a language model within it.
     """
 
     method = "forward"
@@ -195,6 +198,7 @@ class NotedForward(StandIn):
     def __init__(self, module: nn.Module):
         super().__init__(module)
         self.layers: list[InstancePromptLayer] = []
+        self.outer: nn.Module | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -226,13 +230,17 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     fields = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
     fields = {name: value for name, value in fields.items() if value is not None}
     named = {**dict(zip(forward_args(model), args)), **kwargs} if args else kwargs
-    shifted = named.get("labels") is None and named.get("shift_labels") is not None
+    if known.entered and all(named.get(name) is None for name in ("labels", "shift_labels")):
+        labels, shifted = known.labels, known.shifted  # those of the base model around this one
+    else:
+        shifted = named.get("labels") is None and named.get("shift_labels") is not None
+        labels = named.get("shift_labels" if shifted else "labels")
     latest_request.set(
         replace(
             known,
             model=model,
             input_ids=named.get("input_ids"),
-            labels=named.get("shift_labels" if shifted else "labels"),
+            labels=labels,
             shifted=shifted,
             packed={name: named[name] for name in ("position_ids", *PACKED_ARGUMENTS) if named.get(name) is not None},
             encoder_slots=slots_of(named.get("encoder_outputs")),
