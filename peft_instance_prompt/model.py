@@ -80,7 +80,7 @@ class InstancePromptModel(BaseTuner):
             check_understood(self.model.get_submodule(info.name), info.name, info.causal)
         if peft_config.prompt_position is None:
             peft_config.prompt_position = "after_first" if infos[0].begins_with_special else "before"
-        check_task(peft_config, infos)
+        check_task(peft_config, infos, self.model)
         for info in infos:
             check_sizes(peft_config, info)
             self.generator_cls.check(peft_config, info)

@@ -32,6 +32,13 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         return output
     cache, (name, filled) = running.cache, cache_of(output)
     if (layout := running.layout) is not None:
+        if (
+            output.last_hidden_state.shape[1] != layout.order.shape[1]
+        ):  # Git puts an image's states before those of the tokens
+            raise ValueError(
+                f"Instance prompts cannot be used in {type(running.stack).__name__}, which returns {output.last_hidden_state.shape[1]} "
+                f"states for {layout.order.shape[1]} positions: it adds tokens of its own, and where the slots stand is not known."
+            )
         last = take(output.last_hidden_state, layout.output_index)  # (B, S, d)
         if output.get("hidden_states") is not None:
             inner = tuple(take(states, layout.token_index) for states in output.hidden_states[:-1])

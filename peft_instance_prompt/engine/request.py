@@ -230,22 +230,26 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     fields = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
     fields = {name: value for name, value in fields.items() if value is not None}
     named = {**dict(zip(forward_args(model), args)), **kwargs} if args else kwargs
-    if known.entered and all(named.get(name) is None for name in ("labels", "shift_labels")):
-        labels, shifted = known.labels, known.shifted  # those of the base model around this one
-    else:
-        shifted = named.get("labels") is None and named.get("shift_labels") is not None
-        labels = named.get("shift_labels" if shifted else "labels")
+    shifted = named.get("labels") is None and named.get("shift_labels") is not None
+    packed = {name: named[name] for name in ("position_ids", *PACKED_ARGUMENTS) if named.get(name) is not None}
+    told: dict[str, Any] = {
+        "input_ids": named.get("input_ids"),
+        "labels": named.get("shift_labels" if shifted else "labels"),
+        "packed": packed or None,
+        "encoder_slots": slots_of(named.get("encoder_outputs")),
+    }
+    if known.entered:  # within a call of the base model, whose caller said what this module is not told
+        shifted = known.shifted if told["labels"] is None else shifted
+        told = {name: getattr(known, name) if value is None else value for name, value in told.items()}
     latest_request.set(
         replace(
             known,
             model=model,
-            input_ids=named.get("input_ids"),
-            labels=labels,
+            packed=told.pop("packed") or {},
             shifted=shifted,
-            packed={name: named[name] for name in ("position_ids", *PACKED_ARGUMENTS) if named.get(name) is not None},
-            encoder_slots=slots_of(named.get("encoder_outputs")),
             entered=False,
             outer=latest_request.get(),
+            **told,
             **fields,
         )
     )

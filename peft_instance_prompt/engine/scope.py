@@ -40,8 +40,8 @@ CURES = (
     "`response_template='chat'`; for plain text, `instruction_length`)."
 )
 UNDECLARED = (
-    "It is not known whether a head outside of the adapted module predicts tokens of this causal stack, which its prompt must not "
-    "read. If one does, call the model within `instruction_scope(mask)`, with a mask of the instruction; if none does, set "
+    "Nothing in the adapted module says whether tokens of its causal stack are predicted, which a prompt must not read. If some "
+    "are, pass their `labels`, or call the model within `instruction_scope(mask)`, a mask of the instruction; if none are, set "
     "`task_type`, such as 'FEATURE_EXTRACTION'."
 )
 WRAPPED = (

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .calls import forward_args
 from .sharded import num_elements
-from .use import read_use
+from .use import embedding_of, read_use
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def _takes_tokens(module: nn.Module) -> bool:
     if not hasattr(module, "get_input_embeddings"):
         return False
     args = forward_args(module)
-    return "input_ids" in args and "inputs_embeds" in args
+    # SeamlessM4T's encoder of units takes the states of the decoder before it, and no tokens.
+    return "input_ids" in args and "inputs_embeds" in args and embedding_of(module) is not None
 
 
 def _find_layers(stack: nn.Module) -> str | None:

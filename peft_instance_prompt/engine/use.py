@@ -11,7 +11,7 @@ outside of the module that the adapter is put on (`model.model = get_peft_model(
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -59,10 +59,16 @@ def read_use(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> U
         if decoders_beside(model, layers_name, stacks):
             return Use(Attention(causal=False), encoder_of_pair=True)
     stack = model.get_submodule(stacks[layers_name])
-    attention = read_attention(stack, _inside(layers_name, stacks[layers_name]), must_know=generates(model))
+    around = _around(model, stacks[layers_name])
+    # The innermost one that reads its tokens through the stack.
+    depths = [n for n, m in enumerate(around) if generates(m) and embedding_of(m) is embedding_of(stack)]
+    language_model = around[depths[-1]] if depths else None
+    name_there = ".".join(layers_name.split(".")[depths[-1] :]) if depths else ""
+    inside = _inside(layers_name, stacks[layers_name])
+    attention = read_attention(stack, inside, language_model, name_there)
     if not attention.causal or (generates(model) and pair is not None):
         return Use(attention)
-    losses = [getattr(module, "loss_type", None) for module in _around(model, stacks[layers_name])]
+    losses = [getattr(module, "loss_type", None) for module in around]
     classifies = any(loss in WHOLE_ROW_LOSSES for loss in losses)
     return Use(attention, causal_lm=generates(model), undeclared=not (generates(model) or classifies))
 
@@ -74,9 +80,8 @@ def generates(module: nn.Module) -> bool:
 
 
 def callers(model: nn.Module, stack_name: str) -> list[nn.Module]:
-    """The modules whose calls tell what is predicted: the base model, and a language model that lies in it, around the stack."""
-    inside = [] if generates(model) else [module for module in _around(model, stack_name)[1:] if generates(module)]
-    return [model, *inside[:1]]
+    """The modules whose calls tell what is predicted: the base model, and the language models within it around the stack."""
+    return [model, *(module for module in _around(model, stack_name)[1:] if generates(module))]
 
 
 def decoders_beside(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> list[nn.Module]:
@@ -113,6 +118,14 @@ def _is_decoder(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -
     if any(type(twin) is type(stack) and _says(twin, "is_decoder") for twin in twins):  # T5's halves have one class
         return False
     return read_attention(stack, _inside(layers_name, stacks[layers_name])).causal
+
+
+def embedding_of(module: Any) -> Any:
+    """The module that looks up token ids for a module of transformers; None if it has none."""
+    try:
+        return module.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _inside(layers_name: str, stack_name: str) -> str:
