@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import psutil
 import torch
@@ -243,13 +243,14 @@ def check_sizes(config: InstancePromptConfig, info: StackInfo) -> None:
         raise ValueError(f"`layers_to_transform` must lie in 0..{info.num_layers - 1} for this model, got {outside}.")
 
 
-def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo]) -> None:
-    """Raise a ValueError if the task is not one that the model is for."""
+def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo], model: Optional[nn.Module] = None) -> None:
+    """Raise a ValueError if the task is not one that the model is for, or that PEFT cannot wrap the model for."""
     task = config.task_type
     pair = any(info.encoder_of_pair or info.decoder_of_pair for info in infos)
     causal_lm = any(info.causal_lm for info in infos)
+    undeclared = any(info.undeclared for info in infos)
     wrong = {
-        TaskType.CAUSAL_LM: not causal_lm,
+        TaskType.CAUSAL_LM: not (causal_lm or undeclared),
         TaskType.SEQ_2_SEQ_LM: not pair,
         TaskType.SEQ_CLS: causal_lm,
         TaskType.TOKEN_CLS: causal_lm,
@@ -261,6 +262,14 @@ def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo]) -> None
             if causal_lm
             else "an encoder-decoder model"
             if pair
+            else "a causal stack without a head that is known"
+            if undeclared
             else "an encoder, a classifier or a model without causal attention"
         )
         raise ValueError(f"`task_type` {task!s} does not fit the base model, which is {kind}.")
+    # PEFT takes it from the base model.
+    if task == TaskType.CAUSAL_LM and model is not None and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"`task_type` {task!s} needs a base model that generates, and {type(model).__name__} has no "
+            "`prepare_inputs_for_generation`. Leave `task_type` out: the labels that its forward gets tell the instruction."
+        )

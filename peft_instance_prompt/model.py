@@ -107,7 +107,7 @@ class InstancePromptModel(BaseTuner):
             check_understood(self.model.get_submodule(info.name), info.name, info.causal)
         if peft_config.prompt_position is None:
             peft_config.prompt_position = "after_first" if infos[0].begins_with_special else "before"
-        check_task(peft_config, infos)
+        check_task(peft_config, infos, self.model)
         for info in infos:
             check_sizes(peft_config, info)
             self.generator_cls.check(peft_config, info)
@@ -141,7 +141,10 @@ class InstancePromptModel(BaseTuner):
         infos = [info for info in stacks if (not info.decoder_of_pair if targets is None else matches(targets, info))]
         names = [info.layers_name for info in stacks]
         if not infos and targets is None:
-            raise ValueError(f"Name the stack with `target_modules`: this model has decoders only, {names}.")
+            raise ValueError(
+                "The encoder takes audio or images, and its decoder tokens, where a prompt is generated from the start token alone: "
+                f"set `target_modules={names!r}`."
+            )
         if not infos:
             raise ValueError(
                 f"Leave `target_modules` out: {targets!r} names none of the stacks that hold prompts here, {names}, and by default "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calls import forward_args
+from .calls import cache_argument, forward_args
 from .sharded import whole
 
 
@@ -22,28 +22,45 @@ class Attention(NamedTuple):
     Attributes:
         causal (`bool`): Whether a token sees only what stands before it.
         true_hides (`bool`): Whether True in a mask of bools hides a key, as in MPT; elsewhere it shows the key.
+        prefix (`bool`): Whether only its mask makes it causal and a caller may let a prefix see all of itself, as PaliGemma does.
     """
 
     causal: bool
     true_hides: bool = False
+    prefix: bool = False
 
 
-def read_attention(stack: nn.Module, layers_name: str) -> Attention:
-    """Find out how a decoder-only or encoder-only stack attends.
+def read_attention(
+    stack: nn.Module, layers_name: str, language_model: nn.Module | None = None, name_there: str = ""
+) -> Attention:
+    """Find out how a stack attends.
 
-    Attention modules declare whether they are causal. Where none does (Bloom, MPT, DeBERTa), the stack is asked for the mask that
-    it makes for its first layer.
+    Attention modules declare whether their kernel is causal. Where none does (Bloom, MPT, DeBERTa), or none is in a stack that can
+    fill a cache (the text stack of a prefix-LM), the stack is asked for the mask that it makes for its first layer, and if that is not
+    causal, so is the language model around it, which may tell it to be (BLIP).
 
     Args:
         stack (`nn.Module`): The stack.
         layers_name (`str`): The name of its list of layers, within the stack.
+        language_model (`nn.Module`, *optional*): The language model around the stack, if there is one.
+        name_there (`str`): The name of the list of layers within the language model.
 
     Raises:
-        ValueError: The stack declares nothing, and its mask cannot be read.
+        ValueError: The stack declares nothing, or not to be causal within a language model, and its mask cannot be read.
     """
     layers = stack.get_submodule(layers_name)
     flags = [module.is_causal for module in layers.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    return Attention(any(flags)) if flags else _read_mask(stack, layers_name)
+    if any(flags) or (flags and cache_argument(type(stack).forward) is None):
+        return Attention(any(flags))
+    try:
+        read = _read_mask(stack, layers_name)
+    except ValueError:
+        if not flags or language_model is not None:
+            raise
+        return Attention(causal=False)
+    if not read.causal and language_model is not None:
+        read = _read_mask(language_model, name_there)
+    return read._replace(prefix=bool(flags) and read.causal)
 
 
 class _Mask(Exception):
@@ -62,30 +79,36 @@ class _Probe(nn.Module):
         self.names = names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise _Mask({**dict(zip(self.names, args)), **kwargs}.get("attention_mask"))
+        call = {**dict(zip(self.names, args)), **kwargs}
+        merged = call.get("merged_attention_mask")  # T5Gemma 2: behind its own keys, those of the encoder
+        raise _Mask(call.get("attention_mask") if merged is None else merged)
 
 
 def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
-    """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3)."""
+    """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3).
+
+    In place of the stack it may be the language model around it, with the name that the list of layers has there.
+    """
     probe: PreTrainedModel = _without_layers(stack, layers_name.split("."))
-    probe.config = copy.deepcopy(stack.config)
-    probe.config._attn_implementation = "eager"  # other kernels get causality as a flag, without a mask
     embedding = stack.get_input_embeddings()
     weight = embedding.weight
     device = torch.device("cpu") if weight.is_meta else weight.device
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     embeds = torch.zeros(1, 3, embedding.embedding_dim, device=device, dtype=dtype)  # (1, 3, e)
+    shown: dict[str, Any] = {"attention_mask": torch.ones(1, 3, dtype=torch.long, device=device), "use_cache": False}
+    if "encoder_hidden_states" in forward_args(stack):  # a decoder may insist on them
+        shown["encoder_hidden_states"] = torch.zeros(
+            1, 3, stack.config.get_text_config().hidden_size, device=device, dtype=dtype
+        )
     try:
         with torch.no_grad(), whole(probe.parameters()):
-            probe(
-                inputs_embeds=embeds, attention_mask=torch.ones(1, 3, dtype=torch.long, device=device), use_cache=False
-            )
+            probe(inputs_embeds=embeds, **shown)
     except _Mask as caught:
         mask = caught.args[0]
         if mask is None:  # a causal mask is never left out here
             return Attention(False)
         if mask.dim() == 4:
-            mask = mask.expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
+            mask = mask[..., :3].expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
             later, earlier = mask[0, 0, 0, 2], mask[0, 0, 2, 0]
             return Attention(bool(later != earlier), true_hides=mask.dtype == torch.bool and bool(later & ~earlier))
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
@@ -106,6 +129,10 @@ def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:
     for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
         twin.__dict__[name] = type(module.__dict__[name])()
     twin.__dict__.pop("forward", None)
+    if "config" in module.__dict__:
+        config: Any = copy.deepcopy(module.config)
+        config._attn_implementation = "eager"  # other kernels get causality as a flag, without a mask
+        twin.config = config
     child: Any = module._modules[path[0]]
     twin._modules[path[0]] = _without_layers(child, path[1:]) if len(path) > 1 else _probes(child)
     return twin

@@ -48,6 +48,11 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
     if (layout := running.layout) is not None:
         check_outputs(output, layout)
         whole = output.last_hidden_state  # (B, N, d)
+        if whole.shape[1] != layout.order.shape[1]:  # Git puts an image's states before those of the tokens
+            raise ValueError(
+                f"Instance prompts cannot be used in {type(running.stack).__name__}, which returns {whole.shape[1]} states for "
+                f"{layout.order.shape[1]} positions: it adds tokens of its own, and where the slots stand is not known."
+            )
         last = take(whole, layout.output_index)  # (B, S, d)
         if output.get("hidden_states"):
             *inner, top = output.hidden_states  # (B, N, d) each; None for one that was not asked for

@@ -86,8 +86,7 @@ def hide_positions(running: Pass, info: StackInfo, depth: int, call: LayerCall) 
             others = (stretch[:, :, None] != stretch[:, None]).to(states.device)  # (B, N, N)
             hidden = others if hidden is None else others | hidden[:, None]
         assert hidden is not None  # there is something to hide
-        made = hide(
-            mask, hidden, num_queries, seen, start, info.causal, running.attention, states.dtype, info.true_hides
-        )
+        causal = info.causal and not info.prefix_lm  # without a mask its kernel hides nothing
+        made = hide(mask, hidden, num_queries, seen, start, causal, running.attention, states.dtype, info.true_hides)
         running.masks[key] = mask, made
     return call.with_mask(running.masks[key][1])

@@ -36,7 +36,7 @@ class Generate(StandIn):
         fields = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
         config = kwargs.get("generation_config")
         chunk = kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
-        if chunk or getattr(model.generation_config, "prefill_chunk_size", None):
+        if chunk or getattr(getattr(model, "generation_config", None), "prefill_chunk_size", None):
             raise ValueError(
                 "Instance prompts cannot be used with `prefill_chunk_size`: they are generated from the whole instruction, "
                 "of which a chunk shows only a part."

@@ -32,10 +32,11 @@ from .frozen import check_hooks_ran, is_frozen
 from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
-from .request import LAYERS, CallNote, NotedForward, current_request, end_call
+from .request import CALLERS, LAYERS, CallNote, NotedForward, current_request, end_call
 from .resume import resume
 from .stack import StackInfo, find_stacks
 from .stand_in import StandIn, stand_ins
+from .use import callers, decoders_beside
 
 
 class InstancePromptLayer(nn.Module, BaseTunerLayer):
@@ -64,10 +65,10 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     def generators(self) -> Any:  # an `nn.ModuleDict`, which has no type for its values
         return getattr(self, self.adapter_layer_names[0])
 
-    @property
-    def path(self) -> str:
-        """The layer's name in the base model."""
-        return f"{self.info.name}.{self.name}".removeprefix(".")
+    def path_within(self, name: str) -> str:
+        """The layer's name within the module that has this name in the base model."""
+        path = f"{self.info.name}.{self.name}".removeprefix(".")
+        return path.removeprefix(f"{name}.") if name else path
 
     def update_layer(self, adapter_name: str, generator: PromptGenerator) -> None:
         """Add an adapter. The tuner activates it, or the one that is active, when it is in all layers."""
@@ -92,17 +93,18 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     def register_hooks(self, model: nn.Module, stack: nn.Module, layers: nn.ModuleList) -> None:
         """Register the hooks on the base model, the stack and its layers."""
         StackForward(stack, self.name).install()
-        if not stand_ins(model, NotedForward):
-            CallNote().register(model)
-            for stand_in in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
-                if hasattr(model, stand_in.method):
-                    stand_in(model).install()
-        vars(model).setdefault(LAYERS, []).append(self.path)
+        for name, caller in callers(model, self.info.name).items():
+            if not stand_ins(caller, NotedForward):
+                CallNote().register(caller)
+                for stand_in in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
+                    if hasattr(caller, stand_in.method):
+                        stand_in(caller).install()
+            vars(caller).setdefault(LAYERS, []).append(self.path_within(name))
+            if name:
+                vars(model).setdefault(CALLERS, []).append(name)
         if self.info.encoder_of_pair:
-            for name in find_stacks(model).values():
-                if "decoder" in name.split("."):
-                    decoder = model.get_submodule(name)
-                    self.handles.append(decoder.register_forward_pre_hook(attend_to_slots, with_kwargs=True))
+            for decoder in decoders_beside(model, self.info.layers_name, find_stacks(model)):
+                self.handles.append(decoder.register_forward_pre_hook(attend_to_slots, with_kwargs=True))
         runs = self.info.num_layers // len(layers)
         for number, layer in enumerate(layers):
             depths = range(number * runs, (number + 1) * runs)
@@ -116,14 +118,16 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         for forward in stand_ins(stack, StackForward):
             if forward.name == self.name:
                 forward.remove()
-        vars(model)[LAYERS].remove(self.path)
-        if not vars(model)[LAYERS]:
-            del vars(model)[LAYERS]
-            for hook in list(model._forward_pre_hooks.values()):
-                if isinstance(hook, CallNote):
-                    hook.remove()
-            for stand_in in stand_ins(model, StandIn):
-                stand_in.remove()
+        for name, caller in callers(model, self.info.name).items():
+            forget(caller, LAYERS, self.path_within(name))
+            if name:
+                forget(model, CALLERS, name)
+            if LAYERS not in vars(caller):
+                for hook in list(caller._forward_pre_hooks.values()):
+                    if isinstance(hook, CallNote):
+                        hook.remove()
+                for stand_in in stand_ins(caller, StandIn):
+                    stand_in.remove()
         release_context(layers)
 
     @torch.compiler.disable
@@ -222,6 +226,14 @@ class StackForward(StandIn):
         output = self.layer.close(self.call_wrapped(**call), call)
         current_pass.set(outer)
         return output
+
+
+def forget(module: nn.Module, attribute: str, name: str) -> None:
+    """Take a name out of a list that is an attribute of a module; an empty list goes."""
+    names = vars(module)[attribute]
+    names.remove(name)
+    if not names:
+        delattr(module, attribute)
 
 
 def refuse_export(stack: nn.Module) -> None:

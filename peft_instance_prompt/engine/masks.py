@@ -75,13 +75,36 @@ def _is_seen(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def beyond_causal(attention_mask: Any) -> torch.Tensor | None:
-    """Which later tokens each token sees (B, S, S), as within an image of Gemma 3; None if there are none."""
+def beyond_causal(attention_mask: Any, if_none: bool = False) -> torch.Tensor | None:
+    """Which later tokens each token sees (B, S, S), as within an image of Gemma 3.
+
+    If there are none, it is None, or with `if_none` a mask that says so, where the caller made a mask of pairs.
+    """
     attention_mask = _full(attention_mask)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:
         return None
     later = _is_seen(attention_mask)[:, :, : attention_mask.shape[2]].triu(1)  # (B, S, S)
-    return later if later.any() else None
+    return later if if_none or later.any() else None
+
+
+def prefix_of(attention_mask: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+    """The tokens (B, S) up to the last one that a row's first token sees: a prefix-LM's prefix, whose rest is causal.
+
+    Args:
+        attention_mask (`Any`): The mask that the stack is called with.
+        tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
+
+    Returns:
+        `torch.BoolTensor`, *optional*: None if no token of the batch sees a later one.
+    """
+    later = beyond_causal(attention_mask)  # (B or 1, S, S)
+    if later is None:
+        return None
+    rows = torch.arange(len(tokens), device=later.device)
+    first = tokens.to(later.device).long().argmax(dim=1)  # (B,)
+    seen = later.expand(len(tokens), -1, -1)[rows, first]  # (B, S)
+    seen[rows, first] = True
+    return (seen.flip(1).cumsum(dim=1).flip(1) > 0).to(tokens.device) & tokens  # (B, S)
 
 
 def see_beyond_causal(

@@ -24,6 +24,8 @@ OWN_ARGUMENTS = ("instruction_mask", "instance_embeds", "task_ids")
 
 # The attribute of a base model that lists the names of the layers which hold its adapters. Names hold in copies and replicas, too.
 LAYERS = "_instance_prompt_layers"
+# The attribute of a base model that lists the names of the language models within it around a stack with adapters.
+CALLERS = "_instance_prompt_callers"
 
 # {layer: (names of the active adapters, {name: generator})}
 Adapters = dict[nn.Module, tuple[list[str], dict[str, PromptGenerator]]]
@@ -116,10 +118,16 @@ def known_of(model: nn.Module | None) -> Request:
     """The request for the next call of `model`."""
     # While a model generates, another may be called, as the assistant of assisted decoding is.
     request = latest_request.get()
-    # The request of a running call, or of one that an interrupt broke off, does not hold for the next call.
-    while request.outer is not None:
+    # The request of a running call, or of one that an interrupt broke off, does not hold for the next call; but a language model
+    # within the base model is told what the base model was.
+    while request.outer is not None and not (request.entered and is_within(model, request.model)):
         request = request.outer
-    return Request() if model is not None and request.model not in (None, model) else request
+    return request if model is None or request.model in (None, model) or is_within(model, request.model) else Request()
+
+
+def is_within(model: nn.Module | None, base: nn.Module | None) -> bool:
+    """Whether `model` is a language model within the base model `base` whose calls are noted, too."""
+    return base is not None and any(base.get_submodule(name) is model for name in vars(base).get(CALLERS, ()))
 
 
 @contextmanager
@@ -229,18 +237,26 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     fields = {name: value for name, value in fields.items() if value is not None}
     named = {**dict(zip(forward_args(model), args)), **kwargs} if args else kwargs
     shifted = named.get("labels") is None and named.get("shift_labels") is not None
+    packed = {name: named[name] for name in ("position_ids", *PACKED_ARGUMENTS) if named.get(name) is not None}
+    told: dict[str, Any] = {
+        "input_ids": named.get("input_ids"),
+        "labels": named.get("shift_labels" if shifted else "labels"),
+        "packed": packed or None,
+        "encoder_slots": slots_of(named.get("encoder_outputs")),
+    }
+    if known.entered:  # within a call of the base model, whose caller said what this module is not told
+        shifted = known.shifted if told["labels"] is None else shifted
+        told = {name: getattr(known, name) if value is None else value for name, value in told.items()}
     latest_request.set(
         replace(
             known,
             model=model,
-            input_ids=named.get("input_ids"),
-            labels=named.get("shift_labels" if shifted else "labels"),
+            packed=told.pop("packed") or {},
             shifted=shifted,
             last_only=type(kept := named.get("logits_to_keep")) is int and kept == 1,
-            packed={name: named[name] for name in ("position_ids", *PACKED_ARGUMENTS) if named.get(name) is not None},
-            encoder_slots=slots_of(named.get("encoder_outputs")),
             entered=False,
             outer=latest_request.get(),
+            **told,
             **fields,
         )
     )

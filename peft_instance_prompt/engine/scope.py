@@ -34,6 +34,13 @@ from .complaints import WRAPPED, all_scored, no_instruction, numbers, without_te
 from .request import Request
 
 
+UNDECLARED = (
+    "Nothing in the adapted module says whether tokens of its causal stack are predicted, which a prompt must not read. If some "
+    "are, pass their `labels`, or call the model within `instruction_scope(mask)`, a mask of the instruction; if none are, set "
+    "`task_type`, such as 'FEATURE_EXTRACTION'."
+)
+
+
 def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_length: int | None = None) -> torch.Tensor:
     """Rule 1.
 
@@ -215,6 +222,12 @@ def _check_no_empty_row(mask: torch.Tensor, tokens: torch.Tensor, complaint: str
         raise ValueError(complaint.format(numbers(empty)))
 
 
+def _is_one_per_row(labels: torch.Tensor | None, tokens: torch.Tensor) -> bool:
+    """Whether labels (B,) or (B, 1) ask for one answer per row of `tokens` (B, S), and so for none of its tokens."""
+    B, S = tokens.shape
+    return isinstance(labels, torch.Tensor) and labels.dim() > 0 and labels.numel() == len(labels) == B and S > 1
+
+
 def find_scope(
     tokens: torch.Tensor,
     request: Request,
@@ -224,6 +237,8 @@ def find_scope(
     special_ids: tuple[int, ...] = (),
     input_ids: torch.Tensor | None = None,
     causal_lm: bool = False,
+    undeclared: bool = False,
+    prefix: torch.Tensor | None = None,
     pair_decoder: bool = False,
     training: bool = False,
     packed: bool = False,
@@ -240,6 +255,8 @@ def find_scope(
         special_ids (`tuple[int]`): The ids of the model's special tokens.
         input_ids (`torch.LongTensor`, *optional*): Shape (B, S).
         causal_lm (`bool`): Whether instruction and response stand in the same row.
+        undeclared (`bool`): Whether it is not known if they do, which is safe to assume, unless the labels of the call are one per row.
+        prefix (`torch.BoolTensor`, *optional*): Shape (B, S). The prefix that a prefix-LM was given.
         pair_decoder (`bool`): Whether the stack is the decoder of an encoder-decoder model.
         training (`bool`): Whether the model is in training mode.
         packed (`bool`): Whether the rows are the sequences of a packed batch.
@@ -253,6 +270,7 @@ def find_scope(
     """
     if pair_decoder:
         return tokens & (tokens.cumsum(dim=1) == 1)  # (B, S)
+    causal_lm = causal_lm or (undeclared and not _is_one_per_row(request.labels, tokens))
     if request.instruction_mask is not None:
         mask = from_mask(request.instruction_mask, tokens, request.prompt_length)  # (B, S)
         if causal_lm and request.prompt_length is None:
@@ -273,6 +291,10 @@ def find_scope(
         return tokens & (torch.arange(tokens.shape[1], device=tokens.device) < request.prompt_length)  # (B, S)
     if labels is not None:
         return from_labels(labels, tokens, request.shifted, input_ids, special_ids, packed)
+    if causal_lm and prefix is not None:
+        return prefix
+    if causal_lm and training and undeclared:
+        raise ValueError(UNDECLARED)
     if causal_lm and training:
         raise ValueError(
             "A causal language model in training mode cannot tell instruction from response without `labels`. Pass "
@@ -282,8 +304,8 @@ def find_scope(
     if causal_lm and not request.last_only and not _SAID["plain"] and len(tokens) > 1:
         _SAID["plain"] = True
         warnings.warn(
-            "A causal language model got several rows and was not told which of their tokens are the instruction: prompts are "
-            "generated from whole rows. If responses in them are scored, the prompt has read them: set `response_template`, or pass "
-            "`instruction_mask`."
+            f"A causal {'stack' if undeclared else 'language model'} got several rows and was not told which of their tokens are the "
+            "instruction: prompts are generated from whole rows. If responses in them are scored, the prompt has read them: set "
+            "`response_template`, or pass `instruction_mask`."
         )
     return tokens

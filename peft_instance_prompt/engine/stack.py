@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import Attention, read_attention
 from .calls import forward_args
 from .sharded import num_elements
+from .use import embedding_of, read_use
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class StackInfo:
         causal (`bool`): Whether a token sees only what stands before it.
         true_hides (`bool`): Whether True in an attention mask of bools hides a key.
         causal_lm (`bool`): Whether instruction and response stand in the same row.
+        undeclared (`bool`): Whether it is causal and nothing in the base model says that they do, or that they do not.
+        prefix_lm (`bool`): Whether the base model may let a prefix of each row see all of itself.
         encoder_of_pair (`bool`): Whether the stack is the encoder of an encoder-decoder model.
         decoder_of_pair (`bool`): Whether it is the decoder of one.
         max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
@@ -63,6 +65,8 @@ class StackInfo:
     causal: bool
     true_hides: bool
     causal_lm: bool
+    undeclared: bool
+    prefix_lm: bool
     encoder_of_pair: bool
     decoder_of_pair: bool
     max_positions: int | None
@@ -127,7 +131,8 @@ def _takes_tokens(module: nn.Module) -> bool:
     if not hasattr(module, "get_input_embeddings"):
         return False
     args = forward_args(module)
-    return "input_ids" in args and "inputs_embeds" in args
+    # SeamlessM4T's encoder of units takes the states of the decoder before it, and no tokens.
+    return "input_ids" in args and "inputs_embeds" in args and embedding_of(module) is not None
 
 
 def _find_layers(stack: nn.Module) -> str | None:
@@ -176,14 +181,8 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
     stack = model.get_submodule(stack_name)
     config = stack.config.get_text_config()
     embedding = stack.get_input_embeddings()
-    # Two halves of a pair are told apart by their names: configs and classes call them in many ways.
-    names = [name.split(".") for name in stacks.values()]
-    pair = bool(model.config.is_encoder_decoder) and any("decoder" in name for name in names) and len(names) > 1
-    decoder = pair and "decoder" in stack_name.split(".")
-    encoder = pair and not decoder
-    generates = hasattr(model, "generate") and (model.can_generate() if hasattr(model, "can_generate") else False)
-    inside = layers_name.removeprefix(f"{stack_name}." if stack_name else "")
-    attention = Attention(decoder) if pair else read_attention(stack, inside)
+    use = read_use(model, layers_name, stacks)
+    attention, pair = use.attention, use.encoder_of_pair or use.decoder_of_pair
     max_positions, offset = _learned_positions(stack)
     kinds = list(getattr(config, "layer_types", None) or ())
     recurrent = tuple(n for n, kind in enumerate(kinds) if "attention" not in kind or kind.startswith("linear"))
@@ -198,13 +197,15 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         embedding_size=embedding.embedding_dim,
         output_size=getattr(getattr(stack, "project_out", None), "out_features", config.hidden_size),
         vocab_size=embedding.num_embeddings,
-        num_layers=_num_layers(model.get_submodule(layers_name), config, decoder),
+        num_layers=_num_layers(model.get_submodule(layers_name), config, use.decoder_of_pair),
         forward_args=frozenset(forward_args(stack)),
         causal=attention.causal,
         true_hides=attention.true_hides,
-        causal_lm=bool(generates and attention.causal and not pair),
-        encoder_of_pair=encoder,
-        decoder_of_pair=decoder,
+        causal_lm=use.causal_lm,
+        undeclared=use.undeclared,
+        prefix_lm=attention.prefix,
+        encoder_of_pair=use.encoder_of_pair,
+        decoder_of_pair=use.decoder_of_pair,
         max_positions=max_positions,
         position_offset=offset,
         counts_columns=_counts_columns(stack, config),
@@ -233,6 +234,8 @@ def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
     why = None
     if not info.causal or info.decoder_of_pair:
         why = "packed rows are for decoder-only models"
+    elif info.prefix_lm:
+        why = "its kernel hides no later token where a mask does not"
     elif info.mixing_layer is not None:
         why = f"{info.mixing_layer!r} mixes neighbouring tokens without attention, and would need `seq_idx`"
     elif info.numbers_columns:

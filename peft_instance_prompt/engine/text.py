@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .batch import Group, pick, put
 from .cache import length
 from .calls import cache_of
-from .masks import padding_mask
+from .masks import padding_mask, prefix_of
 from .packing import Packing, find_packing
 from .request import Request
 from .scope import find_scope
@@ -35,6 +35,7 @@ class Text:
         mask (`torch.Tensor`, *optional*): Shape (B, S). As the caller gave it, or None.
         tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
         packing (`Packing`, *optional*): The sequences in the rows, if rows hold several.
+        prefix (`torch.BoolTensor`, *optional*): Shape (B, S). The prefix that sees all of itself, where the caller gave one.
     """
 
     ids: torch.Tensor | None
@@ -42,6 +43,7 @@ class Text:
     mask: torch.Tensor | None
     tokens: torch.Tensor
     packing: Packing | None = None
+    prefix: torch.Tensor | None = None
 
 
 def read_text(
@@ -81,7 +83,8 @@ def read_text(
     mask = None if mask is None else mask.to(embeds.device)
     tokens = torch.ones(B, S, dtype=torch.bool, device=embeds.device) if mask is None else mask.bool()  # (B, S)
     tokens = tokens if packing is None else packing.sequence >= 0  # (B, S)
-    return Text(ids, embeds, mask, tokens, packing)
+    prefix = prefix_of(given_mask, tokens) if info.prefix_lm else None  # (B, S)
+    return Text(ids, embeds, mask, tokens, packing, prefix)
 
 
 def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.Tensor:
@@ -118,7 +121,9 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
                     instruction_length=generator.config.instruction_length,
                     special_ids=info.special_ids,
                     input_ids=pick(ids, rows),
-                    causal_lm=info.causal_lm,
+                    causal_lm=info.causal_lm or (info.undeclared and generator.config.task_type == "CAUSAL_LM"),
+                    undeclared=info.undeclared and generator.config.task_type is None,
+                    prefix=pick(text.prefix, rows),
                     pair_decoder=info.decoder_of_pair,
                     training=training,
                     packed=packing is not None,

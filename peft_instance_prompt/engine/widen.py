@@ -116,7 +116,8 @@ def widen_mask(
     if cache is not None and cache.is_compileable:
         make_room(cache, L, info.sliding_window)
     mask = pad_to_static_cache(mask, cache, B, S + L)
-    later = beyond_causal(call.get("attention_mask"))  # (B, S, S)
+    # The kernel of a prefix-LM hides no later token by itself.
+    later = beyond_causal(call.get("attention_mask"), if_none=info.prefix_lm)  # (B, S, S)
     if later is None:
         return mask
     for _ in range(2):  # rows, then columns

@@ -24,7 +24,7 @@ def test_decoders_make_a_causal_mask(family: str) -> None:
     stack = causal_lm(family).base_model
     stack = getattr(stack, "decoder", stack)  # OPT
     assert attention.read_attention(stack, layers_name(stack)).causal
-    assert attention._read_mask(stack, layers_name(stack)) == (True, family == "mpt")
+    assert attention._read_mask(stack, layers_name(stack)) == attention.Attention(True, true_hides=family == "mpt")
 
 
 @pytest.mark.parametrize("family", ENCODERS)

@@ -1,0 +1,136 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a stack is used for, which decides whether its prompt may read whole rows.
+
+A stack does not know its head. The modules around it tell: a class that generates predicts the tokens of its rows, a class with the
+loss of a classifier predicts none of them, and the config of an encoder-decoder model says that it is one. The head may also lie
+outside of the module that the adapter is put on (`model.model = get_peft_model(model.model, ...)`) or in a module of the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .attention import Attention, read_attention
+from .calls import forward_args
+
+
+# The losses of transformers, by the name that a model gives its own, that ask for no token of the row.
+WHOLE_ROW_LOSSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+class Use(NamedTuple):
+    """What a stack is used for.
+
+    Attributes:
+        attention (`Attention`): How it attends.
+        causal_lm (`bool`): Whether the base model generates, from instruction and response in one row.
+        undeclared (`bool`): Whether the stack is causal and no class around it says whether it predicts the tokens of its rows.
+        encoder_of_pair (`bool`): Whether it is the encoder of an encoder-decoder model.
+        decoder_of_pair (`bool`): Whether it is the decoder of one, whose encoder may take audio or images.
+    """
+
+    attention: Attention
+    causal_lm: bool = False
+    undeclared: bool = False
+    encoder_of_pair: bool = False
+    decoder_of_pair: bool = False
+
+
+def read_use(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> Use:
+    """Find out what one of a base model's stacks is used for.
+
+    Args:
+        model (`nn.Module`): The base model.
+        layers_name (`str`): The name of the stack's list of layers.
+        stacks (`Mapping[str, str]`): All stacks of the base model, as `{name of the list of layers: name of the stack}`.
+
+    Raises:
+        ValueError: Whether the stack is causal cannot be told.
+    """
+    pair = _pair_of(model, stacks[layers_name])
+    if pair is not None:
+        if _is_decoder(model, layers_name, stacks):
+            return Use(Attention(causal=True), decoder_of_pair=True)
+        if decoders_beside(model, layers_name, stacks):
+            return Use(Attention(causal=False), encoder_of_pair=True)
+    stack = model.get_submodule(stacks[layers_name])
+    around = _around(model, stacks[layers_name])
+    # The innermost one that reads its tokens through the stack.
+    depths = [n for n, m in enumerate(around) if generates(m) and embedding_of(m) is embedding_of(stack)]
+    language_model = around[depths[-1]] if depths else None
+    name_there = ".".join(layers_name.split(".")[depths[-1] :]) if depths else ""
+    inside = _inside(layers_name, stacks[layers_name])
+    attention = read_attention(stack, inside, language_model, name_there)
+    if not attention.causal or (generates(model) and pair is not None):
+        return Use(attention)
+    losses = [getattr(module, "loss_type", None) for module in around]
+    classifies = any(loss in WHOLE_ROW_LOSSES for loss in losses)
+    return Use(attention, causal_lm=generates(model), undeclared=not (generates(model) or classifies))
+
+
+def generates(module: nn.Module) -> bool:
+    """Whether a module is a language model of transformers, by what its class says."""
+    can_generate = getattr(type(module), "can_generate", None)
+    return hasattr(module, "generate") and can_generate is not None and bool(can_generate())
+
+
+def callers(model: nn.Module, stack_name: str) -> dict[str, nn.Module]:
+    """The modules whose calls tell what is predicted, by name: the base model, and the language models within it around the stack."""
+    parts = stack_name.split(".") if stack_name else []
+    within = {
+        ".".join(parts[:n]): module for n, module in enumerate(_around(model, stack_name)) if n and generates(module)
+    }
+    return {"": model, **within}
+
+
+def decoders_beside(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> list[nn.Module]:
+    """The decoders of the encoder-decoder model that a stack belongs to, without the stack itself."""
+    pair = _pair_of(model, stacks[layers_name])
+    others = [name for name in stacks if name != layers_name and _pair_of(model, stacks[name]) is pair]
+    return [model.get_submodule(stacks[n]) for n in others if pair is not None and _is_decoder(model, n, stacks)]
+
+
+def _around(model: nn.Module, stack_name: str) -> list[nn.Module]:
+    """The modules from the base model to a stack."""
+    parts = stack_name.split(".") if stack_name else []
+    return [model.get_submodule(".".join(parts[:length])) for length in range(len(parts) + 1)]
+
+
+def _pair_of(model: nn.Module, stack_name: str) -> nn.Module | None:
+    """The innermost module around a stack whose config says that it is an encoder-decoder model, or the stack if it says so."""
+    *outer, stack = _around(model, stack_name)
+    return next((m for m in [*outer[::-1], stack] if _says(m, "is_encoder_decoder")), None)
+
+
+def _says(module: nn.Module, name: str) -> bool:
+    return bool(getattr(getattr(module, "config", None), name, False))
+
+
+def _is_decoder(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> bool:
+    """Whether a stack of an encoder-decoder model is a decoder: it takes the encoder's states and is causal."""
+    stack = model.get_submodule(stacks[layers_name])
+    if "encoder_hidden_states" not in forward_args(stack):
+        return False
+    if _says(stack, "is_decoder"):
+        return True
+    twins = [model.get_submodule(name) for name in stacks.values()]
+    if any(type(twin) is type(stack) and _says(twin, "is_decoder") for twin in twins):  # T5's halves have one class
+        return False
+    return read_attention(stack, _inside(layers_name, stacks[layers_name])).causal
+
+
+def embedding_of(module: Any) -> Any:
+    """The module that looks up token ids for a module of transformers; None if it has none."""
+    try:
+        return module.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _inside(layers_name: str, stack_name: str) -> str:
+    return layers_name.removeprefix(f"{stack_name}." if stack_name else "")
