@@ -143,7 +143,7 @@ class InstancePromptModel(BaseTuner):
         if not infos and targets is None:
             raise ValueError(
                 "The encoder takes audio or images, and its decoder tokens, where a prompt is generated from the start token alone: "
-                f"set `target_modules={names!r}`."
+                f"set `target_modules={[info.name or info.layers_name for info in stacks]!r}`."
             )
         if not infos:
             raise ValueError(
