@@ -39,8 +39,8 @@ class Generate(StandIn):
         call = named(model, self.method, args, kwargs)
         if (chunk := setting(model, call, "prefill_chunk_size")) is not None:
             raise ValueError(
-                f"Instance prompts cannot be used with `prefill_chunk_size` {chunk!r}: they are generated from the whole instruction, "
-                "of which a chunk shows only a part. Set it to None."
+                "Instance prompts cannot be used with `prefill_chunk_size`: they are generated from the whole instruction, "
+                f"of which a chunk shows only a part. Set it to None, got {chunk!r}."
             )
         kwargs = declared(kwargs, model)
         name, cache = cache_of(kwargs)

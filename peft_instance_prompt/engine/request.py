@@ -49,7 +49,7 @@ class GrowingText:
         """Whether token ids (B, S) or embeddings (B, S, e) are this text and what was written behind it; a row may have become
         several beams."""
         (B, P), (num_rows, S) = self.shape, tokens.shape[:2]
-        if num_rows % B or S < P:
+        if B == 0 or num_rows % B or S < P:
             return False
         if tokens.is_floating_point() or self.ids is None:
             return tokens.is_floating_point()
@@ -106,18 +106,17 @@ class Request:
     outer: Request | None = None
 
     def of_tokens(self, input_ids: torch.Tensor | None, embeds: torch.Tensor | None = None) -> Request:
-        """The request for the text with these token ids (B, S) or embeddings (B, S, e). Within `generate` it may be another than the prompt: classifier-free
-        guidance has a text of its own that grows, and stopping criteria that judge by the model call it with any."""
+        """The request for the text with these token ids (B, S) or embeddings (B, S, e). Within `generate` it may be another than
+        the prompt: classifier-free guidance has a text of its own that grows, and stopping criteria call the model with any."""
         # A vision-language model gives its stack embeddings only.
         tokens = next((given for given in (input_ids, self.input_ids, embeds) if given is not None), None)
         if not self.texts or tokens is None:
             return self
         found = [text for text in self.texts if text.goes_on_in(tokens)]
-        found.sort(
-            key=lambda text: text.next_length != tokens.shape[1]
-        )  # of two that begin alike, the one that has come so far
+        S = tokens.shape[1]
+        found.sort(key=lambda text: text.next_length != S)  # of two that begin alike, the one that has come so far
         for text in found[:1]:
-            text.next_length = tokens.shape[1] + 1
+            text.next_length = S + 1
             if text is self.texts[0]:
                 return self
         return replace(
