@@ -15,7 +15,7 @@ import torch
 import transformers as tf
 from methods import METHODS
 from peft import PeftModel
-from tiny import PAIRS, VLMS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb, vlm
+from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb, vlm
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
@@ -23,6 +23,10 @@ from transformers.generation import BaseStreamer
 from peft_instance_prompt import instance_report
 
 
+BIDIRECTIONAL = pytest.mark.xfail(
+    reason="the plain pass is causal where tokens of an image see each other", strict=True
+)
+TRAINED_HEAD = pytest.mark.xfail(reason="a call with `adapter_names` leaves hooks on trained heads", strict=True)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 TASKS = ["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"]
 
@@ -323,7 +327,8 @@ def test_generate_of_each_object(kind: str, task: str) -> None:
     positional = {"attention_mask": inputs["attention_mask"], **GREEDY}
     for callee in (model, model.base_model, model.get_base_model()):
         assert torch.equal(callee.generate(**inputs, **GREEDY), expected)
-        assert torch.equal(callee.generate(inputs["input_ids"], **positional), expected)
+        if callee is not model or task == "CAUSAL_LM":  # PEFT's own for pairs takes keywords only
+            assert torch.equal(callee.generate(inputs["input_ids"], **positional), expected)
     with model.disable_adapter():
         bare = model.generate(**inputs, **GREEDY)
     assert not torch.equal(bare, expected)
@@ -332,19 +337,18 @@ def test_generate_of_each_object(kind: str, task: str) -> None:
 # ------------------------------------------------------------------------------------- a tool after another feature
 
 
-@pytest.mark.parametrize("task", ["CAUSAL_LM", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", pytest.param("TOKEN_CLS", marks=TRAINED_HEAD)])
 def test_report_after_calls_of_other_kinds(kind: str, task: str) -> None:
     """Calls of several adapters, of `generate` and without adapter leave nothing that a report would count."""
-    if task == "FEATURE_EXTRACTION":
-        auto, task = tf.AutoModelForTokenClassification, "TOKEN_CLS"
-        model = adapted(encoder(auto=auto), METHODS[kind](task_type=task))
+    if task == "TOKEN_CLS":
+        model = adapted(encoder(auto=tf.AutoModelForTokenClassification), METHODS[kind](task_type=task))
         inputs = batch(9, 6, 8, 7, side="right")
     else:
         model, inputs = prompted(kind)[0], batch(9, 6, 8, 7)
     labels = (inputs["input_ids"] % 2 if task == "TOKEN_CLS" else inputs["input_ids"]).clone()
     examples = {**inputs, "labels": labels.masked_fill(torch.arange(9) < 6, -100)}
     data = [{name: value[row] for name, value in examples.items()} for row in range(4)]
-    expected = instance_report(model, data, batch_size=4, resamples=20).to_dict()
+    expected = instance_report(model, data, batch_size=4, resamples=20).to_json()
     model.add_adapter("b", METHODS[kind](task_type=task))
     perturb(model, seed=5, adapter="b").eval()
     with torch.no_grad():
@@ -355,13 +359,13 @@ def test_report_after_calls_of_other_kinds(kind: str, task: str) -> None:
                 model(**inputs, adapter_names=[])
         with model.disable_adapter():
             model(**inputs)
-    assert instance_report(model, data, batch_size=4, resamples=20).to_dict() == expected
+    assert instance_report(model, data, batch_size=4, resamples=20).to_json() == expected
 
 
 # ------------------------------------------------------------------------------- a vision-language model's plain pass
 
 
-@pytest.mark.parametrize("family", VLMS)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("gemma3_vlm", marks=BIDIRECTIONAL)])
 @pytest.mark.parametrize("where", ["call", "generate", "wrapper", "positional"])
 @torch.no_grad()
 def test_vlm_that_reads_the_plain_pass(family: str, where: str) -> None:
