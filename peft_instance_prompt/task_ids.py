@@ -61,11 +61,18 @@ def carry_task_ids(config_cls: type) -> None:
 
 
 def _carried(forward: Any, config_cls: type) -> Any:
+    place = list(inspect.signature(forward).parameters).index("task_ids") - 1  # without `self`
+
     @functools.wraps(forward)
     def carried(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("task_ids") is None or not isinstance(self.active_peft_config, config_cls):
+        task_ids = args[place] if len(args) > place else kwargs.get("task_ids")
+        if task_ids is None or not isinstance(self.active_peft_config, config_cls):
             return forward(self, *args, **kwargs)
-        with note(self.get_base_model(), task_ids=kwargs.pop("task_ids")):
+        if len(args) > place:
+            args = (*args[:place], None, *args[place + 1 :])
+        else:
+            del kwargs["task_ids"]
+        with note(self.get_base_model(), task_ids=task_ids):
             return forward(self, *args, **kwargs)
 
     return carried

@@ -14,6 +14,9 @@ from methods import METHODS
 from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm, perturb
 
+from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.request import Request, current_request
+
 
 @pytest.fixture
 def compiler():
@@ -63,3 +66,26 @@ def test_compiled_generation(compiler: dict) -> None:
     swapped = model.generate(**INPUTS, **GREEDY, cache_implementation="static")
     base.forward = plain
     assert torch.equal(swapped, model.generate(**INPUTS, **GREEDY)) and not torch.equal(swapped, expected)
+
+
+@pytest.mark.parametrize("where", ["layer", "head", "scope"])
+@torch.no_grad()
+def test_error_in_a_compiled_model_leaves_nothing(where: str, compiler: dict) -> None:
+    model = small()
+    base, expected = model.get_base_model(), model(**INPUTS).logits
+    compiled = torch.compile(model, backend="eager")
+
+    def fail(*args) -> None:
+        raise RuntimeError("broken")
+
+    if where == "scope":
+        with pytest.raises(ValueError, match="`instruction_mask` must have the shape of the tokens"):
+            compiled(**INPUTS, instruction_mask=torch.ones(2, 3, dtype=torch.bool))
+    else:
+        handle = (base.model.layers[1] if where == "layer" else base.lm_head).register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="broken"):
+            compiled(**INPUTS)
+        handle.remove()
+    assert current_pass.get() is None and current_request() == Request()
+    assert compiler["stats"]["unique_graphs"] > 0 or where == "scope"
+    assert torch.equal(model(**INPUTS).logits, expected)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from methods import METHODS
 from peft import PeftModel, get_peft_model
 from tiny import adapted, assert_same, batch, causal_lm, encoder, pair
 
@@ -66,3 +67,20 @@ def test_what_a_config_says_stays() -> None:
     ].prompt_position == ("after_first")
     for config in (IAPTConfig(), IPTConfig(table_rank=4), LPTConfig()):
         assert config.prompt_position == "before"
+
+
+@torch.no_grad()
+def test_an_instruction_of_one_token(kind: str) -> None:
+    """Behind the first token and at the end are the same place, and the response is predicted at the same slot."""
+    if kind == "dynamic_prompt":
+        pytest.skip("it has no `prompt_position='end'`; see tuners/test_dynamic_prompt.py")
+    inputs, answers = batch(9, 9), {}
+    first = {"instruction_mask": torch.arange(9)[None].repeat(2, 1) < 1}
+    for position in ("after_first", "end"):
+        model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM", prompt_position=position))
+        text = model.generate(inputs["input_ids"][:, :1], max_new_tokens=6, do_sample=False)
+        answers[position] = (model(**inputs, **first).logits, text)
+    assert_same(answers["after_first"][0], answers["end"][0])
+    assert torch.equal(answers["after_first"][1], answers["end"][1])
+    with model.disable_adapter():
+        assert (model(**inputs).logits - answers["end"][0])[:, 0].abs().max() > 1e-3, "the prompt is read at once"

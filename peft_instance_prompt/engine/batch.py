@@ -201,8 +201,9 @@ def group_rows(
     """
     if request.adapter_names is None:
         return [Group([generators[name]]) for name in active if name in generators]
-    repeats, rest = divmod(num_rows, len(request.adapter_names))  # in generate, a row may have become several beams
-    if rest or (repeats != 1 and request.prompt_length is None):
+    # In generate, a row may have become several beams.
+    repeats, rest = divmod(num_rows, max(len(request.adapter_names), 1))
+    if not request.adapter_names or rest or (repeats != 1 and request.prompt_length is None):
         raise ValueError(
             f"`adapter_names` must name an adapter for each of the {num_rows} rows, got {len(request.adapter_names)}."
         )

@@ -60,8 +60,10 @@ class SlotCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; a negative number, as in transformers."""
-        self.table.crop(length(self.inner) - abs(tokens_to_remove))
-        self.inner.crop(tokens_to_remove)
+        rest = length(self.inner) - abs(tokens_to_remove)
+        self.table.check_crop(rest)
+        self.inner.crop(tokens_to_remove)  # which may refuse
+        self.table.crop(rest)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.inner.reorder_cache(beam_idx)

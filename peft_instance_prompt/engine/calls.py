@@ -93,13 +93,31 @@ def _arguments(function: Callable) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
+@functools.cache
+def _positional(function: Callable) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, one in inspect.signature(function).parameters.items() if one.kind in kinds)
+
+
+def named(module: nn.Module, method: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a module's method by name, as far as its class names them. Python itself refuses others."""
+    return {**dict(zip(_positional(getattr(type(module), method))[1:], args)), **kwargs}  # without `self`
+
+
 def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call of a module, by the names that its forward declares.
 
     Raises:
-        TypeError: The cache is given twice.
+        TypeError: An argument is given twice, or has no name.
     """
-    return declared({**dict(zip(forward_args(module), args)), **kwargs} if args else kwargs, module)
+    if args:
+        names, who = _positional(type(module).forward)[1:], f"{type(module).__name__}.forward()"
+        if len(args) > len(names):
+            raise TypeError(f"{who} takes {len(names)} positional arguments that have names, got {len(args)}.")
+        if twice := [name for name in names[: len(args)] if name in kwargs]:
+            raise TypeError(f"{who} got multiple values for argument {twice[0]!r}: give it once.")
+        kwargs = named(module, "forward", args, kwargs)
+    return declared(kwargs, module)
 
 
 def declared(call: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from .cache import SlotCache
-from .calls import cache_of, declared
-from .request import OWN_ARGUMENTS, adapters_of, known_of, note
+from .calls import cache_of, declared, named
+from .request import OWN_ARGUMENTS, GrowingText, adapters_of, known_of, note
 from .stand_in import StandIn
 
 
@@ -33,38 +35,86 @@ class Generate(StandIn):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         model = self.module
-        fields = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
-        config = kwargs.get("generation_config")
-        chunk = kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
-        if chunk or getattr(getattr(model, "generation_config", None), "prefill_chunk_size", None):
+        given = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
+        call = named(model, self.method, args, kwargs)
+        if (chunk := setting(model, call, "prefill_chunk_size")) is not None:
             raise ValueError(
                 "Instance prompts cannot be used with `prefill_chunk_size`: they are generated from the whole instruction, "
-                "of which a chunk shows only a part."
+                f"of which a chunk shows only a part. Set it to None, got {chunk!r}."
             )
         kwargs = declared(kwargs, model)
         name, cache = cache_of(kwargs)
         if name is not None and (cache := SlotCache.find(cache)) is not None:
             kwargs[name] = cache
-        given = (kwargs.get("inputs_embeds"), *args, kwargs.get("inputs"), kwargs.get("input_ids"))
-        inputs: Any = next((x for x in given if x is not None), None)
-        length = inputs.shape[1] if isinstance(inputs, torch.Tensor) and inputs.dim() > 1 else None
-        known = known_of(model)
-        for name, value in fields.items():
-            value = getattr(known, name) if value is None else value  # `instruction_scope` can say it, too
-            # Later, a row may be several beams, and a value with too few rows would look right.
-            if length is not None and isinstance(value, torch.Tensor) and value.shape[:1] != inputs.shape[:1]:
-                raise ValueError(
-                    f"`{name}` must have {inputs.shape[0]} row(s), as the input has; got {tuple(value.shape)}."
-                )
-        names = known.adapter_names
-        if length is not None and names is not None and len(names) != inputs.shape[0]:
-            raise ValueError(
-                f"`adapter_names` must name an adapter for each of the {inputs.shape[0]} rows, got {len(names)}."
-            )
-        fields = {name: value for name, value in fields.items() if value is not None}
-        ids = inputs if length is not None and not inputs.is_floating_point() else None
-        with note(model, prompt_length=length, prompt_ids=ids, adapters=adapters_of(model), **fields):
+        inputs, ids = prompt_of(call)
+        # A call within another call of `generate`, such as an assistant's, may go on from the same prompt.
+        known = known_of(model) if inputs is None else known_of(model).of_tokens(ids, inputs)
+        fields = {name: getattr(known, name) if value is None else value for name, value in given.items()}
+        if inputs is not None:
+            check_rows(fields, known.adapter_names, inputs.shape[0])
+        texts = growing_texts(model, call, known.prompt_length if given["instruction_mask"] is None else None)
+        with note(
+            model,
+            prompt_length=texts[0].shape[1] if texts else None,
+            texts=texts,
+            prompt_mask=fields["instruction_mask"],
+            adapters=adapters_of(model),
+            **fields,
+        ):
             return self.call_wrapped(*args, **kwargs)
+
+
+def setting(model: nn.Module, call: Mapping[str, Any], name: str) -> Any:
+    """What `generate` takes for a setting: an argument, even None, before what the caller's and the model's configs say."""
+    configs = (call.get("generation_config"), getattr(model, "generation_config", None))
+    said = (value for config in configs if (value := getattr(config, name, None)) is not None)
+    return call[name] if name in call else next(said, None)
+
+
+def prompt_of(call: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The prompt in a call of `generate`: token ids (B, P) or embeddings (B, P, e), and its ids, if they are known."""
+    ids = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
+    inputs = ids if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if not isinstance(inputs, torch.Tensor) or inputs.dim() < 2:
+        return None, None
+    told = isinstance(ids, torch.Tensor) and not ids.is_floating_point() and ids.shape[:2] == inputs.shape[:2]
+    return inputs, ids if told else None
+
+
+def growing_texts(model: nn.Module, call: Mapping[str, Any], bound: int | None) -> tuple[GrowingText, ...]:
+    """The texts that a call of `generate` writes on, its prompt first; none if the prompt is not known.
+
+    Args:
+        model (`nn.Module`): The model.
+        call (`Mapping`): The arguments by name.
+        bound (`int`, *optional*): How many columns of the prompt were one already for the `generate` around this call.
+    """
+    inputs, ids = prompt_of(call)
+    if inputs is None:
+        start = setting(model, call, "bos_token_id")
+        if call.get(getattr(model, "main_input_name", "")) is not None or not isinstance(start, int):
+            return ()
+        inputs = ids = torch.tensor([[start]])  # (1, 1), whatever the number of rows
+    B, P = inputs.shape[:2]
+    length = P if bound is None else bound
+    texts = [GrowingText((B, length), None if ids is None else ids[:, :length], P)]
+    unlike = call.get("negative_prompt_ids")  # (B, Q)
+    if unlike is None and ids is not None and setting(model, call, "guidance_scale") not in (None, 1):
+        unlike = ids[:, -1:]  # (B, 1)
+    if isinstance(unlike, torch.Tensor) and unlike.dim() > 1:
+        texts.append(GrowingText((unlike.shape[0], unlike.shape[1]), unlike, unlike.shape[1]))
+    return tuple(texts)
+
+
+def check_rows(fields: Mapping[str, Any], adapter_names: tuple[str, ...] | None, num_rows: int) -> None:
+    """Refuse values for another number of rows: later, a row may be several beams, and one with too few would look right."""
+    for name, value in fields.items():
+        if isinstance(value, torch.Tensor) and value.shape[:1] != (num_rows,):
+            raise ValueError(f"`{name}` must have {num_rows} row(s), as the input has; got {tuple(value.shape)}.")
+    if adapter_names is not None and len(adapter_names) != num_rows:
+        raise ValueError(
+            f"`adapter_names` must name an adapter for each of the {num_rows} rows, got {len(adapter_names)}."
+        )
 
 
 class GenerateBatch(StandIn):

@@ -158,7 +158,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             if not running.groups:
                 return call
             if not self.info.decoder_of_pair:
-                request = request.of_tokens(call.get("input_ids"))
+                request = request.of_tokens(call.get("input_ids"), call.get("inputs_embeds"))
             call, running.groups, running.layout = open_slots(stack, self.info, running.groups, request, call)
             running.table, running.stretch = running.layout.table, running.layout.stretch
             if request.opened is not None:
@@ -206,9 +206,12 @@ class StackForward(StandIn):
         return self.module._modules[self.name]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # torch.compile cannot break a graph within `try`
+        if torch.compiler.is_compiling():
             refuse_export(self.module)
-            return self._compiled(args, kwargs)
+        return self._opened(args, kwargs)
+
+    @torch.compiler.disable(recursive=False)  # what it calls is compiled
+    def _opened(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if is_frozen(self.module):
             return self.call_wrapped(*args, **kwargs)
         outer = current_pass.get()
@@ -217,15 +220,6 @@ class StackForward(StandIn):
             return self.layer.close(self.call_wrapped(**call), call)
         finally:
             current_pass.set(outer)
-
-    def _compiled(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if is_frozen(self.module):
-            return self.call_wrapped(*args, **kwargs)
-        outer = current_pass.get()
-        call = self.layer.open(self.module, args, kwargs)
-        output = self.layer.close(self.call_wrapped(**call), call)
-        current_pass.set(outer)
-        return output
 
 
 def forget(module: nn.Module, attribute: str, name: str) -> None:

@@ -80,14 +80,15 @@ class SlotTable:
         later = torch.arange(self.order.shape[1], length, device=known.device)  # (length - N,)
         return torch.cat([known, later.expand(known.shape[0], -1)], dim=1)  # (B, length - L)
 
+    def check_crop(self, length: int) -> None:
+        """Raise a ValueError if a slot stands behind the first `length` positions."""
+        if bool((self.order[:, max(length, 0) :] < self.num_slots).any()):
+            raise ValueError(f"The cache cannot be cropped to {length} positions: that would cut off prompt slots.")
+
     def crop(self, length: int) -> None:
         """Forget what stands behind the first `length` positions."""
-        if length < self.order.shape[1]:
-            if bool((self.order[:, length:] < self.num_slots).any()):
-                raise ValueError(
-                    f"The cache cannot be cropped to {length} positions: that would cut off prompt slots."
-                )
-            self.order = self.order[:, :length]  # (B, length)
+        self.check_crop(length)
+        self.order = self.order[:, :length]  # (B, length)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep, reorder or repeat rows."""
@@ -201,7 +202,7 @@ def arrange(
         before_token (`torch.LongTensor`): Shape (B, L), values 0..S. Slots before the same token keep their order.
         num_tokens (`int`): S.
         live (`torch.BoolTensor`, *optional*): Shape (B, L). Default: all.
-        predicts (`torch.BoolTensor`, *optional*): Shape (B, L). Slots behind a causal model's last instruction token: that
+        predicts (`torch.BoolTensor`, *optional*): Shape (B, L). Slots directly behind a causal model's last instruction token: that
             token's output is read at the last of them. Default: none.
         first_visible_layer, late_layers: As in [`SlotTable`]. Default: every layer sees every slot.
         dead_at_end (`bool`): Whether dead slots stand behind the last token and not before the first. For encoders, of which
@@ -219,8 +220,8 @@ def arrange(
     slot_index, token_index = place[:, :L], place[:, L:]  # (B, L), (B, S)
     output_index = token_index  # (B, S)
     if predicts is not None:
-        behind = (predicts & live).long()  # (B, L)
-        output_index = token_index.scatter_add(1, (before_token - 1).clamp(min=0), behind)  # (B, S)
+        behind = slot_index.masked_fill(~(predicts & live), 0)  # (B, L)
+        output_index = token_index.scatter_reduce(1, (before_token - 1).clamp(min=0), behind, "amax")  # (B, S)
     table = SlotTable(order, live, first_visible_layer, late_layers)
     return Layout(table, before_token, slot_index, token_index, output_index, first, seats)
 

@@ -34,7 +34,6 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
     front = selection.first[:, None].expand(-1, L)  # (G, L)
     before_token, since = front, torch.zeros_like(front)  # (G, L) each
     live = torch.full_like(front, everywhere, dtype=torch.bool)  # (G, L)
-    predicts = torch.zeros_like(live)  # (G, L)
     for group in groups:
         model, own = group.model, selection.pick(group.rows)
         behind, used = model.place(own.mask, group.vector)  # (G, l) each
@@ -46,7 +45,6 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
             start = stop = torch.full_like(start, S)  # (G,)
         before_token = put(before_token, group.rows, torch.where(behind, stop[:, None], start[:, None]))
         live = put(live, group.rows, torch.ones_like(behind) if used is None else used.to(front.device))
-        predicts = put(predicts, group.rows, behind)
         since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
     full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
     if info.causal and info.numbers_columns and not everywhere and full < B:
@@ -54,6 +52,7 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
             f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, which counts its positions "
             "itself: give all of them adapters with the same `num_virtual_tokens`."
         )
+    predicts = before_token == selection.last[:, None] + 1  # (G, L), whatever placed them there
     late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
     seats = None
     if packing is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..generator import PromptGenerator
-from .calls import PACKED_ARGUMENTS, declared, forward_args
+from .calls import PACKED_ARGUMENTS, declared, named
 from .stand_in import StandIn
 
 
@@ -29,6 +29,33 @@ CALLERS = "_instance_prompt_callers"
 
 # {layer: (names of the active adapters, {name: generator})}
 Adapters = dict[nn.Module, tuple[list[str], dict[str, PromptGenerator]]]
+
+
+@dataclass
+class GrowingText:
+    """A text that `generate` writes on: its prompt, or the second text of classifier-free guidance. Without a KV cache the model
+    gets the whole of it at each step.
+
+    Attributes:
+        shape (`tuple[int, int]`): B and P, the rows and columns that it began with.
+        ids (`torch.LongTensor`, *optional*): Shape (B, P). The tokens that it began with; None if it was given as embeddings only.
+        next_length (`int`): The number of columns that it will have when the model gets it next.
+    """
+
+    shape: tuple[int, int]
+    ids: torch.Tensor | None
+    next_length: int
+
+    def goes_on_in(self, tokens: torch.Tensor) -> bool:
+        """Whether token ids (B, S) or embeddings (B, S, e) are this text and what was written behind it; a row may have become
+        several beams."""
+        (B, P), (num_rows, S) = self.shape, tokens.shape[:2]
+        if B == 0 or num_rows % B or S < P:
+            return False
+        if tokens.is_floating_point() or self.ids is None:
+            return tokens.is_floating_point()
+        own = self.ids.to(tokens.device).repeat_interleave(num_rows // B, dim=0)  # (num_rows, P)
+        return torch.equal(tokens[:, :P], own)
 
 
 @dataclass(frozen=True)
@@ -45,7 +72,9 @@ class Request:
         shifted (`bool`): Whether the labels are TRL's `shift_labels`, which stand one place earlier.
         last_only (`bool`): Whether the caller wants the logits of the last position only.
         prompt_length (`int`, *optional*): In `generate`, the number of columns that it was called with.
-        prompt_ids (`torch.LongTensor`, *optional*): In `generate`, the tokens (B, S) that it was called with.
+        texts (`tuple[GrowingText]`): In `generate`, the texts that grow: first its prompt.
+        prompt_mask (`torch.Tensor`, *optional*): In `generate`, the `instruction_mask` of its prompt.
+        second_text (`bool`): Whether the text is guidance's, which need not hold the adapter's `response_template`.
         adapter_names (`tuple[str]`, *optional*): One name per row.
         adapters (`dict`, *optional*): The adapters that there were when the call began, and the active ones among them, by the
             layer that holds them: others may be added and deleted meanwhile.
@@ -67,7 +96,9 @@ class Request:
     shifted: bool = False
     last_only: bool = False
     prompt_length: int | None = None
-    prompt_ids: torch.Tensor | None = None
+    texts: tuple[GrowingText, ...] = ()
+    prompt_mask: torch.Tensor | None = None
+    second_text: bool = False
     adapter_names: tuple[str, ...] | None = None
     adapters: Adapters | None = None
     packed: dict[str, Any] = field(default_factory=dict)
@@ -77,18 +108,27 @@ class Request:
     entered: bool = False
     outer: Request | None = None
 
-    def of_tokens(self, input_ids: torch.Tensor | None) -> Request:
-        """The request without what `generate` was told of its prompt, if these are the tokens (B, S) of another text: within
-        `generate`, classifier-free guidance and stopping criteria that judge by a model call it with such."""
-        if self.prompt_ids is None or input_ids is None:
+    def of_tokens(self, input_ids: torch.Tensor | None, embeds: torch.Tensor | None = None) -> Request:
+        """The request for the text with these token ids (B, S) or embeddings (B, S, e). Within `generate` it may be another than
+        the prompt: classifier-free guidance has a text of its own that grows, and stopping criteria call the model with any."""
+        # A vision-language model gives its stack embeddings only.
+        tokens = next((given for given in (input_ids, self.input_ids, embeds) if given is not None), None)
+        if not self.texts or tokens is None:
             return self
-        P = self.prompt_ids.shape[1]
-        repeats, rest = divmod(input_ids.shape[0], self.prompt_ids.shape[0])
-        if rest == 0 and input_ids.shape[1] >= P:
-            own = self.prompt_ids.to(input_ids.device).repeat_interleave(repeats, dim=0)  # (B, P)
-            if torch.equal(input_ids[:, :P], own):
+        found = [text for text in self.texts if text.goes_on_in(tokens)]
+        S = tokens.shape[1]
+        found.sort(key=lambda text: text.next_length != S)  # of two that begin alike, the one that has come so far
+        for text in found[:1]:
+            text.next_length = S + 1
+            if text is self.texts[0]:
                 return self
-        return replace(self, prompt_length=None, prompt_ids=None, instruction_mask=None)
+        return replace(
+            self,
+            texts=(),
+            prompt_length=found[0].shape[1] if found else None,
+            instruction_mask=None if self.instruction_mask is self.prompt_mask else self.instruction_mask,
+            second_text=bool(found),
+        )
 
     def of_rows(self, num_rows: int, rows: torch.Tensor | None) -> Request:
         """The request for some rows of a batch of `num_rows`; in `generate`, one row may have become several beams."""
@@ -235,14 +275,14 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     kwargs = dict(kwargs)
     fields = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
     fields = {name: value for name, value in fields.items() if value is not None}
-    named = {**dict(zip(forward_args(model), args)), **kwargs} if args else kwargs
-    shifted = named.get("labels") is None and named.get("shift_labels") is not None
-    packed = {name: named[name] for name in ("position_ids", *PACKED_ARGUMENTS) if named.get(name) is not None}
+    call = named(model, "forward", args, kwargs)
+    shifted = call.get("labels") is None and call.get("shift_labels") is not None
+    packed = {name: call[name] for name in ("position_ids", *PACKED_ARGUMENTS) if call.get(name) is not None}
     told: dict[str, Any] = {
-        "input_ids": named.get("input_ids"),
-        "labels": named.get("shift_labels" if shifted else "labels"),
+        "input_ids": call.get("input_ids"),
+        "labels": call.get("shift_labels" if shifted else "labels"),
         "packed": packed or None,
-        "encoder_slots": slots_of(named.get("encoder_outputs")),
+        "encoder_slots": slots_of(call.get("encoder_outputs")),
     }
     if known.entered:  # within a call of the base model, whose caller said what this module is not told
         shifted = known.shifted if told["labels"] is None else shifted
@@ -253,7 +293,8 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             model=model,
             packed=told.pop("packed") or {},
             shifted=shifted,
-            last_only=type(kept := named.get("logits_to_keep")) is int and kept == 1,
+            last_only=type(kept := call.get("logits_to_keep")) is int and kept == 1,
+            prompt_mask=None if "instruction_mask" in fields else known.prompt_mask,
             entered=False,
             outer=latest_request.get(),
             **told,

@@ -9,7 +9,7 @@ predicted, so the scope is found, in this order, from
 1. `instruction_mask`, given to `forward`, `generate` or [`instruction_scope`];
 2. the adapter's `response_template`: everything up to and including its first occurrence; or its `instruction_length`: the first n
    tokens;
-3. in `generate`, the tokens that `generate` was called with, for the whole call;
+3. in `generate`, the tokens that `generate` was called with, for the whole call, and rule 2 searches these only;
 4. `labels` (or TRL's `shift_labels`) of a causal model: the tokens before the first label that is not -100;
 5. a causal model in training with none of these has no scope: ValueError;
 6. otherwise all tokens that are not padding, and a causal model that is given several rows warns once: if their ends are scored,
@@ -276,6 +276,43 @@ def find_scope(
         if causal_lm and request.prompt_length is None:
             check_no_gap(mask, tokens, request.labels, training, request.shifted)
         return mask
+    # Without a KV cache `generate` calls the stack with what it has written, too.
+    S = tokens.shape[1]
+    P = S if request.prompt_length is None else min(S, request.prompt_length)
+    scope = _by_rules(
+        tokens[:, :P],
+        request,
+        template,
+        "all" if request.second_text else missing_template,
+        instruction_length,
+        special_ids,
+        input_ids if input_ids is None else input_ids[:, :P],
+        causal_lm,
+        undeclared,
+        prefix if prefix is None else prefix[:, :P],
+        training,
+        packed,
+        tokenizer,
+    )  # (B, P)
+    return nn.functional.pad(scope, (0, S - P))  # (B, S)
+
+
+def _by_rules(
+    tokens: torch.Tensor,
+    request: Request,
+    template: list[int] | None,
+    missing_template: Literal["error", "all"],
+    instruction_length: int | None,
+    special_ids: tuple[int, ...],
+    input_ids: torch.Tensor | None,
+    causal_lm: bool,
+    undeclared: bool,
+    prefix: torch.Tensor | None,
+    training: bool,
+    packed: bool,
+    tokenizer: str | None,
+) -> torch.Tensor:
+    """Rules 2 to 6, for tokens (B, S) of which none is written by `generate`."""
     labels = request.labels if causal_lm else None  # (B, S)
     labels = labels.to(tokens.device) if labels is not None and labels.shape == tokens.shape else None
     if template is not None:
@@ -288,7 +325,7 @@ def find_scope(
     if instruction_length is not None:
         return from_length(instruction_length, tokens)
     if request.prompt_length is not None:
-        return tokens & (torch.arange(tokens.shape[1], device=tokens.device) < request.prompt_length)  # (B, S)
+        return tokens
     if labels is not None:
         return from_labels(labels, tokens, request.shifted, input_ids, special_ids, packed)
     if causal_lm and prefix is not None:

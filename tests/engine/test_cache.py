@@ -174,6 +174,24 @@ def test_token_positions_and_select() -> None:
     assert both.order.shape == (3, 5)
 
 
+def test_crop_that_is_refused_changes_nothing(kind: str) -> None:
+    """By the cache inside, which takes negative numbers only, or since slots would be cut off."""
+    model, inputs = prompted(kind), batch(9, 6)
+    cache = filled(model, inputs)
+    order, expected = cache.table.order.clone(), going_on(model, copy.deepcopy(cache), inputs["attention_mask"], NEXT)
+    for number, error in (
+        (3, (ValueError, RuntimeError)),
+        (-99, ValueError),
+        (-9 - cache.table.num_slots, ValueError),
+    ):
+        with pytest.raises(error):
+            cache.crop(number)
+        assert torch.equal(cache.table.order, order) and cache.get_seq_length() == 9
+    assert torch.equal(going_on(model, copy.deepcopy(cache), inputs["attention_mask"], NEXT), expected)
+    cache.crop(-2)
+    assert cache.get_seq_length() == 7
+
+
 def test_make_room_grows_an_empty_static_cache_once() -> None:
     config = causal_lm("gemma3").config  # window 8
     cache = StaticCache(config=config, max_cache_len=20)

@@ -58,6 +58,17 @@ def test_output_index_is_that_of_the_last_slot_behind_the_instruction() -> None:
         assert names(layout.order[b], 2)[layout.output_index[b, 2]] == place
 
 
+def test_output_index_where_all_slots_stand_behind_the_instruction() -> None:
+    """Slots before the text and behind it meet behind an instruction of one token: it is read at the last of all."""
+    before_token = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1]])
+    predicts = torch.tensor([[0, 0, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    live = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0]]).bool()
+    layout = slots.arrange(before_token, 4, live, predicts)
+    places = [names(layout.order[b], 3)[layout.output_index[b, 0]] for b in range(3)]
+    assert places == ["s2", "s0", "s1"], "at the last of those that predict, however many they are"
+    assert torch.equal(layout.output_index[:, 1:], layout.token_index[:, 1:])
+
+
 def test_insert_then_take_gives_back_tokens_and_slots() -> None:
     tokens, prompts = torch.randn(2, 5, 3), torch.randn(2, 2, 3)
     layout = slots.arrange(torch.tensor([[0, 5], [3, 1]]), 5)

@@ -21,6 +21,7 @@ from peft_instance_prompt.methods.dynamic_prompt import PRESETS
 def arrangement(prompt: torch.Tensor, embeds: torch.Tensor, start: int, end: int, j: int, order: str) -> torch.Tensor:
     """C_j: (S + l, e) of prompt (l, e) and embeds (S, e)."""
     front, back = (prompt[: L - j], prompt[L - j :]) if order == "paper" else (prompt[j:], prompt[:j])
+    front, back = (prompt, prompt[:0]) if start == end else (front, back)  # which all stand there in their own order
     return torch.cat([embeds[:start], front, embeds[start:end], back, embeds[end:]])
 
 
@@ -106,10 +107,11 @@ def test_a_prompt_that_does_not_fit_the_positions() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n", [6, 2, 1])
 @pytest.mark.parametrize("prompt_position", ["before", "after_first"])
-def test_arrangement_in_a_causal_model(order: str, prompt_position: str) -> None:
-    """Between instruction and response; the first response token is predicted at the last vector behind."""
-    ids, n = batch(9)["input_ids"], 6
+def test_arrangement_in_a_causal_model(order: str, prompt_position: str, n: int) -> None:
+    """Between instruction and response; the first response token is predicted at the last vector behind the n instruction tokens."""
+    ids = batch(9)["input_ids"]
     start = int(prompt_position == "after_first")
     for j in range(L + 1):
         model = dynamic(position="task", init_weights="paper", order=order, prompt_position=prompt_position)
@@ -122,7 +124,9 @@ def test_arrangement_in_a_causal_model(order: str, prompt_position: str) -> None
                 rows = arrangement(prompt, base.model.embed_tokens(ids)[0], start, n, j, order)
                 logits = base(inputs_embeds=rows[None]).logits[0]
         places = [t + (L - j) * (t >= start) + j * (t >= n) for t in range(9)]
-        places[n - 1] += j
+        places[n - 1] += (
+            L if n == start else j
+        )  # behind the first token, an instruction of one has all of them behind it
         assert_same(actual, logits[places])
 
 
