@@ -9,6 +9,7 @@ import copy
 import functools
 import inspect
 import re
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,6 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 import psutil
 import torch
-from peft import PeftMixedModel, PeftModel
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, PeftType, TaskType
 from torch import nn
@@ -53,6 +52,9 @@ def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | 
         adapter_name (`str`, *optional*): The new adapter's name. None: no name is free, as for a `PeftModel` around the model.
         config (`PeftConfig`, *optional*): The new adapter's config.
     """
+    from peft.mixed_model import PeftMixedModel  # not above: PEFT may be in the midst of its own import
+    from peft.peft_model import PeftModel
+
     wrapped = isinstance(model, (PeftModel, PeftMixedModel, BaseTuner))
     known = getattr(model, "peft_config", None) or {}
     if not wrapped:
@@ -65,14 +67,17 @@ def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | 
     if config is not None and types == {PeftType(config.peft_type).value}:
         cure = f"add the new one with `add_adapter`, or {cure}"
     raise ValueError(
-        f"The model has adapters already, {list(known)} of {sorted(types)}, and a new one would take their place: {cure} first."
+        f"The model has adapters already, {reprlib.repr(list(known))} of {sorted(types)}, and a new one would take their place: {cure} first."
     )
 
 
 def guard_attaching(config_cls: type) -> None:
     """Make the classes of `PeftModel` leave a `config_cls` that they are given as it is, and refuse a model with adapters where
     one of the two methods is this package's. PEFT would write the new config over the old one, in a dict that both share."""
-    for cls in {PeftModel, PeftMixedModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+    from peft.mixed_model import PeftMixedModel
+    from peft.peft_model import PeftModel
+
+    for cls in (PeftModel, PeftMixedModel, *PeftModel.__subclasses__()):
         for name in ("__init__", "add_adapter"):
             if name in vars(cls):
                 setattr(cls, name, _guarded(vars(cls)[name], config_cls))

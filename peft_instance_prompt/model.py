@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import reprlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ class InstancePromptModel(BaseTuner):
         check_release()
         if peft_config.trainable_token_indices is not None:
             raise ValueError(
-                f"`trainable_token_indices` must be None, got {peft_config.trainable_token_indices!r}: only LoRA trains single "
+                f"`trainable_token_indices` must be None, got {reprlib.repr(peft_config.trainable_token_indices)}: only LoRA trains single "
                 "embeddings. Add the tokens to model and tokenizer before the trainer is made, and train them with "
                 "`modules_to_save=['embed_tokens', 'lm_head']`."
             )
