@@ -105,6 +105,14 @@ def test_a_language_model_that_makes_its_stack_causal() -> None:
     assert torch.equal(model.generate(input_ids=IDS, **images, **GREEDY, use_cache=False), text)
 
 
+def test_a_stack_that_holds_its_head() -> None:
+    text = {"hidden_size": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
+    vision = {"hidden_size": 32, "d_kv": 8, "d_ff": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = tf.Pix2StructForConditionalGeneration(tf.Pix2StructConfig(text_config=text, vision_config=vision))
+    with pytest.raises(ValueError, match="Pix2StructTextModel .'decoder'. has its head within the stack"):
+        get_peft_model(model, IAPTConfig(target_modules=["decoder"]))
+
+
 # -------------------------------------------------------------------------------------------- heads that lie elsewhere
 
 
