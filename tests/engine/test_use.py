@@ -16,7 +16,7 @@ from methods import METHODS, at_the_first_layer
 from peft import PeftModel, get_peft_model
 from scoped_rows import IDS, LABELS, MASK, SPLIT, TEMPLATE
 from tiny import PAIRS, VOCAB, adapted, assert_same, causal_lm, configure, encoder, pair, perturb
-from uses import SPOKEN_OR_SHOWN, Around, AroundBatch, OwnHead, OwnLoss, blip, noise
+from uses import SPOKEN_OR_SHOWN, Around, AroundBatch, OwnHead, OwnLoss, blip, git, noise
 
 from peft_instance_prompt import IAPTConfig, instruction_scope
 from peft_instance_prompt.engine import scope as rules
@@ -111,6 +111,16 @@ def test_a_stack_that_holds_its_head() -> None:
     model = tf.Pix2StructForConditionalGeneration(tf.Pix2StructConfig(text_config=text, vision_config=vision))
     with pytest.raises(ValueError, match="Pix2StructTextModel .'decoder'. has its head within the stack"):
         get_peft_model(model, IAPTConfig(target_modules=["decoder"]))
+
+
+@torch.no_grad()
+def test_a_stack_that_adds_tokens() -> None:
+    """A method that writes to the input alone meets no layer, where the states would show it."""
+    model = adapted(git(), METHODS["ipt"](task_type="CAUSAL_LM"))
+    with pytest.raises(
+        ValueError, match="GitModel, which returns 20 states for 15 positions: it adds tokens of its own"
+    ):
+        model(IDS, pixel_values=noise(2, 3, 8, 8), instruction_mask=MASK)
 
 
 # -------------------------------------------------------------------------------------------- heads that lie elsewhere
