@@ -71,6 +71,10 @@ def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | 
     )
 
 
+# The attribute of a `PeftModel` that holds the copy of a config while that is being attached.
+_TAKEN = "_instance_prompt_config"
+
+
 def guard_attaching(config_cls: type) -> None:
     """Make the classes of `PeftModel` leave a `config_cls` that they are given as it is, and refuse a model with adapters where
     one of the two methods is this package's. PEFT would write the new config over the old one, in a dict that both share."""
@@ -95,9 +99,14 @@ def _guarded(method: Callable, config_cls: type) -> Callable:
             known = getattr(model, "peft_config", None) or {}
             if own or any(isinstance(one, config_cls) for one in known.values()):
                 check_free(model, None, config)
-        if own:  # for classifiers, PEFT writes `modules_to_save` into it
-            call.arguments["peft_config"] = copy.deepcopy(config)
-        return method(*call.args, **call.kwargs)
+        if not own or vars(self).get(_TAKEN) is config:
+            return method(*call.args, **call.kwargs)
+        # For classifiers, PEFT writes `modules_to_save` into it, and a subclass hands it on to the same method of its base class.
+        vars(self)[_TAKEN] = call.arguments["peft_config"] = copy.deepcopy(config)
+        try:
+            return method(*call.args, **call.kwargs)
+        finally:
+            vars(self).pop(_TAKEN, None)
 
     return guarded
 

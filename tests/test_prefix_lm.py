@@ -117,6 +117,14 @@ def test_generation_and_a_second_turn(text: str, kernel: str, types: bool) -> No
     assert_same(second.logits, forced[:, 11:])
 
 
+@torch.no_grad()
+def test_a_causal_mask_is_kept_where_the_kernel_hides_nothing() -> None:
+    """With a static cache, `generate` hands on a causal mask if no prefix is told."""
+    how = {**GREEDY, "cache_implementation": "static", "output_logits": True, "return_dict_in_generate": True}
+    eager, sdpa = (prompted("gemma", kernel).generate(IDS, **PIXELS, **how).logits for kernel in ("eager", "sdpa"))
+    assert_same(torch.stack(sdpa), torch.stack(eager))
+
+
 def test_adapter_on_its_text_stack_alone() -> None:
     """The head lies outside, but the mask that the stack gets tells the prefix."""
     model = paligemma("gemma", "eager")

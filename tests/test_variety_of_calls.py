@@ -23,10 +23,6 @@ from transformers.generation import BaseStreamer
 from peft_instance_prompt import instance_report
 
 
-BIDIRECTIONAL = pytest.mark.xfail(
-    reason="the plain pass is causal where tokens of an image see each other", strict=True
-)
-TRAINED_HEAD = pytest.mark.xfail(reason="a call with `adapter_names` leaves hooks on trained heads", strict=True)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 TASKS = ["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"]
 
@@ -337,7 +333,7 @@ def test_generate_of_each_object(kind: str, task: str) -> None:
 # ------------------------------------------------------------------------------------- a tool after another feature
 
 
-@pytest.mark.parametrize("task", ["CAUSAL_LM", pytest.param("TOKEN_CLS", marks=TRAINED_HEAD)])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "TOKEN_CLS"])
 def test_report_after_calls_of_other_kinds(kind: str, task: str) -> None:
     """Calls of several adapters, of `generate` and without adapter leave nothing that a report would count."""
     if task == "TOKEN_CLS":
@@ -365,7 +361,7 @@ def test_report_after_calls_of_other_kinds(kind: str, task: str) -> None:
 # ------------------------------------------------------------------------------- a vision-language model's plain pass
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("gemma3_vlm", marks=BIDIRECTIONAL)])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3_vlm"])
 @pytest.mark.parametrize("where", ["call", "generate", "wrapper", "positional"])
 @torch.no_grad()
 def test_vlm_that_reads_the_plain_pass(family: str, where: str) -> None:

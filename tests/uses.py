@@ -138,6 +138,13 @@ def blip() -> Any:
     return build(tf.BlipForConditionalGeneration, config)
 
 
+def git() -> Any:
+    """Its stack puts the states of an image before those of the tokens."""
+    vision = {**_image, "num_hidden_layers": 1, "image_size": 8}
+    ids = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return build(tf.GitForCausalLM, tf.GitConfig(vision_config=vision, **_small, **ids, max_position_embeddings=64))
+
+
 class Around(torch.nn.Module):
     """A module of the user's own around a language model, which passes everything on."""
 

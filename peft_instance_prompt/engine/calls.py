@@ -215,7 +215,8 @@ def check_understood(stack: nn.Module, name: str, causal: bool) -> None:
         causal (`bool`): Whether it is causal.
 
     Raises:
-        ValueError: Its forward takes no `inputs_embeds` or no `attention_mask`, or it is causal and takes no cache that is known.
+        ValueError: Its forward takes no `inputs_embeds` or no `attention_mask`, or it is causal and takes no cache that is known; or it
+            holds its own head.
     """
     args = forward_args(stack)
     missing = [wanted for wanted in ("inputs_embeds", "attention_mask") if wanted not in args]
@@ -226,4 +227,10 @@ def check_understood(stack: nn.Module, name: str, causal: bool) -> None:
             f"The forward of {type(stack).__name__} ({name or 'the base model itself'!r}) is not understood: it takes no "
             f"{', no '.join(f'`{argument}`' for argument in missing)}, but {list(args)}. Instance prompts need a stack of "
             "attention layers that is called as transformers calls its own."
+        )
+    head: Any = getattr(stack, "get_output_embeddings", None)
+    if head is not None and head() is not None:
+        raise ValueError(
+            f"{type(stack).__name__} ({name or 'the base model itself'!r}) has its head within the stack and returns logits, not states: "
+            "where its slots stand cannot be taken out of its loss. Instance prompts need a stack apart from its head."
         )

@@ -11,12 +11,15 @@ predicted, so the scope is found, in this order, from
    tokens;
 3. in `generate`, the tokens that `generate` was called with, for the whole call, and rule 2 searches these only;
 4. `labels` (or TRL's `shift_labels`) of a causal model: the tokens before the first label that is not -100;
+   without them, the prefix that the mask of a prefix-LM shows to all of itself;
 5. a causal model in training with none of these has no scope: ValueError;
 6. otherwise all tokens that are not padding, and a causal model that is given several rows warns once: if their ends are scored,
    the prompt has seen them. Where the call asks for the logits of the last position only, nothing in the rows can be scored.
 
 A response never lies between instruction tokens: its tokens would be predicted from a prompt that has read them. So a mask with a
 gap is refused where what lies in the gap is, or may be, predicted.
+
+A causal stack whose use is not known (`use.py`) is read as a causal model, unless the call has a label per row.
 
 The decoder of an encoder-decoder model is another matter: its instruction stands in the encoder. Its own instance is its
 start token, which is all that its rows have in common in training and generation.
@@ -345,4 +348,5 @@ def _by_rules(
             "instruction: prompts are generated from whole rows. If responses in them are scored, the prompt has read them: set "
             "`response_template`, or pass `instruction_mask`."
         )
+        warnings.warn(said.replace("language model", "stack", 1) if undeclared else said)
     return tokens

@@ -16,7 +16,7 @@ from methods import METHODS, at_the_first_layer
 from peft import PeftModel, get_peft_model
 from scoped_rows import IDS, LABELS, MASK, SPLIT, TEMPLATE
 from tiny import PAIRS, VOCAB, adapted, assert_same, causal_lm, configure, encoder, pair, perturb
-from uses import SPOKEN_OR_SHOWN, Around, AroundBatch, OwnHead, OwnLoss, blip, noise
+from uses import SPOKEN_OR_SHOWN, Around, AroundBatch, OwnHead, OwnLoss, blip, git, noise
 
 from peft_instance_prompt import IAPTConfig, instruction_scope
 from peft_instance_prompt.engine import scope as rules
@@ -103,6 +103,24 @@ def test_a_language_model_that_makes_its_stack_causal() -> None:
     # Its `generate` cuts the prompt before it hands it to the language model inside.
     text = model.generate(input_ids=IDS, **images, **GREEDY)
     assert torch.equal(model.generate(input_ids=IDS, **images, **GREEDY, use_cache=False), text)
+
+
+def test_a_stack_that_holds_its_head() -> None:
+    text = {"hidden_size": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
+    vision = {"hidden_size": 32, "d_kv": 8, "d_ff": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = tf.Pix2StructForConditionalGeneration(tf.Pix2StructConfig(text_config=text, vision_config=vision))
+    with pytest.raises(ValueError, match="Pix2StructTextModel .'decoder'. has its head within the stack"):
+        get_peft_model(model, IAPTConfig(target_modules=["decoder"]))
+
+
+@torch.no_grad()
+def test_a_stack_that_adds_tokens() -> None:
+    """A method that writes to the input alone meets no layer, where the states would show it."""
+    model = adapted(git(), METHODS["ipt"](task_type="CAUSAL_LM"))
+    with pytest.raises(
+        ValueError, match="GitModel, which returns 20 states for 15 positions: it adds tokens of its own"
+    ):
+        model(IDS, pixel_values=noise(2, 3, 8, 8), instruction_mask=MASK)
 
 
 # -------------------------------------------------------------------------------------------- heads that lie elsewhere
