@@ -27,7 +27,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 
-from .folder import PREFIX, digest, embedding_names
+from .folder import PREFIX, digest, embedding_names, read_kind
 
 
 STAGE = ".saving-"
@@ -115,17 +115,20 @@ def _guarded(save: Any, config_cls: type, native: bool) -> Any:
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         # A base model within a PeftModel knows the adapters' configs, but is saved without them.
         saves_adapters = not native or getattr(self, "_hf_peft_config_loaded", False)
-        configs = (getattr(self, "peft_config", None) or {}) if saves_adapters else {}
+        configs: dict[str, Any] = (getattr(self, "peft_config", None) or {}) if saves_adapters else {}
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         # To the hub, transformers uploads from within `save_pretrained`. Without a digest, nothing is compared in loading.
-        if not any(isinstance(config, config_cls) for config in configs.values()) or given.get("push_to_hub"):
+        kinds = {getattr(c.peft_type, "value", c.peft_type) for c in configs.values() if isinstance(c, config_cls)}
+        if not kinds or given.get("push_to_hub"):
             return save(self, save_directory, *args, **kwargs)
         base = self if native else self.get_base_model()
         cards = ["README.md", *(f"{name}/README.md" for name in configs)]
         with staged(save_directory, *cards) as stage:
             result = save(self, str(stage), *args, **kwargs)
             for file in stage.rglob(CONFIG_NAME):
-                if any((file.parent / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+                if read_kind(file.parent) in kinds and any(
+                    (file.parent / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+                ):
                     seal(file.parent, embedding_names(base))
         return result
 

@@ -184,8 +184,9 @@ def _without_layers(module: nn.Module, path: list[str]) -> Any:
     twin = _twin(module)
     twin.__dict__.pop("forward", None)
     if isinstance(module, PreTrainedModel):
-        twin.config = copy.deepcopy(module.config)
-        twin.config._attn_implementation = "eager"  # other masks take long to make
+        config = copy.deepcopy(module.config)
+        config._attn_implementation = "eager"  # other masks take long to make
+        twin.config = config
     for name, child in module._modules.items():
         if child is not None:
             on_path = name == path[0]
@@ -213,7 +214,7 @@ def _twin(module: nn.Module, deep: bool = False) -> nn.Module:
     return twin
 
 
-def _probes(layers: nn.ModuleList) -> nn.Module:
+def _probes(layers: nn.Module) -> nn.Module:
     """As many layers as there are, since some stacks count them, and read their attributes."""
     names = forward_args(next(layers.children()))
 
@@ -221,7 +222,7 @@ def _probes(layers: nn.ModuleList) -> nn.Module:
         raise _Reached({**dict(zip(names, args)), **kwargs})
 
     twin = _twin(layers)
-    for name, layer in layers._modules.items():
+    for name, layer in layers.named_children():
         probe = twin._modules[name] = _twin(layer)
         probe._modules.clear()  # some stacks switch the attention of their layers by the length of a text
         probe.__dict__["forward"] = forward
