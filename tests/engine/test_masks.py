@@ -74,10 +74,12 @@ def test_what_is_hidden_is_finite_where_softmax_runs(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 @torch.no_grad()
 def test_late_prompts_in_float64(family: str) -> None:
-    """Unpadded rows, whose first position is a slot that no layer below the prompt's sees."""
+    """Unpadded rows, whose first position is a slot that the two layers below the prompt do not see."""
     outputs = []
     for attention in ("eager", "sdpa"):
-        model = adapted(causal_lm(family, attn_implementation=attention), LPTConfig(bottleneck_dim=8)).double()
+        model = adapted(
+            causal_lm(family, attn_implementation=attention), LPTConfig(bottleneck_dim=8, insertion_layer=2)
+        ).double()
         outputs.append(model(**batch(9, 9)).logits)
     assert outputs[0].dtype == torch.float64 and outputs[0].isfinite().all()
     assert_same(outputs[0], outputs[1], tolerance=1e-5)
