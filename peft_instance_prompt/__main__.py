@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from . import __version__, commands
 from .config import InstancePromptConfig
 from .engine.stack import StackInfo
-from .folder import PREFIX, check_files, check_tensors, read_kind
+from .folder import PREFIX, check_files, check_tensors, is_whole, read_kind
 from .generator import PromptGenerator
 from .nn.rational import GELU_FITS
 from .tools import doctor
@@ -89,7 +89,9 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
         "sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
         "activation_coefficients": sum(w.numel() for w in coefficients.values()),
         "coefficient_range": list(COEFFICIENT_RANGE),
-        "coefficients_out_of_range": {k: n for k, w in coefficients.items() if (n := count((w < low) | (w > high)))},
+        "coefficients_out_of_range": {
+            k: n for k, w in coefficients.items() if (n := count((w.float() < low) | (w.float() > high)))
+        },
     }
 
 
@@ -185,8 +187,9 @@ def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor]
                 name: [a if a == b else None for a, b in zip(w.shape, two[name].shape)] for name, w in one.items()
             }
         expected = {stack + mark + name: shape for stack in stacks for name, shape in wanted.items()}
+        whole = {stack + mark + name for stack in stacks for name, w in one.items() if is_whole(w)}
         try:
-            check_tensors(source, expected, weights, beside, config.weights_digest)
+            check_tensors(source, expected, weights, beside, config.weights_digest, whole)
         except ValueError as error:
             complaints.append(error)
         else:
@@ -250,6 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = inspect_folder(options.folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a path that is too long, or a file that may not be read
+        print(f"error: {options.folder[:200]} cannot be read: {error.strerror}.", file=sys.stderr)
         return 2
     print(json.dumps(found, indent=2) if options.json else as_text(found))
     return int(bool(found["coefficients_out_of_range"]))

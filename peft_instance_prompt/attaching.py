@@ -31,16 +31,22 @@ if TYPE_CHECKING:
 
 # The sizes of the adapter's stack that a config keeps.
 SIZES = ("hidden_size", "num_layers", "vocab_size")
+LONGEST_NAME = 255  # bytes in the name of a folder
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT cannot wrap them
 
 
 def check_adapter_name(name: str) -> None:
     """Raise a ValueError if no adapter can be called `name`: PEFT uses it as the name of a module and of a folder."""
     reserved = name == "__base__" or hasattr(nn.ModuleDict(), name) if isinstance(name, str) else True
-    if reserved or not name or any(mark in name for mark in "./\\"):
+    if reserved or not name or any(mark in name for mark in "./\\") or not name.isprintable():
         raise ValueError(
-            f"An adapter cannot be named {name!r}: the name must be a text, not empty, without '.', '/' and '\\', and "
-            "none of '__base__' and the attributes of a module dict, such as 'keys' or 'training'."
+            f"An adapter cannot be named {name!r}: the name must be a text that can be printed, not empty, without '.', '/' and "
+            "'\\', and none of '__base__' and the attributes of a module dict, such as 'keys' or 'training'."
+        )
+    if (size := len(name.encode())) > LONGEST_NAME:
+        raise ValueError(
+            f"An adapter's name can have up to {LONGEST_NAME} bytes, since it is saved in a folder of that name; "
+            f"{name[:20]!r}... has {size}."
         )
 
 

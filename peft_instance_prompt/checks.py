@@ -11,6 +11,7 @@ import sys
 from peft.config import PeftConfig
 
 
+MOST = 1e4  # of factors: prompts times it are numbers in float16
 LARGEST = 2**31 - 1  # of sizes, layers and token ids
 
 
@@ -34,13 +35,17 @@ def check_pattern(config: PeftConfig, name: str) -> None:
         raise ValueError(f"`{name}` must be a regular expression if it is a text, got {value!r}: {error}.") from error
 
 
-def check_number(config: PeftConfig, name: str) -> None:
-    """Make a field a float; raise a TypeError or ValueError if it is not a number, not finite, or too large for one."""
+def check_number(config: PeftConfig, name: str, least: float = -MOST, most: float = MOST) -> None:
+    """Make a field a float; raise a TypeError or ValueError if it is not a number, or not one from `least` to `most`."""
     value = getattr(config, name)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if not -sys.float_info.max <= value <= sys.float_info.max:  # False for NaN, too
         raise ValueError(f"`{name}` must be finite, got {value!r}.")
+    if not least <= value <= most:
+        raise ValueError(
+            f"`{name}` must lie between {least:g} and {most:g}, got {value!r}: beyond, float16 overflows."
+        )
     setattr(config, name, float(value))  # torch takes no whole number beyond 64 bits
 
 

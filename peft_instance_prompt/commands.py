@@ -30,6 +30,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 
 
+LONGEST_PATH = 4095  # bytes
 STARTUP = str(Path(__file__).parent / "startup")
 # What child processes inherit. `startup/sitecustomize.py` spells the second, too.
 IMPORTS = "PEFT_INSTANCE_PROMPT_IMPORT"
@@ -89,11 +90,15 @@ def read_config(path: str | os.PathLike, **defaults: Any) -> PeftConfig:
     Raises:
         ValueError: It cannot be read, names no method, or holds values that the method refuses.
     """
-    file = Path(path, CONFIG_NAME) if Path(path).is_dir() else Path(path)
+    shown = str(path)[:200]
     try:
+        file = Path(path, CONFIG_NAME) if Path(path).is_dir() else Path(path)
+        if file.exists() and not file.is_file():  # a pipe or a device may never end
+            raise ValueError(f"{file} must be a file with the config of an adapter; it is no regular file.")
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read as the config of an adapter: {error}.") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{shown} cannot be read as the config of an adapter: {why}.") from error
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if not isinstance(kind, str) or kind.upper() not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))
@@ -121,7 +126,7 @@ def settings(options: argparse.Namespace) -> dict[str, str]:
         try:
             for name in options.imports:
                 import_module(name)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:  # a relative name, an empty one
             raise ValueError(f"`--import` names a module that cannot be imported: {error}.") from error
     if options.peft_config is not None:
         read_config(options.peft_config)
@@ -142,6 +147,8 @@ def find_tool(tool: Sequence[str], module: Sequence[str] | None) -> list[str]:
     if not tool:
         raise ValueError("Name a tool to run: a script, `-m module`, or a command such as `lm_eval`.")
     name, *rest = tool
+    if len(os.fsencode(name)) > LONGEST_PATH:
+        raise ValueError(f"There is no tool of the name {name[:40]!r}..., which has {len(name)} letters.")
     if name.endswith(".py") or Path(name, "__main__.py").is_file():
         if not Path(name).exists():
             raise ValueError(f"There is no script {name!r}.")

@@ -82,6 +82,7 @@ def check_tensors(
     found: Mapping[str, torch.Tensor],
     beside: Collection[str] = (),
     expected_digest: str | None = None,
+    whole: Collection[str] = (),
 ) -> None:
     """Raise a ValueError if an adapter's tensors are not those that are expected.
 
@@ -91,6 +92,7 @@ def check_tensors(
         found (`Mapping[str, torch.Tensor]`): The tensors.
         beside (`Collection[str]`): Names of tensors that may be there as well, in any shape.
         expected_digest (`str`, *optional*): The [`digest`] that they must have.
+        whole (`Collection[str]`): Names of expected tensors that hold whole numbers. The others hold floating-point numbers.
     """
     surplus = found.keys() - expected.keys() - set(beside)
     shapes = [
@@ -98,11 +100,17 @@ def check_tensors(
         for name, shape in expected.items()
         if name in found and not fits(found[name].shape, shape)
     ]
+    types = [
+        f"{name!r} {str(found[name].dtype).removeprefix('torch.')}"
+        for name in expected
+        if name in found and (is_whole if name in whole else torch.is_floating_point)(found[name]) is False
+    ]
     broken = [name for name, tensor in found.items() if not is_finite(tensor)]
     kinds = {
         "lack {} tensor(s) that the config asks for, such as {}": map(repr, sorted(expected.keys() - found.keys())),
         "hold {} tensor(s) that the config does not know, such as {}": map(repr, sorted(surplus)),
         "hold {} tensor(s) of another shape, such as {}": shapes,
+        "hold {} tensor(s) of another type of numbers, such as {}": types,
         "hold {} tensor(s) with NaN or infinity, such as {}": map(repr, sorted(broken)),
     }
     complaints = []
@@ -118,6 +126,11 @@ def check_tensors(
         )
     if misfit:
         raise ValueError(misfit)
+
+
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -13,12 +13,13 @@ the width of a vector of the instance.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from .config import InstancePromptConfig
 from .nn.pooling import rms
 from .text_start import TextStart
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .engine.layout import Layout
     from .engine.stack import StackInfo
 
+# The fields of all configs that `encode`, `place` and `generate` go by; a method's own count, too.
+READ = ("num_virtual_tokens", "bottleneck_dim", "prompt_position", "separator_id", "init_weights", "condition")
 INPUT = -1  # the depth of the input embeddings; layers count from 0
 
 
@@ -288,9 +291,9 @@ class PromptGenerator(TextStart):
     @property
     def signature(self) -> tuple:
         """Generators with equal signatures differ in their weights only, and run together in a batch of several adapters."""
-        skip = "response_template init_text base_model_name_or_path revision inference_mode auto_mapping".split()
-        fields = sorted((name, repr(value)) for name, value in self.config.to_dict().items() if name not in skip)
-        return type(self), self.from_text, tuple(fields), tuple(parameter.dtype for parameter in self.parameters())
+        own = {field.name for field in fields(self.config)} - {field.name for field in fields(InstancePromptConfig)}
+        read = [(name, repr(getattr(self.config, name))) for name in sorted({*READ, *own})]
+        return type(self), self.from_text, self.depths, tuple(read), tuple(p.dtype for p in self.parameters())
 
 
 def chosen_layers(config: Any, info: StackInfo) -> list[int]:

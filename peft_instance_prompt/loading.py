@@ -26,7 +26,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper, load_peft_weights
 
 from .attaching import undone_on_error
-from .folder import PREFIX, check_files, check_tensors, digest, embedding_names, read_kind
+from .folder import PREFIX, check_files, check_tensors, digest, embedding_names, is_whole, read_kind
 
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ def check_arrival(
     if len(found) < len(weights):
         raise ValueError(f"The weights in {arrival.source} hold a tensor under two names.")
     expected = {name.removeprefix(optional): tensors[key].shape for key, name in names.items()}
-    check_tensors(arrival.source, expected, found, expected_digest=arrival.digest)
+    whole = {name.removeprefix(optional) for key, name in names.items() if is_whole(tensors[key])}
+    check_tensors(arrival.source, expected, found, expected_digest=arrival.digest, whole=whole)
 
 
 def guard_loading(config_cls: type) -> None:

@@ -10,6 +10,7 @@ PEFT has no way to add to the card that it writes, and transformers' `push_to_hu
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 from pathlib import Path
@@ -47,9 +48,14 @@ pip install {package}
 import {home}  # before loading: it adds {method} to PEFT
 from peft import {auto_class}
 
-model = {auto_class}.from_pretrained("{name}")
+model = {auto_class}.from_pretrained({name})
 ```
 <!-- /{package} -->"""
+
+
+def as_literal(name: str) -> str:
+    """A text of Python that ends neither the block that it stands in nor the section, whatever the name is."""
+    return json.dumps(name).replace("<", "\\u003c").replace("`", "\\u0060")
 
 
 def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDER_OR_REPOSITORY") -> None:
@@ -74,7 +80,7 @@ def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDE
         method=method,
         paper=f" ([{title}](https://arxiv.org/abs/{number}))" if number else "",
         auto_class=AUTO_CLASSES.get(getattr(config.task_type, "value", config.task_type), "AutoPeftModel"),
-        name=name,
+        name=as_literal(name),
     )
     other = re.sub(f"<!-- {PACKAGE} -->.*?<!-- /{PACKAGE} -->\n*", "", card.text, flags=re.DOTALL).lstrip("\n")
     card.text = f"\n{section}\n\n{other}"

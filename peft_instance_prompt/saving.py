@@ -24,10 +24,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 
-from .folder import PREFIX, digest, embedding_names
+from .folder import PREFIX, digest, embedding_names, read_kind
 
 
 STAGE = ".saving-"
@@ -99,7 +100,7 @@ def seal(folder: Path, embeddings: list[str]) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def guard_saving(config_cls: type) -> None:
+def guard_saving(config_cls: type[PeftConfig]) -> None:
     """Make `save_pretrained` of `PeftModel` and of transformers' models save adapters with a `config_cls` as said above."""
     from peft.peft_model import PeftModel
     from transformers import PreTrainedModel
@@ -108,24 +109,27 @@ def guard_saving(config_cls: type) -> None:
         owner.save_pretrained = _guarded(owner.save_pretrained, config_cls, native=owner is PreTrainedModel)
 
 
-def _guarded(save: Any, config_cls: type, native: bool) -> Any:
+def _guarded(save: Any, config_cls: type[PeftConfig], native: bool) -> Any:
     signature = inspect.signature(save)
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         # A base model within a PeftModel knows the adapters' configs, but is saved without them.
         saves_adapters = not native or getattr(self, "_hf_peft_config_loaded", False)
-        configs = (getattr(self, "peft_config", None) or {}) if saves_adapters else {}
+        configs: dict[str, Any] = (getattr(self, "peft_config", None) or {}) if saves_adapters else {}
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         # To the hub, transformers uploads from within `save_pretrained`. Without a digest, nothing is compared in loading.
-        if not any(isinstance(config, config_cls) for config in configs.values()) or given.get("push_to_hub"):
+        kinds = {config.peft_type.value for config in configs.values() if isinstance(config, config_cls)}
+        if not kinds or given.get("push_to_hub"):
             return save(self, save_directory, *args, **kwargs)
         base = self if native else self.get_base_model()
         cards = ["README.md", *(f"{name}/README.md" for name in configs)]
         with staged(save_directory, *cards) as stage:
             result = save(self, str(stage), *args, **kwargs)
             for file in stage.rglob(CONFIG_NAME):
-                if any((file.parent / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+                if read_kind(file.parent) in kinds and any(
+                    (file.parent / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+                ):
                     seal(file.parent, embedding_names(base))
         return result
 

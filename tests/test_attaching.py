@@ -103,6 +103,11 @@ def test_names_that_no_adapter_can_have(way: tuple[Callable, Callable], name: st
     refuse(way, "cannot be named '.*'", name=name)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "x" * 256, "ä" * 128], ids=ascii)
+def test_names_of_which_no_folder_can_be_made(way: tuple[Callable, Callable], name: str) -> None:
+    refuse(way, "An adapter('s name can have up to 255 bytes| cannot be named)", name=name)
+
+
 def test_names_that_are_no_text() -> None:
     for name in ("", None, 3):
         with pytest.raises(ValueError, match=f"cannot be named {name!r}"):

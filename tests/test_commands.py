@@ -85,6 +85,15 @@ def test_the_environments_own_sitecustomize_runs(packages: Path, tmp_path: Path)
     assert python("import peft", tmp_path / "site", packages)[0] == own + "peft None\nours\nmethods\n"
 
 
+def test_a_folder_of_pefts_name_is_no_package(tmp_path: Path) -> None:
+    """A Python that has no PEFT imports it as it would without us."""
+    code = (
+        "import sys\nsys.path = [one for one in sys.path if 'packages' not in one]\nimport peft; print(peft.__path__)"
+    )
+    (tmp_path / "peft").mkdir()
+    assert python(code, tmp_path)[0] == f"_NamespacePath(['{tmp_path / 'peft'}'])\n"
+
+
 def test_a_python_without_the_package_says_so(packages: Path) -> None:
     missing = "raise ModuleNotFoundError(name='peft_instance_prompt')"
     (packages / "peft_instance_prompt" / "__init__.py").write_text(missing)
@@ -135,6 +144,14 @@ def test_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ["run", "--import", "nonesuch", "sh"],
             "`--import` names a module that cannot be imported: No module named 'nonesuch'",
         ),
+        (["run", "--import", ".rel", "sh"], "`--import` names a module that cannot be imported"),
+        (["run", "x" * 5000], "There is no tool of the name 'xxx"),
+        (["env", "--peft-config", "x" * 5000], "xxx cannot be read as the config of an adapter: File name too long"),
+        (
+            ["env", "--peft-config", "/dev/zero"],
+            "/dev/zero must be a file with the config of an adapter; it is no regular",
+        ),
+        (["x" * 5000], "xxx cannot be read: File name too long"),
         (["env", "--peft-config", "nonesuch.yaml"], "nonesuch.yaml cannot be read as the config of an adapter"),
     ],
 )

@@ -142,6 +142,17 @@ def test_tensors_that_do_not_fit(bad: Path, route: Route, says: str) -> None:
     route.refuses(bad, f"The weights in .*({says})")
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_numbers_of_another_type(bad: Path, route: Route, dtype: torch.dtype, sealed: bool) -> None:
+    """Copied into the adapter, they would be cut, or lose a part, in silence."""
+    change_weights(bad, lambda w: w.update({largest(w): w[largest(w)].to(dtype)}))
+    if not sealed:
+        change_config(bad, weights_digest=None)
+    name = str(dtype).removeprefix("torch.")
+    route.refuses(bad, f"hold 1 tensor.s. of another type of numbers, such as '.*' {name}")
+
+
 def test_every_method(kind: str, route: Route, tmp_path: Path) -> None:
     bad = save(tmp_path, kind)
     change_weights(bad, lambda weights: (weights.pop(largest(weights)), OTHERS["head"](weights)))

@@ -227,6 +227,21 @@ def test_version(capsys):
     assert end.value.code == 0 and capsys.readouterr().out == f"peft_instance_prompt {__version__}\n"
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_numbers_of_another_type_are_refused(tmp_path, capsys, dtype):
+    save(tmp_path)
+    change_weights(tmp_path, lambda found: found.update({key: w.to(dtype) for key, w in found.items()}))
+    assert main([str(tmp_path)]) == 2
+    assert "tensor(s) of another type of numbers, such as 'base_model." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_floating_point_numbers_of_any_size_are_read(tmp_path, capsys, dtype):
+    save(tmp_path)
+    change_weights(tmp_path, lambda found: found.update({key: w.to(dtype) for key, w in found.items()}))
+    assert inspect(tmp_path, capsys)["dtypes"] == [str(dtype).removeprefix("torch.")]
+
+
 def test_other_folders_are_refused(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere")]) == 2
     get_peft_model(tiny.causal_lm(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -55,6 +56,17 @@ def test_card_says_how_to_load(tmp_path, kind):
     code = python_of(card.text)
     assert code.index(f"import {home}") < code.index("from_pretrained(")
     assert "# Model Card for" in card.text  # what PEFT writes is there as well
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\nb", "```\n# x", "a\\b", "<!-- /peft-instance-prompt -->", "ä/ö"])
+def test_names_are_texts_of_python(tmp_path, name):
+    """Whatever a folder or repository is called, the snippet names it, and the section is found again."""
+    for _ in range(2):
+        write_card(tmp_path, IAPTConfig(task_type="CAUSAL_LM"), name)
+    card = (tmp_path / "README.md").read_text()
+    (call,) = re.findall(r"from_pretrained\((.*)\)", python_of(card))
+    assert ast.literal_eval(call) == name
+    assert card.count("## How to load") == 1 and card.count("<!-- /peft-instance-prompt -->") == 1
 
 
 def test_saving_again_keeps_one_section_and_what_others_wrote(tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import adapted, batch, causal_lm
 
+from peft_instance_prompt import saving
+from peft_instance_prompt.config import InstancePromptConfig
 from peft_instance_prompt.folder import digest
 from peft_instance_prompt.loading import find_config
 from peft_instance_prompt.saving import LEFT_OVER, STAGE, staged
@@ -289,6 +292,28 @@ def test_where_nothing_can_be_saved(saver: Callable, tmp_path: Path) -> None:
         (stage / CONFIG).write_text("{}")
         raise ZeroDivisionError
     assert not files(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("owner", ["PeftModel", "PreTrainedModel"])
+def test_what_is_saved_beside_ours_has_no_keys_of_ours(owner: str, tmp_path: Path) -> None:
+    """A LoRA of the same model: PEFT knows no field of ours, and warns of them."""
+    ours, other = adapted(causal_lm(), config()), get_peft_model(causal_lm(), LoraConfig(task_type="CAUSAL_LM"))
+    both = SimpleNamespace(
+        peft_config={"ours": ours.peft_config["default"], "lora": other.peft_config["default"]},
+        get_base_model=ours.get_base_model,
+        _hf_peft_config_loaded=True,
+        get_input_embeddings=ours.get_input_embeddings,
+        named_modules=ours.named_modules,
+    )
+
+    def save(self, save_directory):
+        ours.save_pretrained(save_directory)
+        PeftModel.save_pretrained.__wrapped__(other, f"{save_directory}/lora")
+
+    saving._guarded(save, InstancePromptConfig, native=owner == "PreTrainedModel")(both, tmp_path)
+    PeftModel.save_pretrained.__wrapped__(other, tmp_path / "alone")
+    assert json.loads((tmp_path / CONFIG).read_text())["weights_digest"] == digest(load_file(tmp_path / WEIGHTS))
+    assert (tmp_path / "lora" / CONFIG).read_text() == (tmp_path / "alone" / CONFIG).read_text()
 
 
 def test_what_is_not_ours_is_saved_as_before(tmp_path: Path) -> None:

@@ -148,6 +148,11 @@ def pad_to_static_cache(
     )  # (B, length of the cache)
 
 
+def lowest(dtype: torch.dtype) -> float:
+    """What hides a key in a mask of biases: finite in `dtype` and in float32, in which most models take the softmax of any dtype."""
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+
+
 def hide(
     mask: Any,
     hidden: torch.Tensor,
@@ -187,16 +192,12 @@ def hide(
             seen_by = queries[:, None] >= start + torch.arange(T, device=hidden.device)  # (Q, T)
         mask = seen_by & ~pairs  # (B, 1, Q, T)
         # Eager attention adds its mask to the scores.
-        return (
-            mask
-            if attention == "sdpa"
-            else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        )
+        return mask if attention == "sdpa" else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest(dtype))
     if isinstance(mask, torch.Tensor) and mask.dim() in (hidden.dim(), 4) and mask.shape[-1] == T and mask.dim() != 3:
         hidden = hidden if mask.dim() == 2 else pairs
-        lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() and mask.dim() == 4 else 0
-        lowest = 1 if true_hides and mask.dtype == torch.bool and mask.dim() == 4 else lowest
-        return torch.where(hidden, torch.full((), lowest, dtype=mask.dtype, device=mask.device), mask)
+        hides = lowest(mask.dtype) if mask.is_floating_point() and mask.dim() == 4 else 0
+        hides = 1 if true_hides and mask.dtype == torch.bool and mask.dim() == 4 else hides
+        return torch.where(hidden, torch.full((), hides, dtype=mask.dtype, device=mask.device), mask)
     if hasattr(mask, "mask_mod"):
         from torch.nn.attention.flex_attention import and_masks, create_block_mask
 

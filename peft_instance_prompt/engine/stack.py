@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .calls import forward_args
+from .positions import Positions, read_positions
 from .sharded import num_elements
 from .use import embedding_of, read_use
 
@@ -41,6 +43,8 @@ class StackInfo:
         decoder_of_pair (`bool`): Whether it is the decoder of one.
         max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
         position_offset (`int`): The position id of the first token.
+        numbers_columns (`bool`): Whether it gives each column of its input the position of its number, whatever position ids
+            say, and adds that to the states: BART.
         counts_columns (`bool`): Whether the stack reads distances off the columns of its input and not off `position_ids`.
         counts_tokens (`bool`): Whether it counts the tokens that its mask shows, if it gets no `position_ids`, and not columns.
         rotates_by_length (`bool`): Whether its rotary frequencies depend on the largest position of a batch (LongRoPE, dynamic
@@ -71,6 +75,7 @@ class StackInfo:
     decoder_of_pair: bool
     max_positions: int | None
     position_offset: int
+    numbers_columns: bool
     counts_columns: bool
     counts_tokens: bool
     rotates_by_length: bool
@@ -80,11 +85,6 @@ class StackInfo:
     begins_with_special: bool = True
     mixing_layer: str | None = None
     attention_kinds: frozenset[str] = frozenset()
-
-    @property
-    def numbers_columns(self) -> bool:
-        """Whether it gives each column of its input the learned position of its number, and takes no position ids: BART."""
-        return self.max_positions is not None and "position_ids" not in self.forward_args
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -181,9 +181,10 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
     stack = model.get_submodule(stack_name)
     config = stack.config.get_text_config()
     embedding = stack.get_input_embeddings()
+    inside = layers_name.removeprefix(f"{stack_name}." if stack_name else "")
     use = read_use(model, layers_name, stacks)
     attention, pair = use.attention, use.encoder_of_pair or use.decoder_of_pair
-    max_positions, offset = _learned_positions(stack)
+    max_positions, positions = _positions(stack, inside)
     kinds = list(getattr(config, "layer_types", None) or ())
     recurrent = tuple(n for n, kind in enumerate(kinds) if "attention" not in kind or kind.startswith("linear"))
     mixing = [f"{layers_name}.{n}" for n in recurrent[:1]]
@@ -207,9 +208,10 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         encoder_of_pair=use.encoder_of_pair,
         decoder_of_pair=use.decoder_of_pair,
         max_positions=max_positions,
-        position_offset=offset,
-        counts_columns=_counts_columns(stack, config),
-        counts_tokens=_counts_tokens(stack),
+        position_offset=positions.offset,
+        numbers_columns=positions.numbers_columns,
+        counts_columns=_counts_columns(stack, config, positions),
+        counts_tokens=positions.counts_tokens,
         rotates_by_length=_rotates_by_length(stack),
         sliding_window=getattr(config, "sliding_window", None),
         begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
@@ -271,21 +273,35 @@ def _shares_layers(layers: nn.ModuleList) -> bool:
     return any(isinstance(child, nn.ModuleList) for layer in layers for child in layer.children())
 
 
-def _counts_columns(stack: nn.Module, config) -> bool:
-    """Whether distances are those of columns: there are no position ids (T5, Bloom, MPT), or there are but ALiBi (Falcon), a table of
-    relative distances (DeBERTa, MPNet) or a sliding window (Mistral, Gemma 3) does not read them."""
+def _positions(stack: PreTrainedModel, layers_name: str) -> tuple[int | None, Positions]:
+    """How many positions have a learned embedding (None: rotary, relative or ALiBi), and how the stack numbers its tokens.
+
+    Where it cannot be called, the ids begin behind that of padding (RoBERTa), or the module that embeds positions counts the tokens
+    of the mask (OPT).
+    """
+    size, offset = _learned_positions(stack)
+    found = read_positions(stack, layers_name, offset, partial(_in_place_of_ids, stack))
+    if found is None:
+        by_id, by_mask = "position_ids" in forward_args(stack), "attention_mask"
+        counts = any(by_mask in forward_args(m) for name, m in walk(stack) if name.endswith("embed_positions"))
+        found = Positions(offset, by_id, size is not None and not by_id, counts or offset != 0)
+    return None if size is None else size + offset - found.offset, found
+
+
+def _in_place_of_ids(stack: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    embeds = embed(stack, input_ids)  # (B, S, e)
+    per_layer = embed_per_layer(stack, input_ids, embeds)  # (B, S, layers, width)
+    return {"inputs_embeds": embeds, **({} if per_layer is None else {"per_layer_inputs": per_layer})}
+
+
+def _counts_columns(stack: nn.Module, config, positions: Positions) -> bool:
+    """Whether distances are those of columns: no position id reaches the layers (T5, Bloom, MPT), or one does but ALiBi (Falcon), a
+    table of relative distances (DeBERTa, MPNet) or a sliding window (Mistral, Gemma 3) does not read it."""
     relative = any(name.endswith("relative_attention_bias") for name, _ in walk(stack))
     declared = any(getattr(config, name, False) for name in ("alibi", "relative_attention"))
     kinds = getattr(config, "layer_types", None)
     windows = getattr(config, "sliding_window", None) and (kinds is None or any("sliding" in kind for kind in kinds))
-    numbered = "position_ids" in forward_args(stack) or _learned_positions(stack)[0] is not None
-    return bool(declared or relative or windows or not numbered)
-
-
-def _counts_tokens(stack: nn.Module) -> bool:
-    """Whether the ids begin behind that of padding (RoBERTa), or the module that embeds positions reads the mask (OPT)."""
-    by_mask = any("attention_mask" in forward_args(m) for name, m in walk(stack) if name.endswith("embed_positions"))
-    return by_mask or _learned_positions(stack)[1] != 0
+    return bool(declared or relative or windows or not (positions.reads_ids or positions.numbers_columns))
 
 
 def _rotates_by_length(stack: nn.Module) -> bool:

@@ -150,9 +150,7 @@ class DynamicPromptConfig(InstanceVectorConfig):
         for name in ("num_pool", "anneal_steps"):
             check_int(self, name, minimum=1)
         for name in ("temperature", "min_temperature"):
-            check_number(self, name)
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+            check_number(self, name, least=1e-4)
         per_task = "task" in (self.position, self.length, self.representation) or isinstance(self.position, list)
         if self.num_tasks is not None and not per_task:
             raise ValueError(

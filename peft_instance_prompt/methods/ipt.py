@@ -307,6 +307,7 @@ class IPTGenerator(PromptGenerator):
             counts = torch.full_like(counts, self.num_read)
         else:
             vectors = instances.vector  # (G, T, w)
+            counts = counts.clamp(max=vectors.shape[1])  # (G,), those that were read
         vectors = vectors if self.paper else rms_norm(vectors)
         if self.looks_up:
             return vectors if self.paper else vectors * weights["gate"]  # (G, P, w)

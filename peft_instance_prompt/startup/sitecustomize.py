@@ -29,6 +29,8 @@ class Companion:
                 break
         else:
             return None
+        if spec.loader is None:  # a folder of that name, which holds no package
+            return spec
         execute = spec.loader.exec_module
 
         def exec_module(module):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..attaching import check_sizes, check_task
 from ..config import InstancePromptConfig
 from ..engine.stack import StackInfo, describe
-from ..folder import PREFIX, check_files, check_tensors, digest, read_kind
+from ..folder import PREFIX, check_files, check_tensors, digest, is_whole, read_kind
 from ..generator import INPUT, PromptGenerator, Source
 
 
@@ -111,8 +111,12 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     names = {f"{tensor_prefix(tuner.prefix, info)}{name}": name for name in generator.state_dict()}
     weights = load_peft_weights(str(folder), device="cpu")
     found = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-    expected = {saved: generator.state_dict()[name].shape for saved, name in names.items()}
-    check_tensors(str(folder), expected, found, expected_digest=config.weights_digest)
+    wanted = {saved: generator.state_dict()[name] for saved, name in names.items()}
+    expected, whole = (
+        {name: x.shape for name, x in wanted.items()},
+        {name for name, x in wanted.items() if is_whole(x)},
+    )
+    check_tensors(str(folder), expected, found, expected_digest=config.weights_digest, whole=whole)
     # As PEFT does by default: an adapter that was saved in half precision runs in float32.
     half = (torch.float16, torch.bfloat16)
     state = {name: t.float() if (t := found[saved]).dtype in half else t for saved, name in names.items()}

@@ -178,6 +178,44 @@ def test_adapters_of_one_signature_run_together(kind: str, monkeypatch: pytest.M
     assert sorted(calls) == sorted([(depth, n) for depth in depths for n in (6, 1)])
 
 
+FREE = {  # what tells where the instruction is and where the adapter came from
+    "missing_template": "all",
+    "response_template": [90],
+    "exclude_modules": ["vision"],
+    "tokenizer_name_or_path": "some/tokenizer",
+    "target_modules": ["layers"],
+    "modules_to_save": ["lm_head"],
+    "base_model_name_or_path": "some/model",
+}
+READ = {"num_virtual_tokens": 2, "prompt_position": "after_first", "init_weights": "paper", "condition": "constant"}
+
+
+@pytest.mark.parametrize("field", [*FREE, *READ])
+@torch.no_grad()
+def test_which_fields_keep_adapters_from_running_together(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the vectors and their places depend on, and no others; each row is as it is alone either way."""
+    make = METHODS["iapt"]
+    model = adapted(causal_lm(), make(task_type="CAUSAL_LM", modules_to_save=["lm_head"]), name="a")
+    value = FREE.get(field, READ.get(field))
+    model.add_adapter("b", make(task_type="CAUSAL_LM", **{"modules_to_save": ["lm_head"], field: value}))
+    perturb(model, seed=1, adapter="b")
+    inputs = batch(9, 6)
+    for row in range(2):  # where it is a template, each row has it
+        inputs["input_ids"][row, 6] = 90
+    names = ["a", "b"]
+    expected = [alone_named(model.eval(), name, **row_of(inputs, row))[0] for row, name in enumerate(names)]
+    calls, original = [], generators.PromptGenerator.forward
+
+    def count(self, instances, depth, weights=None):
+        calls.append(len(instances.mask))
+        return original(self, instances, depth, weights)
+
+    monkeypatch.setattr(generators.PromptGenerator, "forward", count)
+    mixed = model(**inputs, adapter_names=names).logits[:, -1]
+    assert set(calls) == ({2} if field in FREE else {1})
+    assert_same(mixed, torch.stack(expected))
+
+
 def alone_named(model: PeftModel, name: str, **inputs) -> torch.Tensor:
     model.set_adapter(name)
     return model(**inputs).logits[:, -1]  # (1, V)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import batch, causal_lm
+from tiny import adapted, assert_same, batch, causal_lm
 from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
+from peft_instance_prompt import LPTConfig
 from peft_instance_prompt.engine.masks import hide, padding_mask
 
 
@@ -56,6 +57,32 @@ def test_plain_forms() -> None:
 def test_other_forms_are_refused(mask: torch.Tensor, static: bool) -> None:
     with pytest.raises(ValueError, match="`attention_mask`"):
         padding_mask(mask, 2, 9, static)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_hidden_is_finite_where_softmax_runs(dtype: torch.dtype) -> None:
+    """Attention in float64 takes its softmax in float32, too; a slot before the text sees no key at all."""
+    hidden = torch.tensor([[True, False, False]])
+    masks = [None, torch.zeros(1, 1, 3, 3, dtype=dtype)]
+    for mask in masks:
+        made = hide(mask, hidden, 3, 0, 0, causal=True, attention="eager", dtype=dtype)
+        assert made.dtype == dtype and made[0, 0, 0, 0] < -1e4
+        assert made.isfinite().all() and made.float().isfinite().all()
+        assert made.float().softmax(dim=-1).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@torch.no_grad()
+def test_late_prompts_in_float64(family: str) -> None:
+    """Unpadded rows, whose first position is a slot that the two layers below the prompt do not see."""
+    outputs = []
+    for attention in ("eager", "sdpa"):
+        model = adapted(
+            causal_lm(family, attn_implementation=attention), LPTConfig(bottleneck_dim=8, insertion_layer=2)
+        ).double()
+        outputs.append(model(**batch(9, 9)).logits)
+    assert outputs[0].dtype == torch.float64 and outputs[0].isfinite().all()
+    assert_same(outputs[0], outputs[1], tolerance=1e-5)
 
 
 def test_hiding_keys_in_masks_of_each_form() -> None:

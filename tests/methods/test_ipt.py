@@ -15,6 +15,7 @@ from torch import nn
 
 from peft_instance_prompt import IPTConfig
 from peft_instance_prompt.engine.intercept import intercept
+from peft_instance_prompt.generator import INPUT, Instances, Source
 from peft_instance_prompt.nn.encoders import ENCODERS, Table
 
 
@@ -65,6 +66,22 @@ def test_lookup_against_the_base_model_with_the_prompt_in_its_input(rank, init_w
         prompt = prompt if init_weights == "paper" else embeds[0] + rms(embeds[0]) * prompt
         expected = base(inputs_embeds=torch.cat([prompt, embeds])[None]).logits[0, len(prompt) :]
         assert_same(actual[row, start:], expected)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp", "lstm"])
+@pytest.mark.parametrize("read", [1, 2, 4])
+@torch.no_grad()
+def test_an_encoder_that_reads_few_tokens(kind: str, read: int) -> None:
+    """What stands behind the tokens that are read counts for nothing: the prompt is that of the short text."""
+    model = adapted(causal_lm(), encoder(encoder=kind, max_instance_tokens=read))
+    generator = generator_of(model)
+    long, short = batch(9)["input_ids"], batch(9)["input_ids"][:, :read]
+    made = []
+    for ids in (long, short):
+        embeds, mask = model.get_input_embeddings()(ids), torch.ones_like(ids, dtype=torch.bool)
+        vector = generator.encode(Source(ids, embeds, mask, None, lambda: embeds))
+        made.append(generator(Instances(embeds, mask, embeds[:, :1], vector), INPUT))
+    assert_same(made[0], made[1])
 
 
 def test_random_table_is_uniform() -> None:

@@ -62,6 +62,12 @@ def test_share_of_a_model_of_1b(fields: dict, kind: str) -> None:
     assert table == 64 * (128_256 + 2048) and table / trained > 0.8
 
 
+@pytest.mark.parametrize("scale", [-1e300, 1e5, float("nan")])
+def test_scales_that_overflow(scale: float) -> None:
+    with pytest.raises(ValueError, match="`instance_scale` must (lie between -10000 and 10000|be finite)"):
+        config(host="deep", instance_scale=scale)
+
+
 def test_full_table_of_a_large_vocabulary_warns() -> None:
     with pytest.warns(UserWarning, match=r"1,600,000 parameters.*50,000.*3,202,048"):
         get_peft_model(causal_lm(vocab_size=50_000), config(table_rank=None))

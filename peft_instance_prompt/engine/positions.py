@@ -1,0 +1,229 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""How a stack tells where its tokens stand. It is read off what its first layer gets for a few tokens; never off a name."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .calls import forward_args
+from .sharded import whole
+
+
+S = 6  # tokens of a probe
+
+
+class Positions(NamedTuple):
+    """Facts about a stack's positions, so far as its layers get them from outside.
+
+    Attributes:
+        offset (`int`): The position id of the first token.
+        reads_ids (`bool`): Whether `position_ids` change what the layers get.
+        numbers_columns (`bool`): Whether the states have the position of their column, whatever `position_ids` say.
+        counts_tokens (`bool`): Whether positions without `position_ids` are those of tokens and not of columns.
+    """
+
+    offset: int
+    reads_ids: bool
+    numbers_columns: bool
+    counts_tokens: bool
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, Positions] = weakref.WeakKeyDictionary()  # a model may get many adapters
+
+
+def read_positions(
+    stack: PreTrainedModel, layers_name: str, offset: int, embed: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+) -> Positions | None:
+    """Find out how a stack numbers its tokens. Nothing of it is changed, and no random number is drawn.
+
+    Args:
+        stack (`PreTrainedModel`): The stack.
+        layers_name (`str`): The name of its list of layers, within the stack.
+        offset (`int`): The likely position id of the first token.
+        embed (`Callable`): Gives the arguments that the stack takes in place of token ids (1, S): their embeddings (1, S, e).
+
+    Returns:
+        `Positions`, *optional*: None if the stack cannot be called with a few tokens alone, or its weights are elsewhere.
+
+    Raises:
+        ValueError: Its layers get something else for the tokens' embeddings than for the tokens, or for positions that are given
+            than for the same ones that are not.
+    """
+    if (known := _known.get(stack)) is None:
+        try:
+            known = _read(stack, layers_name, offset, embed)
+        except _Unknown as unknown:
+            raise ValueError(
+                f"Instance prompts cannot be used with {type(stack).__name__}: {unknown}. Choose another base model."
+            ) from None
+        except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, LookupError):
+            return None
+        _known[stack] = known
+    return known
+
+
+def _read(stack: PreTrainedModel, layers_name: str, offset: int, embed: Callable) -> Positions:
+    weight = stack.get_input_embeddings().weight
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    probe, args = _without_layers(stack, layers_name.split(".")), forward_args(stack)
+    column = torch.arange(S, device=device)[None]  # (1, S)
+    pad = _padding_id(stack)
+    ids = torch.full_like(column, 1 if pad != 1 else 0)  # (1, S), one token over and over
+    with torch.no_grad(), whole([*probe.parameters()]):
+        text = embed(ids)
+        plain = _first_call(probe, **text)
+        by_id = _first_call(probe, input_ids=ids)
+        if not _same(plain, by_id):
+            raise _Unknown(
+                "its layers get other states for `inputs_embeds` than for the `input_ids` that these are made of"
+            )
+        mask = (column > 1).long()  # (1, S), two columns of padding
+        padded = (
+            _first_call(probe, **text, attention_mask=mask),
+            _first_call(probe, input_ids=torch.where(mask.bool(), ids, pad), attention_mask=mask),
+        )
+        real, first_ones = slice(2, S), slice(0, S - 2)
+        counts_tokens = any(not _same(x, plain, real, real) and _same(x, plain, real, first_ones) for x in padded)
+        if "position_ids" not in args:
+            return Positions(offset, False, _differ_by_column(plain), counts_tokens)
+        for first in (offset, 0, 1, 2):
+            told = _first_call(probe, **text, position_ids=column + first)
+            if _same(told, plain):
+                break
+        else:
+            raise _Unknown("no `position_ids` that count on from 0, 1 or 2 give its layers what they get without")
+        turned = _first_call(probe, **text, position_ids=(column + first).flip(1))
+        level = _first_call(probe, **text, position_ids=torch.full_like(column, first))
+    reads_ids = not _same(turned, told) or "position_ids" in told
+    return Positions(first, reads_ids, _differ_by_column(level), counts_tokens)
+
+
+def _padding_id(stack: PreTrainedModel) -> int:
+    known = (stack.get_input_embeddings().padding_idx, getattr(stack.config.get_text_config(), "pad_token_id", None))
+    return next((one for one in known if isinstance(one, int) and one >= 0), 0)
+
+
+# ------------------------------------------------------------------------------------------------- what a layer gets
+
+
+class _Unknown(Exception):
+    """Carries why a stack is not understood."""
+
+
+class _Reached(Exception):
+    """Carries the arguments of the first layer, and ends the pass."""
+
+
+def _first_call(probe: PreTrainedModel, **call: Any) -> dict[str, Any]:
+    """The tensors that the first layer gets, by name."""
+    call = {name: value.clone() for name, value in call.items()}  # CTRL scales its embeddings where they lie
+    if "attention_mask" not in call:
+        tokens = call["inputs_embeds"] if "inputs_embeds" in call else call["input_ids"]
+        call["attention_mask"] = torch.ones(1, S, dtype=torch.long, device=tokens.device)
+    if "use_cache" in forward_args(probe):
+        call["use_cache"] = False
+    try:
+        probe(**call)
+    except _Reached as reached:
+        return dict(_tensors("", reached.args[0]))
+    raise RuntimeError(f"{type(probe).__name__} did not call its first layer.")
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        items: Iterable = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _tensors(str(key) if not name else f"{name}.{key}", item)
+
+
+def _by_token(call: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What has a row per token (..., S, width): states, and the sines of rotary embeddings. Masks have a column per token, too."""
+    found = {
+        name: x.flatten(0, -3)
+        for name, x in call.items()
+        if x.is_floating_point() and x.dim() > 2 and x.shape[-2] == S
+    }
+    return {name: x for name, x in found.items() if "mask" not in name}
+
+
+def _same(one: dict[str, Any], two: dict[str, Any], own: slice = slice(None), other: slice = slice(None)) -> bool:
+    first, second = _by_token(one), _by_token(two)
+    return first.keys() == second.keys() and all(
+        torch.allclose(x[:, own].float(), second[name][:, other].float(), rtol=1e-4, atol=1e-5)
+        for name, x in first.items()
+    )
+
+
+def _differ_by_column(call: dict[str, Any]) -> bool:
+    """Whether the states of two tokens between others, which are the same, are not."""
+    states = next(iter(call.values()))  # (1, S, d), or (streams, 1, S, d)
+    if states.dim() < 3 or states.shape[-2] != S:
+        raise ValueError(f"The states have the shape {tuple(states.shape)}.")
+    return not torch.allclose(states[..., 2, :].float(), states[..., 3, :].float(), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- the stack without layers
+
+
+def _without_layers(module: nn.Module, path: list[str]) -> Any:
+    """A copy of a module in eval mode that shares its weights, but has probes in place of the list of layers at `path`.
+
+    Nothing of `module` changes when the copy runs: it has buffers and hooks of its own.
+    """
+    twin = _twin(module)
+    twin.__dict__.pop("forward", None)
+    if isinstance(module, PreTrainedModel):
+        config = copy.deepcopy(module.config)
+        config._attn_implementation = "eager"  # other masks take long to make
+        twin.config = config
+    for name, child in module._modules.items():
+        if child is not None:
+            on_path = name == path[0]
+            twin._modules[name] = (
+                _twin(child, deep=True)
+                if not on_path
+                else _without_layers(child, path[1:])
+                if path[1:]
+                else _probes(child)
+            )
+    return twin
+
+
+def _twin(module: nn.Module, deep: bool = False) -> nn.Module:
+    twin = module.__new__(type(module))
+    twin.__dict__ = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+    twin.__dict__["training"] = False
+    twin.__dict__["_buffers"] = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+    if not deep:  # the hooks of the stack itself are ours, and those that move tensors between devices
+        for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
+            twin.__dict__[name] = type(module.__dict__[name])()
+    else:
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else _twin(child, deep=True)
+    return twin
+
+
+def _probes(layers: nn.Module) -> nn.Module:
+    """As many layers as there are, since some stacks count them, and read their attributes."""
+    names = forward_args(next(layers.children()))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise _Reached({**dict(zip(names, args)), **kwargs})
+
+    twin = _twin(layers)
+    for name, layer in layers.named_children():
+        probe = twin._modules[name] = _twin(layer)
+        probe._modules.clear()  # some stacks switch the attention of their layers by the length of a text
+        probe.__dict__["forward"] = forward
+    return twin
