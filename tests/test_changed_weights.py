@@ -12,14 +12,14 @@ import torch
 from llama_calls import INPUTS, LIVE, logits, prompted
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
-from tiny import VOCAB, causal_lm
+from tiny import VOCAB, assert_same, causal_lm
 
 
 def test_resized_vocabulary(kind: str, tmp_path: Path) -> None:
     model = prompted(kind)
     before = logits(model)
     model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
-    assert torch.equal(logits(model)[..., :VOCAB], before)
+    assert_same(logits(model)[..., :VOCAB], before)  # a wider product is summed in another order on some processors
     new = {**INPUTS, "input_ids": INPUTS["input_ids"].clone()}
     new["input_ids"][0, 2] = VOCAB + 3
     model.save_pretrained(tmp_path, save_embedding_layers=False)
@@ -32,7 +32,7 @@ def test_resized_vocabulary(kind: str, tmp_path: Path) -> None:
             PeftModel.from_pretrained(base, tmp_path)
         return
     assert logits(model, new)[LIVE].isfinite().all()
-    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path))[..., :VOCAB], before)
+    assert_same(logits(PeftModel.from_pretrained(base, tmp_path))[..., :VOCAB], before)
 
 
 def test_hotswap(kind: str, tmp_path: Path) -> None:

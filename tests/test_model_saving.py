@@ -24,7 +24,7 @@ import sys, torch, warnings
 path, folder, methods = {path!r}, {folder!r}, {methods!r}
 sys.path[:0] = path
 warnings.simplefilter("ignore")
-torch.set_num_threads(1)
+torch.set_num_threads({threads})
 from peft import AutoPeftModelForCausalLM, PeftModel
 from tiny import batch, causal_lm
 import mean_prompt, peft_instance_prompt  # a method of one's own is there when its file is imported
@@ -74,7 +74,8 @@ def new_process(tmp_path_factory: pytest.TempPathFactory) -> tuple:
         files = {file.name for file in (folder / method).iterdir() if file.is_file() and file.name != "README.md"}
         assert files == {"adapter_config.json", "adapter_model.safetensors"}
     tests = Path(__file__).parent
-    code = LOAD.format(folder=str(folder), methods=list(METHODS), path=[str(tests), str(tests.parent)])
+    path, threads = [str(tests), str(tests.parent)], torch.get_num_threads()
+    code = LOAD.format(folder=str(folder), methods=list(METHODS), path=path, threads=threads)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return here, *torch.load(folder / "out.pt")

@@ -10,7 +10,13 @@ import torch
 from llama_calls import GREEDY, INPUTS, LIVE, logits, prompted, train_step
 from methods import METHODS
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny import assert_same, causal_lm
+from tiny import causal_lm
+
+
+def assert_near(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """The norm of the error is some two roundings of the dtype, on any kernels; the largest error varies more."""
+    error = (found.float() - exact)[LIVE].norm() / exact[LIVE].norm()
+    assert error < 8 * torch.finfo(found.dtype).eps
 
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
@@ -26,7 +32,7 @@ def test_half_precision(kind: str, dtype: torch.dtype, autocast_adapter_dtype: b
     assert own == {torch.float32 if autocast_adapter_dtype else dtype}
     found = logits(model)
     assert found.dtype == dtype
-    assert_same(found.float()[LIVE], logits(exact)[LIVE], 0.05 if dtype == torch.bfloat16 else 0.005)
+    assert_near(found, logits(exact))
     tokens = model.generate(**INPUTS, **GREEDY)
     assert torch.equal(tokens, model.generate(**INPUTS, **GREEDY, use_cache=False)) and tokens.shape == (2, 13)
     assert train_step(model) == pytest.approx(train_step(exact), rel=0.03)
@@ -39,5 +45,5 @@ def test_autocast(kind: str) -> None:
         assert model.generate(**INPUTS, **GREEDY).shape == (2, 13)
         loss = train_step(model)
     assert found.dtype == torch.bfloat16
-    assert_same(found.float()[LIVE], logits(exact)[LIVE], 0.05)
+    assert_near(found, logits(exact))
     assert loss == pytest.approx(train_step(exact), rel=0.03)

@@ -140,7 +140,7 @@ def test_encoder(order: str, length: str) -> None:
     fields = {"task_type": None, "position": "task", "length": length, "order": order, "init_weights": "paper"}
     model = dynamic(base=encoder("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), **fields).train()
     ids = batch(7, 7, 7, 7)["input_ids"]
-    aim = torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(1))
+    aim = torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(1)) / 30  # 896 terms, of which most cancel
     torch.manual_seed(5)
     loss = (model(ids).last_hidden_state * aim).sum()
     loss.backward()
