@@ -348,5 +348,4 @@ def _by_rules(
             "instruction: prompts are generated from whole rows. If responses in them are scored, the prompt has read them: set "
             "`response_template`, or pass `instruction_mask`."
         )
-        warnings.warn(said.replace("language model", "stack", 1) if undeclared else said)
     return tokens
