@@ -77,8 +77,13 @@ def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | 
     )
 
 
-# The attribute of a `PeftModel` that holds the copy of a config while that is being attached.
-_TAKEN = "_instance_prompt_config"
+# The attribute of a config that says, while it is being attached, that it is a copy of the caller's.
+_TAKEN = "_instance_prompt_taken"
+
+
+def is_taken(config: PeftConfig) -> bool:
+    """Whether a config is a copy already, which may be filled in."""
+    return _TAKEN in vars(config)
 
 
 def guard_attaching(config_cls: type) -> None:
@@ -105,14 +110,15 @@ def _guarded(method: Callable, config_cls: type) -> Callable:
             known = getattr(model, "peft_config", None) or {}
             if own or any(isinstance(one, config_cls) for one in known.values()):
                 check_free(model, None, config)
-        if not own or vars(self).get(_TAKEN) is config:
+        if not own or is_taken(config):
             return method(*call.args, **call.kwargs)
-        # For classifiers, PEFT writes `modules_to_save` into it, and a subclass hands it on to the same method of its base class.
-        vars(self)[_TAKEN] = call.arguments["peft_config"] = copy.deepcopy(config)
+        # One copy for all: for classifiers, PEFT writes `modules_to_save` into it after it has handed it on.
+        call.arguments["peft_config"] = taken = copy.deepcopy(config)
+        vars(taken)[_TAKEN] = True
         try:
             return method(*call.args, **call.kwargs)
         finally:
-            vars(self).pop(_TAKEN, None)
+            del vars(taken)[_TAKEN]
 
     return guarded
 

@@ -28,6 +28,7 @@ from .attaching import (
     check_sizes,
     check_task,
     check_tensor_names,
+    is_taken,
     matches,
     undone_on_error,
 )
@@ -74,7 +75,8 @@ class InstancePromptModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             # What is found out about the model is kept on a copy: the caller may use the config for another one.
-            self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+            if not is_taken(self.peft_config[adapter_name]):
+                self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
             take_config(self.peft_config[adapter_name])
             if "transformers.trainer" in sys.modules:
                 from .trainers import guard_trainers

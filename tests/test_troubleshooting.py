@@ -164,6 +164,11 @@ def _(path, patch):
 # ----------------------------------------------------------------------------------------------------------- training
 
 
+@says("Nothing in the adapted module says whether tokens of its causal stack are predicted")
+def _(path, patch):
+    adapted(causal_lm().model, IAPTConfig()).train()(**batch(7, 5))
+
+
 @says("A causal language model in training mode cannot tell instruction from response without `labels`.")
 def _(path, patch):
     iapt().train()(**batch(7, 5))
