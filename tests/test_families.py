@@ -180,3 +180,11 @@ def test_layers_that_read_token_ids_are_refused() -> None:
         ValueError, match="a DeepseekV4HashRouter in its layers .* needs the `input_ids` of each position"
     ):
         get_peft_model(base, METHODS["ipt"](task_type="CAUSAL_LM"))
+
+
+def test_several_states_for_each_position_in_an_output_are_refused() -> None:
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "decoder_ffn_dim": 48, "num_decoder_layers": 2}
+    config = tf.ProphetNetConfig(**small, num_decoder_attention_heads=4, max_position_embeddings=64, ngram=2)
+    model = adapted(tf.ProphetNetForCausalLM(config), METHODS["idpg_single"](task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"out of the output `last_hidden_state_ngram` \(2, 26, 32\)"):
+        model(**batch(9, 6))
