@@ -26,7 +26,7 @@ from tiny import adapted
 LM, PAIR, CLASSIFIER, MASKED = "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", None
 PROMPT, CHANGED = 5, 7  # how many tokens the instruction has, and the first token that the leak check changes
 NEW = 3
-GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "num_beams": 1}
 GREEDY.update(output_logits=True, return_dict_in_generate=True)
 TOLERANCE = 2e-3
 TEXT = (10, 96)  # token ids of texts: below are special ones, above the marks of images
@@ -68,9 +68,9 @@ def lora_targets(base: torch.nn.Module) -> list[str] | str:
     return [n for n in known if n in ends] or [n for n in usual if n in ends] or "all-linear"
 
 
-def ids_of(*lengths: int, side: str, seed: int = 0) -> dict[str, torch.Tensor]:
+def ids_of(*lengths: int, side: str, seed: int = 0, pad: int = 0) -> dict[str, torch.Tensor]:
     """Random rows of these lengths, padded on one side, with their mask; a row depends on its place only."""
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)  # (B, S)
+    ids = torch.full((len(lengths), max(lengths)), pad)  # (B, S)
     mask = torch.zeros_like(ids)
     for row, n in enumerate(lengths):
         generator = torch.Generator().manual_seed(1000 * seed + row)
@@ -127,6 +127,14 @@ class Checks:
     def is_adapted(self) -> bool:
         return isinstance(self.model, PeftModel)
 
+    def ids_of(self, *lengths: int, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Some models find padding by its id."""
+        return ids_of(*lengths, pad=self.pad, **kwargs)
+
+    @property
+    def pad(self) -> int:
+        return self.s.bare.config.get_text_config().pad_token_id or 0
+
     @property
     def end(self) -> int | None:
         return getattr(self.s.bare.config, "eos_token_id", None)
@@ -159,13 +167,13 @@ class Checks:
         """The logits (B, steps, V) that `generate` reads, up to the first step at which two runs may differ in text."""
         key = (side, alone, lengths, *kwargs.items())
         if key not in self.kept:
-            inputs, source = ids_of(*lengths, side=side), self.s.source
+            inputs, source = self.ids_of(*lengths, side=side), self.s.source
             if alone is not None:
                 inputs = row(inputs, alone)
                 source = {name: value[alone : alone + 1] for name, value in source.items()}
             inputs = source or {**inputs, **self.s.extra(inputs["input_ids"])}
             with torch.no_grad():
-                out = self.model.eval().generate(**inputs, **GREEDY, **kwargs)
+                out = self.model.eval().generate(**inputs, **{**GREEDY, "pad_token_id": self.pad}, **kwargs)
             self.kept[key] = torch.stack(out.logits, dim=1).float()  # (B, steps, V)
         return self.kept[key]
 
@@ -183,7 +191,7 @@ class Checks:
             same_steps(self.steps()[1], self.steps(alone=1)[0], "rows, padded left, generate")
         # A decoder as a classifier finds the last token of a left-padded row, too.
         for side in ("right",) if self.s.kind == LM else ("right", "left"):
-            inputs = ids_of(9, 6, side=side)
+            inputs = self.ids_of(9, 6, side=side)
             if self.s.kind == CLASSIFIER:
                 inputs = ended(inputs, self.end)
             out = self.forward(inputs).logits[1]
@@ -201,12 +209,12 @@ class Checks:
         """A batch for training: the tokens from `CHANGED` on depend on the seed."""
         if self.s.kind == PAIR:
             target = torch.cat(
-                [ids_of(5, 5, side="right")["input_ids"], ids_of(4, 4, side="right", seed=1 + seed)["input_ids"]], 1
+                [self.ids_of(5, 5, side="right")["input_ids"], self.ids_of(4, 4, side="right", seed=1 + seed)["input_ids"]], 1
             )
-            return {**ids_of(9, 6, side="right"), "labels": target}  # (B, 9)
-        inputs = ids_of(9, 8, side="right")
+            return {**self.ids_of(9, 6, side="right"), "labels": target}  # (B, 9)
+        inputs = self.ids_of(9, 8, side="right")
         if self.s.kind == LM:
-            new = ids_of(9, 8, side="right", seed=seed)["input_ids"]
+            new = self.ids_of(9, 8, side="right", seed=seed)["input_ids"]
             late = torch.arange(9) >= CHANGED
             inputs["input_ids"] = torch.where(late, new, inputs["input_ids"])  # (B, S)
             unlabelled = (torch.arange(9) < PROMPT) | (inputs["attention_mask"] == 0)  # (B, S)
