@@ -209,7 +209,11 @@ class Checks:
         """A batch for training: the tokens from `CHANGED` on depend on the seed."""
         if self.s.kind == PAIR:
             target = torch.cat(
-                [self.ids_of(5, 5, side="right")["input_ids"], self.ids_of(4, 4, side="right", seed=1 + seed)["input_ids"]], 1
+                [
+                    self.ids_of(5, 5, side="right")["input_ids"],
+                    self.ids_of(4, 4, side="right", seed=1 + seed)["input_ids"],
+                ],
+                1,
             )
             return {**self.ids_of(9, 6, side="right"), "labels": target}  # (B, 9)
         inputs = self.ids_of(9, 8, side="right")

@@ -226,8 +226,8 @@ def check_understood(stack: nn.Module, name: str, causal: bool, layers: nn.Modul
     if missing:
         raise ValueError(
             f"The forward of {type(stack).__name__} ({name or 'the base model itself'!r}) is not understood: it takes no "
-            f"{', no '.join(f'`{argument}`' for argument in missing)}, but {list(args)}. Instance prompts need a stack of "
-            "attention layers that is called as transformers calls its own."
+            f"{', no '.join(f'`{argument}`' for argument in missing)}. Instance prompts need a stack of attention layers that is "
+            "called as transformers calls its own."
         )
     head: Any = getattr(stack, "get_output_embeddings", None)
     if head is not None and head() is not None:

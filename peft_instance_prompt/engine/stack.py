@@ -50,6 +50,7 @@ class StackInfo:
         rotates_by_length (`bool`): Whether its rotary frequencies depend on the largest position of a batch (LongRoPE, dynamic
             NTK). Slots then have positions before those of the tokens, for nothing but the distance of positions counts there,
             and the frequencies switch where the base model's do.
+        padding_by_id (`bool`): Whether it tells padding from tokens by ids, which embeddings do not show, where it counts tokens.
         sliding_window (`int`, *optional*): The width of its sliding attention window.
         special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         begins_with_special (`bool`): Whether texts begin with a special token, as far as the config tells: T5 has none.
@@ -81,6 +82,7 @@ class StackInfo:
     counts_tokens: bool
     rotates_by_length: bool
     sliding_window: int | None
+    padding_by_id: bool = False
     recurrent_layers: tuple[int, ...] = ()
     special_ids: tuple[int, ...] = ()
     begins_with_special: bool = True
@@ -236,6 +238,7 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         numbers_columns=positions.numbers_columns,
         counts_columns=_counts_columns(stack, config, positions),
         counts_tokens=positions.counts_tokens,
+        padding_by_id=positions.padding_by_id,
         rotates_by_length=_rotates_by_length(stack),
         sliding_window=getattr(config, "sliding_window", None),
         begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
