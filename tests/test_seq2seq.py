@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from methods import KINDS, METHODS, at_the_first_layer
 from peft import PeftModel, PeftModelForSeq2SeqLM
-from tiny import PAIRS, VOCAB, adapted, assert_same, batch, pair
+from tiny import PAIRS, VOCAB, adapted, assert_same, batch, pair, row_of
 
 from peft_instance_prompt.engine.layer import InstancePromptLayer
 
@@ -271,3 +271,18 @@ def test_encoder_of_t5_alone(kind: str) -> None:
     assert out.shape == plain.shape and (out - plain).abs().max() > 1e-3
     for row, n in enumerate(LENGTHS):
         assert_same(out[row, :n], model(**row_alone(row)).last_hidden_state[0])
+
+
+def test_padding_that_only_its_id_shows() -> None:
+    """M2M100 numbers tokens by ids and columns of embeddings, so only rows that are padded on the right are right."""
+    config = tf.M2M100Config(
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0, decoder_start_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = adapted(tf.M2M100ForConditionalGeneration(config).eval(), METHODS["iapt"](task_type="SEQ_2_SEQ_LM"))
+    inputs, target = batch(9, 6, side="right"), batch(4, 4, seed=3)["input_ids"]
+    alone = model(**row_of(inputs, 1), decoder_input_ids=target[1:]).logits
+    assert_same(model(**inputs, decoder_input_ids=target).logits[1:], alone)
+    with pytest.raises(ValueError, match="'model.encoder' counts its positions from the first id .* pad on the right"):
+        model(**batch(9, 6, side="left"), decoder_input_ids=target)

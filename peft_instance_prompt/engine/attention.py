@@ -64,7 +64,7 @@ def read_attention(
 
 
 class _Mask(Exception):
-    """Carries the mask that the first layer gets, and ends the pass."""
+    """Carries the mask that the first layer gets, and its whole call, and ends the pass."""
 
 
 class _Probe(nn.Module):
@@ -81,7 +81,7 @@ class _Probe(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = {**dict(zip(self.names, args)), **kwargs}
         merged = call.get("merged_attention_mask")  # T5Gemma 2: behind its own keys, those of the encoder
-        raise _Mask(call.get("attention_mask") if merged is None else merged)
+        raise _Mask(call.get("attention_mask") if merged is None else merged, args, kwargs)
 
 
 def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
@@ -89,6 +89,12 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
 
     In place of the stack it may be the language model around it, with the name that the list of layers has there.
     """
+    layer = next(stack.get_submodule(layers_name).children())
+    if not {"attention_mask", "merged_attention_mask"}.intersection(forward_args(layer)):
+        raise ValueError(
+            f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the modules of "
+            f"{layers_name!r} take no `attention_mask`. Instance prompts need layers of attention that do."
+        )
     probe: PreTrainedModel = _without_layers(stack, layers_name.split("."))
     embedding = stack.get_input_embeddings()
     weight = embedding.weight
@@ -100,13 +106,16 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
         shown["encoder_hidden_states"] = torch.zeros(
             1, 3, stack.config.get_text_config().hidden_size, device=device, dtype=dtype
         )
+    mask = torch.empty(0)  # if no layer is called
     try:
-        with torch.no_grad(), whole(probe.parameters()):
-            probe(inputs_embeds=embeds, **shown)
-    except _Mask as caught:
-        mask = caught.args[0]
-        if mask is None:  # a causal mask is never left out here
-            return Attention(False)
+        with torch.no_grad(), whole([*probe.parameters(), *layer.parameters()]):
+            try:
+                probe(inputs_embeds=embeds, **shown)
+            except _Mask as caught:
+                mask, args, kwargs = caught.args
+            # None, or one of padding: the layer may hold another.
+            if mask is None or (mask.dim() == 4 and mask.shape[2] == 1):
+                return Attention(_hides_later(layer, args, kwargs))
         if mask.dim() == 4:
             mask = mask[..., :3].expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
             later, earlier = mask[0, 0, 0, 2], mask[0, 0, 2, 0]
@@ -118,8 +127,24 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
         ) from error
     raise ValueError(
         f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the first of "
-        f"{layers_name!r} gets no mask (batch, heads, queries, keys). Prompts need layers of attention, which state space models lack."
+        f"{layers_name!r} gets no mask (batch, heads, queries, keys). Prompts need layers that get one: sparse attention and state "
+        "spaces do not."
     )
+
+
+def _hides_later(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether what a layer makes of the first of three states is the same whatever the last is."""
+    states = args[0] if args else kwargs["hidden_states"]  # (1, 3, d)
+    made = []
+    for last in (0.0, 1.0):
+        changed = torch.linspace(-1, 1, states.numel(), device=states.device).reshape(states.shape).to(states.dtype)
+        changed[:, 2] += last * changed[:, 2].flip(-1)  # (1, d)
+        with torch.random.fork_rng():  # the same dropout
+            torch.manual_seed(0)
+            call = {**kwargs, "hidden_states": changed} if not args else kwargs
+            out = layer(*((changed, *args[1:]) if args else ()), **call)
+        made.append((out if isinstance(out, torch.Tensor) else out[0])[:, 0])  # (1, d)
+    return torch.equal(*made)
 
 
 def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:

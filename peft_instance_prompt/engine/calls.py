@@ -206,17 +206,18 @@ class LayerCall(NamedTuple):
 # ------------------------------------------------------------------------------------------- what a stack understands
 
 
-def check_understood(stack: nn.Module, name: str, causal: bool) -> None:
+def check_understood(stack: nn.Module, name: str, causal: bool, layers: nn.Module) -> None:
     """Refuse a stack whose call this file does not know.
 
     Args:
         stack (`nn.Module`): The stack.
         name (`str`): Its name in the base model.
         causal (`bool`): Whether it is causal.
+        layers (`nn.Module`): Its list of layers.
 
     Raises:
         ValueError: Its forward takes no `inputs_embeds` or no `attention_mask`, or it is causal and takes no cache that is known; or it
-            holds its own head.
+            holds its own head, or a module of its layers needs token ids.
     """
     args = forward_args(stack)
     missing = [wanted for wanted in ("inputs_embeds", "attention_mask") if wanted not in args]
@@ -225,8 +226,8 @@ def check_understood(stack: nn.Module, name: str, causal: bool) -> None:
     if missing:
         raise ValueError(
             f"The forward of {type(stack).__name__} ({name or 'the base model itself'!r}) is not understood: it takes no "
-            f"{', no '.join(f'`{argument}`' for argument in missing)}, but {list(args)}. Instance prompts need a stack of "
-            "attention layers that is called as transformers calls its own."
+            f"{', no '.join(f'`{argument}`' for argument in missing)}. Instance prompts need a stack of attention layers that is "
+            "called as transformers calls its own."
         )
     head: Any = getattr(stack, "get_output_embeddings", None)
     if head is not None and head() is not None:
@@ -234,3 +235,15 @@ def check_understood(stack: nn.Module, name: str, causal: bool) -> None:
             f"{type(stack).__name__} ({name or 'the base model itself'!r}) has its head within the stack and returns logits, not states: "
             "where its slots stand cannot be taken out of its loss. Instance prompts need a stack apart from its head."
         )
+    for part, module in layers.named_modules():
+        if _needs_ids(type(module).forward):
+            raise ValueError(
+                f"Instance prompts cannot be used with {type(stack).__name__}: a {type(module).__name__} in its layers ({part!r}) "
+                "needs the `input_ids` of each position, and slots have none."
+            )
+
+
+@functools.cache
+def _needs_ids(function: Callable) -> bool:
+    ids = inspect.signature(function).parameters.get("input_ids")
+    return ids is not None and ids.default is ids.empty

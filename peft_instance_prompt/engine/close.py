@@ -147,10 +147,13 @@ def check_outputs(output: ModelOutput, layout: Layout) -> None:
             continue
         for one in tree_leaves(value):
             shape = tuple(one.shape) if isinstance(one, torch.Tensor) else ()
-            if shape[:1] == (B * N,) or (shape[:1] == (B,) and N in shape[1:]) or shape[:2] == (N, B):
+            several = (
+                len(shape) > 2 and shape[0] == B and shape[1] % N == 0
+            )  # ProphetNet predicts several tokens at each position
+            if shape[:1] == (B * N,) or (shape[:1] == (B,) and N in shape[1:]) or shape[:2] == (N, B) or several:
                 raise ValueError(
                     f"Instance prompts do not know how to take their slots out of the output `{name}` {shape}, which has a row for "
-                    f"each of {N} positions. Call the model without it."
+                    f"each of {N} positions. Call the model without it, or choose another base model."
                 )
 
 

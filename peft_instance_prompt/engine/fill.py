@@ -35,10 +35,11 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
     if running.states is not None:
         running.states[depth] = states
     groups = [group for group in running.groups if depth in group.model.depths]
-    if (groups or late) and layout is not None and states.shape[:2] != layout.order.shape:
+    if (groups or late) and layout is not None and (states.dim() != 3 or states.shape[:2] != layout.order.shape):
         raise ValueError(
-            f"The layers of {info.name!r} take states of shape {tuple(states.shape)} and not (rows, positions, width): "
-            "prompts cannot be written between them. Use a method that writes to the input only."
+            f"The layers of {info.name!r} take states of shape {tuple(states.shape)}, where its input has "
+            f"{tuple(layout.order.shape)} positions: prompts cannot be written between them. Use a method that writes to the input "
+            "only, such as IPT or S-IDPG."
         )
     flash = running.attention.startswith("flash_attention")
     if (late and (depth < late[-1] or flash)) or (running.stretch is not None and not flash):

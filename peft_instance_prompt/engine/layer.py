@@ -161,6 +161,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 request = request.of_tokens(call.get("input_ids"), call.get("inputs_embeds"))
             call, running.groups, running.layout = open_slots(stack, self.info, running.groups, request, call)
             running.table, running.stretch = running.layout.table, running.layout.stretch
+            if (filled := cache_of(call)[1]) is not None:
+                SlotCache(filled, running.table)  # RecurrentGemma does not return it: the caller's own comes back
             if request.opened is not None:
                 request.opened(call)
             if torch.is_grad_enabled() and stack.training:

@@ -25,9 +25,15 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
     """Ask the adapters where their slots stand, and lay out the rows.
 
     Raises:
-        ValueError: Rows have different numbers of slots in a stack that counts its positions itself.
+        ValueError: Rows have different numbers of slots in a stack that counts its positions itself, or rows are padded on the left
+            in one that tells padding by its id.
     """
     B, S, packing = *text.tokens.shape, text.packing
+    if info.padding_by_id and bool((text.tokens.any(dim=1) & ~text.tokens[:, 0]).any()):
+        raise ValueError(
+            f"{info.name!r} counts its positions from the first id that is no padding, and a prompt comes with embeddings, which show "
+            "none: pad on the right (`tokenizer.padding_side = 'right'`), not on the left."
+        )
     L = max(group.model.num_slots for group in groups)
     everywhere = all(group.rows is None for group in groups)
     # A row per instance: G rows.

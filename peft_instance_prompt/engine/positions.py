@@ -29,12 +29,14 @@ class Positions(NamedTuple):
         reads_ids (`bool`): Whether `position_ids` change what the layers get.
         numbers_columns (`bool`): Whether the states have the position of their column, whatever `position_ids` say.
         counts_tokens (`bool`): Whether positions without `position_ids` are those of tokens and not of columns.
+        padding_by_id (`bool`): Whether only the ids of padding, which embeddings do not show, keep it from counting: M2M100.
     """
 
     offset: int
     reads_ids: bool
     numbers_columns: bool
     counts_tokens: bool
+    padding_by_id: bool = False
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Positions] = weakref.WeakKeyDictionary()  # a model may get many adapters
@@ -92,9 +94,10 @@ def _read(stack: PreTrainedModel, layers_name: str, offset: int, embed: Callable
             _first_call(probe, input_ids=torch.where(mask.bool(), ids, pad), attention_mask=mask),
         )
         real, first_ones = slice(2, S), slice(0, S - 2)
-        counts_tokens = any(not _same(x, plain, real, real) and _same(x, plain, real, first_ones) for x in padded)
+        counts = [not _same(x, plain, real, real) and _same(x, plain, real, first_ones) for x in padded]
+        counts_tokens = any(counts)
         if "position_ids" not in args:
-            return Positions(offset, False, _differ_by_column(plain), counts_tokens)
+            return Positions(offset, False, _differ_by_column(plain), counts_tokens, counts == [False, True])
         for first in (offset, 0, 1, 2):
             told = _first_call(probe, **text, position_ids=column + first)
             if _same(told, plain):

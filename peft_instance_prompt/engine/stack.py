@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calls import forward_args
+from .calls import CACHE_ARGUMENTS, forward_args
 from .positions import Positions, read_positions
 from .sharded import num_elements
 from .use import embedding_of, read_use
@@ -50,11 +50,13 @@ class StackInfo:
         rotates_by_length (`bool`): Whether its rotary frequencies depend on the largest position of a batch (LongRoPE, dynamic
             NTK). Slots then have positions before those of the tokens, for nothing but the distance of positions counts there,
             and the frequencies switch where the base model's do.
+        padding_by_id (`bool`): Whether it tells padding from tokens by ids, which embeddings do not show, where it counts tokens.
         sliding_window (`int`, *optional*): The width of its sliding attention window.
         special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         begins_with_special (`bool`): Whether texts begin with a special token, as far as the config tells: T5 has none.
         recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
         mixing_layer (`str`, *optional*): The name of a module that mixes neighbouring tokens without attention, if there is one.
+        twin_layers (`str`, *optional*): Another list of layers of the same class, which the states pass as well: HRM runs two in turns.
         attention_kinds (`frozenset[str]`): The kinds of attention in its layers, where the config says so.
     """
 
@@ -80,10 +82,12 @@ class StackInfo:
     counts_tokens: bool
     rotates_by_length: bool
     sliding_window: int | None
+    padding_by_id: bool = False
     recurrent_layers: tuple[int, ...] = ()
     special_ids: tuple[int, ...] = ()
     begins_with_special: bool = True
     mixing_layer: str | None = None
+    twin_layers: str | None = None
     attention_kinds: frozenset[str] = frozenset()
 
 
@@ -136,11 +140,33 @@ def _takes_tokens(module: nn.Module) -> bool:
 
 
 def _find_layers(stack: nn.Module) -> str | None:
-    """The list of layers is the module list that holds most of the parameters and lies in no other."""
+    """The list of layers is the module list that holds most of the parameters and lies in no other. Lists whose modules take a cache
+    go before: Phi-4 and Chameleon hold an encoder of sounds or images in their text stack."""
     lists = {name: module for name, module in walk(stack) if isinstance(module, nn.ModuleList)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
+    caching = {n: m for n, m in outer.items() if len(m) > 0 and _takes_cache(m[0])}
+    outer = caching or outer
     sizes = {name: sum(map(num_elements, module.parameters())) for name, module in outer.items()}
     return max(sizes, key=sizes.__getitem__) if sizes and max(sizes.values()) > 0 else None
+
+
+def _embedding(stack: PreTrainedModel) -> nn.Embedding:
+    """The table of input embeddings, beside whose rows the slots stand.
+
+    Raises:
+        ValueError: It is a module of another kind: I-BERT's is quantised.
+    """
+    embedding = embedding_of(stack)
+    if not (hasattr(embedding, "embedding_dim") and hasattr(embedding, "num_embeddings")):
+        raise ValueError(
+            f"Instance prompts need a table of input embeddings, with `num_embeddings` and `embedding_dim`; "
+            f"{type(stack).__name__} has a {type(embedding).__name__} in its place."
+        )
+    return embedding
+
+
+def _takes_cache(layer: nn.Module) -> bool:
+    return any(name in forward_args(layer) for name in CACHE_ARGUMENTS)
 
 
 def embed(stack: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
@@ -180,7 +206,7 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
     stack_name = stacks[layers_name]
     stack = model.get_submodule(stack_name)
     config = stack.config.get_text_config()
-    embedding = stack.get_input_embeddings()
+    embedding = _embedding(stack)
     inside = layers_name.removeprefix(f"{stack_name}." if stack_name else "")
     use = read_use(model, layers_name, stacks)
     attention, pair = use.attention, use.encoder_of_pair or use.decoder_of_pair
@@ -212,12 +238,14 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         numbers_columns=positions.numbers_columns,
         counts_columns=_counts_columns(stack, config, positions),
         counts_tokens=positions.counts_tokens,
+        padding_by_id=positions.padding_by_id,
         rotates_by_length=_rotates_by_length(stack),
         sliding_window=getattr(config, "sliding_window", None),
         begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
         special_ids=tuple(sorted(_special_ids(config))),
         recurrent_layers=recurrent,
         mixing_layer=mixing[0] if mixing else None,
+        twin_layers=_twin_layers(stack, inside),
         attention_kinds=frozenset(kinds),
     )
 
@@ -266,6 +294,16 @@ def _num_layers(layers: nn.ModuleList, config, decoder: bool) -> int:
         if isinstance(count, int) and count > len(layers) and count % len(layers) == 0 and _shares_layers(layers):
             return count
     return len(layers)
+
+
+def _twin_layers(stack: nn.Module, layers_name: str) -> str | None:
+    """The first other list of the stack whose modules have the class of its layers."""
+    own = next(stack.get_submodule(layers_name).children(), None)
+    for name, module in walk(stack):
+        if isinstance(module, nn.ModuleList) and name != layers_name:
+            if type(next(module.children(), None)) is type(own):
+                return name
+    return None
 
 
 def _shares_layers(layers: nn.ModuleList) -> bool:

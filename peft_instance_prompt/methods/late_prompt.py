@@ -66,6 +66,11 @@ class LatePromptGenerator(PromptGenerator):
                 f"Late prompts cannot be hidden from the layers {below} of {info.layers_name!r}, which have a state and no "
                 f"attention: choose an `insertion_layer` that is not above them, got {start}, or another method."
             )
+        if start > 0 and info.twin_layers is not None:
+            raise ValueError(
+                f"Late prompts cannot be hidden from the first layers of {info.name!r}, which runs those of {info.layers_name!r} and "
+                f"of {info.twin_layers!r} in turns: set `insertion_layer` to 0, got {start}, or choose another method."
+            )
         if start > 0 and info.causal and info.numbers_columns:
             raise ValueError(
                 f"`insertion_layer` must be 0 in {info.layers_name!r}, got {start}: it gives each column of its input a learned "

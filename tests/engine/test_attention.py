@@ -54,3 +54,31 @@ def test_causality_that_cannot_be_told() -> None:
         nowhere = tf.BloomModel(causal_lm("bloom").config)
     with pytest.raises(ValueError, match="Whether BloomModel is causal cannot be told: .* its mask could not be read"):
         attention.read_attention(nowhere, "h")
+
+
+def test_layers_without_a_mask_tell_nothing() -> None:
+    """RWKV is causal without attention, and XLM's layers lie in several lists, the largest of which has none: neither is an encoder."""
+    small = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2}
+    xlm = tf.XLMConfig(vocab_size=32, emb_dim=32, n_layers=2, n_heads=4, causal=True)
+    for stack in (tf.RwkvModel(tf.RwkvConfig(**small)), tf.XLMModel(xlm)):
+        name = "blocks" if isinstance(stack, tf.RwkvModel) else "ffns"
+        with pytest.raises(
+            ValueError, match=f"is causal cannot be told: .* modules of '{name}' take no `attention_mask`"
+        ):
+            attention.read_attention(stack, name)
+
+
+def test_a_causal_mask_outweighs_a_flag() -> None:
+    """BigBird-Pegasus' decoder masks what is to come, and its attention declares that it does not."""
+    small = {"vocab_size": 32, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    stack = tf.BigBirdPegasusForCausalLM(tf.BigBirdPegasusConfig(**small, max_position_embeddings=64)).model.decoder
+    flags = [module.is_causal for module in stack.modules() if hasattr(module, "is_causal")]
+    assert flags and not any(flags)
+    assert attention.read_attention(stack, "layers").causal
+
+
+def test_a_causal_mask_within_the_layers() -> None:
+    """GPT-1's attention holds it; its layers get one of padding only, as those of encoders do."""
+    stack = tf.OpenAIGPTModel(tf.OpenAIGPTConfig(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=4))
+    for training in (False, True):
+        assert attention.read_attention(stack.train(training), "h").causal

@@ -12,9 +12,10 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
+from sweep_configs import tiny_config
 from tiny import DECODERS, VOCAB, adapted, assert_same, batch, causal_lm
 
-from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt import IAPTConfig, LPTConfig
 from peft_instance_prompt.engine.stack import describe, find_stacks
 
 
@@ -142,10 +143,53 @@ def test_bare_stack_is_its_own_stack() -> None:
     assert (info.name, info.layers_name, info.causal, info.causal_lm) == ("", "layers", True, False)
 
 
+def test_a_larger_list_that_is_no_list_of_layers() -> None:
+    """Chameleon's text stack holds the tokenizer of its images, which outweighs the layers of a small model."""
+    config = tiny_config("chameleon")
+    config.vq_config.base_channels = 256
+    model = tf.ChameleonForConditionalGeneration(config)
+    sizes = [
+        sum(p.numel() for p in part.parameters()) for part in (model.model.layers, model.model.vqmodel.encoder.down)
+    ]
+    assert sizes[0] < sizes[1]
+    assert find_stacks(model) == {"model.layers": "model"}
+
+
 def test_none() -> None:
     assert find_stacks(torch.nn.Sequential(torch.nn.Linear(2, 2))) == {}
     vit = tf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8)
     assert find_stacks(tf.ViTModel(vit)) == {}
+
+
+def test_an_input_that_is_no_table_of_embeddings_is_refused() -> None:
+    """I-BERT's is quantised, and CANINE hashes characters."""
+    with pytest.raises(ValueError, match="IBertModel has a QuantEmbedding in its place"):
+        get_peft_model(tf.IBertModel(tf.IBertConfig(**_bert)), IAPTConfig())
+    small = {**_bert, "num_hash_functions": 2, "num_hash_buckets": 16, "local_transformer_stride": 8}
+    canine = tf.CanineModel(tf.CanineConfig(**{k: v for k, v in small.items() if k != "vocab_size"}))
+    with pytest.raises(ValueError, match="found in CanineModel: none of its modules .* has a table of embeddings"):
+        get_peft_model(canine, IAPTConfig())
+
+
+@pytest.mark.skipif(not hasattr(tf, "HrmTextConfig"), reason="this release of transformers has no HRM")
+def test_two_lists_of_layers_that_run_in_turns() -> None:
+    """HRM's second list would see the slots that the first layers are not to see."""
+    config = tf.HrmTextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers_per_stack=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        head_dim=8,
+    )
+    model = tf.HrmTextForCausalLM(config).eval()
+    (info,) = found(model).values()
+    assert {info.layers_name, "model." + info.twin_layers} == {"model.L_module.layers", "model.H_module.layers"}
+    with pytest.raises(ValueError, match="in turns: set `insertion_layer` to 0, got 1"):
+        get_peft_model(model, LPTConfig(task_type="CAUSAL_LM"))
+    first = adapted(model, LPTConfig(task_type="CAUSAL_LM", insertion_layer=0, dropout=0.0))
+    texts = [first.generate(**batch(7, 5), max_new_tokens=4, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
 
 
 def test_info_can_be_copied_and_pickled() -> None:
