@@ -9,7 +9,7 @@ import pytest
 import torch
 from methods import KINDS, METHODS
 from peft import PeftModel, get_peft_model
-from tiny import adapted, assert_same, perturb
+from tiny import adapted, assert_same, generator_of, perturb
 from uses import noise, paligemma
 
 from peft_instance_prompt import IAPTConfig
@@ -46,8 +46,14 @@ def test_it_is_a_causal_language_model(text: str, kernel: str) -> None:
 @torch.no_grad()
 def test_no_leak(text: str, kernel: str, tells: dict[str, torch.Tensor]) -> None:
     model = prompted(text, kernel)
-    if kernel == "sdpa" and "token_type_ids" not in tells:
-        pytest.skip("without token types, the bare model's own attention reads the suffix under SDPA")
+    if kernel == "sdpa" and "token_type_ids" not in tells:  # the bare model's own attention reads the suffix
+        for mode in (False, True):
+            with pytest.raises(ValueError, match="GemmaModel shows its instruction the response under 'sdpa'"):
+                model.train(mode)(IDS, **PIXELS, **tells)
+        mask = torch.ones_like(IDS)
+        mask[0, -1] = 0  # padding: a mask is made, which is causal
+        model(IDS, **PIXELS, **tells, attention_mask=mask)
+        return
     out = model(IDS, **PIXELS, **tells).logits
     assert_same(model(OTHER, **PIXELS, **tells).logits[:, : SPLIT + 1], out[:, : SPLIT + 1])
     assert_same(model(IDS, **PIXELS, **tells, instruction_mask=MASK).logits, out)
@@ -56,6 +62,37 @@ def test_no_leak(text: str, kernel: str, tells: dict[str, torch.Tensor]) -> None
     assert_same(bare, paligemma(text, kernel)(IDS, **PIXELS, **tells).logits, 0)
     assert (out - bare).abs().max() > 1e-2, "the adapter does nothing"
     assert_same(model.train()(IDS, **PIXELS, **tells).logits, out)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["idpg", "dynamic_prompt"])
+@pytest.mark.parametrize(("text", "kernel"), KERNELS)
+@torch.no_grad()
+def test_pass_without_prompts_shows_no_response(
+    text: str, kernel: str, method: str, training: bool, monkeypatch
+) -> None:
+    """No instruction token sees what stands behind the instruction, even where the prefix that is told goes on."""
+    model = prompted(text, kernel, method).train(training)  # its vector is made from the states of that pass
+    seen, encode = [], type(generator_of(model)).encode
+    note = lambda self, source: (seen.append((source.frozen_states(), source.mask)), encode(self, source))[1]  # noqa: E731
+    monkeypatch.setattr(type(generator_of(model)), "encode", note)
+
+    def run(ids: torch.Tensor, **tells: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)  # Dynamic Prompting draws its choices
+        return model(ids, **PIXELS, **tells).logits
+
+    tells = {**TYPES, **LABELS}
+    assert_same(run(OTHER, **tells)[:, : SPLIT + 1], run(IDS, **tells)[:, : SPLIT + 1])
+    cut = torch.tensor([[6], [5]])
+    short = {**TYPES, "instruction_mask": (torch.arange(11) < cut).long()}  # ends before the prefix does
+    other = torch.where(torch.arange(11) < cut, IDS, IDS + 20)
+    pad = torch.nn.functional.pad
+    padded = {name: pad(value, (2, 1)) for name, value in {**short, "attention_mask": torch.ones_like(IDS)}.items()}
+    for ids, told in ((IDS, short), (other, short), (pad(IDS, (2, 1)), padded), (pad(other, (2, 1)), padded)):
+        run(ids, **told)
+    for (states, mask), (others, same) in zip(seen[::2], seen[1::2]):
+        assert mask.any() and torch.equal(mask, same)
+        assert_same(others[mask], states[mask])
 
 
 def test_nothing_tells_the_prefix() -> None:

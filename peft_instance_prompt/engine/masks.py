@@ -30,7 +30,7 @@ def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_stati
     Raises:
         ValueError: The mask has another form or size.
     """
-    attention_mask = _full(attention_mask)
+    attention_mask = full_mask(attention_mask)
     if attention_mask is None:
         return None
     shape = tuple(attention_mask.shape)
@@ -63,7 +63,7 @@ def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_stati
     )
 
 
-def _full(attention_mask: Any) -> Any:
+def full_mask(attention_mask: Any) -> Any:
     """Of a dict of masks by layer type, that of full attention, or the first; any other mask as it is."""
     if not isinstance(attention_mask, dict) or not attention_mask:
         return attention_mask or None if isinstance(attention_mask, dict) else attention_mask
@@ -80,7 +80,7 @@ def beyond_causal(attention_mask: Any, if_none: bool = False) -> torch.Tensor | 
 
     If there are none, it is None, or with `if_none` a mask that says so, where the caller made a mask of pairs.
     """
-    attention_mask = _full(attention_mask)
+    attention_mask = full_mask(attention_mask)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:
         return None
     later = _is_seen(attention_mask)[:, :, : attention_mask.shape[2]].triu(1)  # (B, S, S)

@@ -27,7 +27,7 @@ from .layout import Layout, insert, take
 from .place import edges, place_slots
 from .request import Request
 from .stack import StackInfo
-from .text import Text, count_positions, find_scopes, read_text
+from .text import Text, count_positions, find_scopes, read_text, shown_response
 from .widen import lengths_of, no_padding, widen
 
 
@@ -58,9 +58,10 @@ def open_slots(
     if cache is not None and cache.is_compileable:
         plain["attention_mask"] = without_room(plain.get("attention_mask"), *text.tokens.shape)
     plain["use_cache"] = False
-    frozen_states = once(partial(run_plain, stack, plain, text))
 
     scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
+    response = shown_response(stack, info, call, text, scope, request)  # (B, S)
+    frozen_states = once(partial(run_plain, stack, plain, text, response))
     if packing is None:
         selection = Selection.of_rows(scope, text.tokens)
     else:
@@ -89,10 +90,12 @@ def prepare(call: dict[str, Any], text: Text, groups: list[Group], info: StackIn
     return call
 
 
-def run_plain(stack: PreTrainedModel, call: dict[str, Any], text: Text) -> torch.Tensor:
-    """The last hidden states (B, S, d) of the stack without prompts."""
+def run_plain(
+    stack: PreTrainedModel, call: dict[str, Any], text: Text, response: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The last hidden states (B, S, d) of the stack without prompts, in which no instruction token sees the `response` (B, S)."""
     if text.packing is None:
-        return run_frozen(stack, call)
+        return run_frozen(stack, call, None if response is None else response.long())
     stretch = text.packing.stretch  # (B, S)
     call = {**call, "attention_mask": no_padding(stack, stretch), **lengths_of(stack, stretch, call)}
     return run_frozen(stack, call, stretch)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .batch import Group, pick, put
 from .cache import length
 from .calls import cache_of
-from .masks import padding_mask, prefix_of
+from .masks import beyond_causal, full_mask, padding_mask, prefix_of
 from .packing import Packing, find_packing
 from .request import Request
 from .scope import find_scope
@@ -135,6 +135,40 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
                 raise ValueError(f"{error} Rows: the sequences of a packed batch.") from error
             scope = put(scope, rows, own)  # (B, S) or (G, n)
     return scope if packing is None else packing.pack(scope)  # (B, S)
+
+
+def shown_response(
+    stack: PreTrainedModel,
+    info: StackInfo,
+    call: Mapping[str, Any],
+    text: Text,
+    scope: torch.Tensor,
+    request: Request,
+) -> torch.Tensor | None:
+    """The tokens (B, S) behind each row's last instruction token, where the model may show them to the instruction; None where it
+    hides all later tokens, or where there are none.
+
+    Args:
+        scope (`torch.BoolTensor`): Shape (B, S). The instruction tokens.
+
+    Raises:
+        ValueError: A prefix-LM is called with a response and nothing that hides it.
+    """
+    mask = call.get("attention_mask")
+    if text.packing is not None or not info.causal or not (info.prefix_lm or beyond_causal(mask) is not None):
+        return None
+    response = text.tokens & (scope.flip(1).cumsum(dim=1).flip(1) == 0)  # (B, S)
+    if not response.any():
+        return None
+    kernel = str(stack.config._attn_implementation)
+    bare = full_mask(mask)
+    if info.prefix_lm and kernel not in ("eager", "flex_attention") and request.prompt_length is None:
+        if bare is None or (bare.dim() == 2 and bool(bare.all())):
+            raise ValueError(
+                f"Without a prefix, {type(stack).__name__} shows its instruction the response under {kernel!r} attention, with an adapter "
+                "as without. Pass `token_type_ids`, 0 for the prefix and 1 for the response."
+            )
+    return response
 
 
 def unpack(request: Request, packing: Packing) -> Request:

@@ -189,6 +189,33 @@ def test_pass_without_prompts_takes_the_mask_as_it_is(form: str, monkeypatch) ->
         assert_same(states, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("form", ["labels", "mask", "beyond causal"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt", "bloom", "falcon", "mpt"])
+def test_pass_without_prompts_shows_no_response(family: str, form: str, training: bool, monkeypatch) -> None:
+    """The states of the instruction do not depend on what stands behind it, even under a mask of the caller's that shows it."""
+    model = adapted(causal_lm(family), METHODS["idpg"](task_type="CAUSAL_LM", instance_source="frozen"))
+    for module in model.train(training).modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    seen, encode = [], type(generator_of(model)).encode
+    note = lambda self, source: (seen.append((source.frozen_states(), source.mask)), encode(self, source))[1]  # noqa: E731
+    monkeypatch.setattr(type(generator_of(model)), "encode", note)
+    mask = (torch.arange(7) < torch.tensor([[4], [3]])).long() * INPUTS["attention_mask"]  # (2, 7)
+    tells = {**INPUTS, **({"labels": LABELS} if form == "labels" else {"instruction_mask": mask})}
+    if form == "beyond causal":
+        if family in ("bloom", "falcon", "mpt"):
+            pytest.skip("takes no mask of pairs")
+        tells["attention_mask"] = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    model(**tells)
+    later = torch.arange(7) >= 4
+    model(**{**tells, "input_ids": torch.where(later, (INPUTS["input_ids"] + 20) % 96, INPUTS["input_ids"])})
+    (states, own), (others, same) = seen
+    assert own.any() and torch.equal(own, same)
+    assert_same(others[own], states[own])
+
+
 def test_partial_is_bound_to_the_copy() -> None:
     """A deep copy has hooks and findings of its own."""
     model = prompted(LeftOut, 1)
