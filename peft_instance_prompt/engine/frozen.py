@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 
 def run_frozen(
-    stack: PreTrainedModel, call: dict[str, Any], stretch: torch.Tensor | None = None, running: Pass | None = None
+    stack: PreTrainedModel, call: dict[str, Any], segment_ids: torch.Tensor | None = None, running: Pass | None = None
 ) -> torch.Tensor:
     """The last hidden states (B, S, d) of the stack without prompts, gradient and dropout.
 
     Args:
         stack (`PreTrainedModel`): The stack.
         call (`dict`): Its arguments.
-        stretch (`torch.LongTensor`, *optional*): Shape (B, S). As in [`Pass`].
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, S). As in [`Pass`].
         running (`Pass`, *optional*): The pass. Default: one whose hooks are those of the layer that the current pass belongs to.
     """
     if running is None:
         outer = current_pass.get()
         running = plain_pass(stack, None if outer is None else outer.owner)
-        running.stretch = stretch
+        running.segment_ids = segment_ids
     token = current_pass.set(running)
     # Linear layers stay in training mode; they have no dropout. bitsandbytes repacks its linear layers when they run in
     # evaluation mode on a CPU, and then no gradient passes through them.
@@ -104,7 +104,7 @@ def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skippe
     """
     depths = {depth for group in running.groups for depth in group.model.depths if depth != INPUT}
     depths.update(range(max(running.late_layers, default=0)))
-    if running.stretch is not None and not running.attention.startswith("flash_attention"):
+    if running.segment_ids is not None and not running.attention.startswith("flash_attention"):
         depths.update(range(info.num_layers))
     if depths <= running.ran:
         return

@@ -160,7 +160,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             if not self.info.decoder_of_pair:
                 request = request.of_tokens(call.get("input_ids"), call.get("inputs_embeds"))
             call, running.groups, running.layout = open_slots(stack, self.info, running.groups, request, call)
-            running.table, running.stretch = running.layout.table, running.layout.stretch
+            running.table, running.segment_ids = running.layout.table, running.layout.segment_ids
             if request.opened is not None:
                 request.opened(call)
             if torch.is_grad_enabled() and stack.training:

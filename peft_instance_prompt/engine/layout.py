@@ -147,7 +147,7 @@ class Layout:
             then predicted at the last of them.
         first (`torch.LongTensor`): Shape (B, L). The first token of the sequence that each slot belongs to.
         seats (`Seats`, *optional*): Which slots belong to which instance, where rows hold several.
-        stretch (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence, where rows hold several.
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence, where rows hold several.
     """
 
     table: SlotTable
@@ -157,7 +157,7 @@ class Layout:
     output_index: torch.Tensor
     first: torch.Tensor
     seats: Seats | None = None
-    stretch: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
 
     @property
     def order(self) -> torch.Tensor:

@@ -93,9 +93,9 @@ def run_plain(stack: PreTrainedModel, call: dict[str, Any], text: Text) -> torch
     """The last hidden states (B, S, d) of the stack without prompts."""
     if text.packing is None:
         return run_frozen(stack, call)
-    stretch = text.packing.stretch  # (B, S)
-    call = {**call, "attention_mask": no_padding(stack, stretch), **lengths_of(stack, stretch, call)}
-    return run_frozen(stack, call, stretch)
+    segment_ids = text.packing.segment_ids  # (B, S)
+    call = {**call, "attention_mask": no_padding(stack, segment_ids), **lengths_of(stack, segment_ids, call)}
+    return run_frozen(stack, call, segment_ids)
 
 
 def without_room(mask: Any, num_rows: int, num_tokens: int) -> Any:

@@ -36,7 +36,7 @@ class Pass:
         layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
         table (`SlotTable`, *optional*): Which positions are slots, opened in this pass or in an earlier one.
         groups (`list[Group]`): The rows that have an adapter.
-        stretch (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence within its row, where rows
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence within its row, where rows
             hold several: no position sees those of another.
         as_tuple (`bool`): Whether the caller wants a tuple.
         runs (`dict`): How often each layer has run, for layers that are run several times.
@@ -53,7 +53,7 @@ class Pass:
     layout: Layout | None = None
     table: SlotTable | None = None
     groups: list[Group] = field(default_factory=list)
-    stretch: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
     as_tuple: bool = False
     runs: dict[int, int] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
@@ -68,7 +68,12 @@ class Pass:
     @property
     def concerns_layers(self) -> bool:
         """Whether the hooks of layers have work: there are slots to fill, something to hide, or states to collect."""
-        return self.layout is not None or self.stretch is not None or self.states is not None or bool(self.late_layers)
+        return (
+            self.layout is not None
+            or self.segment_ids is not None
+            or self.states is not None
+            or bool(self.late_layers)
+        )
 
 
 current_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", default=None)

@@ -64,7 +64,7 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
         )
     answers = predicts if info.causal else None
     layout = arrange(before_token, S, live, answers, since, late, not info.causal, front, seats)  # B rows
-    return layout if packing is None else replace(layout, stretch=packing.widen(layout))
+    return layout if packing is None else replace(layout, segment_ids=packing.widen(layout))
 
 
 def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:

@@ -139,7 +139,7 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
 
 def unpack(request: Request, packing: Packing) -> Request:
     """The request for a batch with a row per sequence. Vectors of instances come so: one per sequence, row by row."""
-    shape, labels, mask = tuple(packing.stretch.shape), request.labels, request.instruction_mask
+    shape, labels, mask = tuple(packing.segment_ids.shape), request.labels, request.instruction_mask
     if labels is not None and tuple(labels.shape) == shape:
         labels = packing.unpack(labels, -100)  # (G, n)
         if request.shifted:  # the label beside the last token is that of the next sequence's first
