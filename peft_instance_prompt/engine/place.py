@@ -39,7 +39,7 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
         behind, used = model.place(own.mask, group.vector)  # (G, l) each
         behind = behind.to(front.device)
         start, stop = edges(group, text, selection, info)  # (G,) each
-        if info.numbers_columns and not info.causal and model.first_visible_layer > 0:
+        if info.absolute_column_positions and not info.causal and model.first_visible_layer > 0:
             # Where only learned positions tell the columns apart, late vectors, which have none, may stand in any of them: behind
             # the last token they move no other.
             start = stop = torch.full_like(start, S)  # (G,)
@@ -47,7 +47,7 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
         live = put(live, group.rows, torch.ones_like(behind) if used is None else used.to(front.device))
         since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
     full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
-    if info.causal and info.numbers_columns and not everywhere and full < B:
+    if info.causal and info.absolute_column_positions and not everywhere and full < B:
         raise ValueError(
             f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, which counts its positions "
             "itself: give all of them adapters with the same `num_virtual_tokens`."

@@ -96,7 +96,7 @@ def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.T
     B, S = text.tokens.shape
     counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
     rows = [group.rows for group in groups if group.rows is not None]
-    if not info.counts_tokens and len(rows) == len(groups):
+    if not info.positions_from_mask and len(rows) == len(groups):
         bare = torch.ones(B, dtype=torch.bool, device=counted.device)  # (B,)
         bare[torch.cat(rows).to(counted.device)] = False
         counted = torch.where(bare[:, None], torch.arange(S, device=counted.device), counted)  # (B, S)
