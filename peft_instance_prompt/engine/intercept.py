@@ -16,7 +16,7 @@ import torch
 
 if TYPE_CHECKING:
     from ..generator import Instances, PromptGenerator
-    from .instances import Selection
+    from .instances import InstanceTokens
     from .layout import Layout
 
 
@@ -32,7 +32,7 @@ class Generated:
         rows (`torch.LongTensor`, *optional*): Shape (G,). The rows of the batch, or sequences of a packed batch, that the
             instances are; None: all.
         instances (`Instances`, *optional*): The input of the generator.
-        selection (`Selection`, *optional*): Where these tokens stand in the stack.
+        selection (`InstanceTokens`, *optional*): Where these tokens stand in the stack.
         layout (`Layout`, *optional*): Where slots and tokens of the batch stand.
     """
 
@@ -41,7 +41,7 @@ class Generated:
     generators: list[PromptGenerator]
     rows: torch.Tensor | None = None
     instances: Instances | None = None
-    selection: Selection | None = None
+    selection: InstanceTokens | None = None
     layout: Layout | None = None
 
 

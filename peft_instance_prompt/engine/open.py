@@ -21,7 +21,7 @@ from ..generator import INPUT, Source
 from .batch import Group, in_place, put
 from .calls import PACKED_ARGUMENTS, cache_of
 from .frozen import run_frozen
-from .instances import Selection
+from .instances import InstanceTokens
 from .intercept import intercepted
 from .layout import Layout, insert, take
 from .place import edges, place_slots
@@ -62,9 +62,9 @@ def open_slots(
 
     scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
     if packing is None:
-        selection = Selection.of_rows(scope, text.tokens)
+        selection = InstanceTokens.of_rows(scope, text.tokens)
     else:
-        selection = Selection.of_sequences(scope, packing.sequence)
+        selection = InstanceTokens.of_sequences(scope, packing.sequence)
     groups = [encode(group, text, selection, request, frozen_states) for group in groups]
     layout = place_slots(groups, text, selection, info)
 
@@ -113,7 +113,7 @@ def without_room(mask: Any, num_rows: int, num_tokens: int) -> Any:
 
 
 def encode(
-    group: Group, text: Text, selection: Selection, request: Request, frozen_states: Callable[[], torch.Tensor]
+    group: Group, text: Text, selection: InstanceTokens, request: Request, frozen_states: Callable[[], torch.Tensor]
 ) -> Group:
     """The group with the output of `encode` of each of its adapters."""
     vectors: list[Any] = []  # a tensor of each, or None: the generators are of one class
@@ -136,12 +136,12 @@ def encode(
     return replace(group, vector=vector if group.by_row is None else vector[group.by_row.to(vector.device)])
 
 
-def _take_states(selection: Selection, states: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _take_states(selection: InstanceTokens, states: Callable[[], torch.Tensor]) -> torch.Tensor:
     return selection.take(states())  # (G, n, d)
 
 
 def embed_slots(
-    groups: list[Group], text: Text, selection: Selection, layout: Layout, info: StackInfo
+    groups: list[Group], text: Text, selection: InstanceTokens, layout: Layout, info: StackInfo
 ) -> torch.Tensor:
     """The input embeddings (B, N, e) with the slots in their places."""
     # Slots that no generator writes to begin as copies of the first token, which disturbs the model least.

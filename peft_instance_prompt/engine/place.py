@@ -15,13 +15,13 @@ import torch
 from ..config import PAIR_POSITIONS, PLAIN_POSITIONS, InstancePromptConfig
 from ..nn.pooling import last_index
 from .batch import Group, pick, put
-from .instances import Selection
+from .instances import InstanceTokens
 from .layout import Layout, Seats, arrange
 from .stack import StackInfo
 from .text import Text
 
 
-def place_slots(groups: list[Group], text: Text, selection: Selection, info: StackInfo) -> Layout:
+def place_slots(groups: list[Group], text: Text, selection: InstanceTokens, info: StackInfo) -> Layout:
     """Ask the adapters where their slots stand, and lay out the rows.
 
     Raises:
@@ -67,7 +67,7 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
     return layout if packing is None else replace(layout, segment_ids=packing.widen(layout))
 
 
-def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
+def edges(group: Group, text: Text, selection: InstanceTokens, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens before which the slots of each instance (G,) stand: those before the instruction, and those behind it."""
     position = group.model.config.prompt_position
     start = pick(selection.first + (position == "after_first"), group.rows)  # (G,)
