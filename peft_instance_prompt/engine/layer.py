@@ -35,8 +35,8 @@ from .passes import Pass, current_pass, keep_context, release_context
 from .request import CALLERS, LAYERS, CallNote, NotedForward, current_request, end_call
 from .resume import resume
 from .stack import StackInfo, find_stacks
-from .stand_in import StandIn, stand_ins
 from .use import callers, decoders_beside
+from .wrap import MethodWrapper, wrappers
 
 
 class InstancePromptLayer(nn.Module, BaseTunerLayer):
@@ -94,11 +94,11 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         """Register the hooks on the base model, the stack and its layers."""
         StackForward(stack, self.name).install()
         for name, caller in callers(model, self.info.name).items():
-            if not stand_ins(caller, NotedForward):
+            if not wrappers(caller, NotedForward):
                 CallNote().register(caller)
-                for stand_in in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
-                    if hasattr(caller, stand_in.method):
-                        stand_in(caller).install()
+                for wrapper in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
+                    if hasattr(caller, wrapper.method):
+                        wrapper(caller).install()
             vars(caller).setdefault(LAYERS, []).append(self.path_within(name))
             if name:
                 vars(model).setdefault(CALLERS, []).append(name)
@@ -115,7 +115,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         """Remove the hooks; those of the base model with the last layer of this kind."""
         for handle in self.handles:
             handle.remove()
-        for forward in stand_ins(stack, StackForward):
+        for forward in wrappers(stack, StackForward):
             if forward.name == self.name:
                 forward.remove()
         for name, caller in callers(model, self.info.name).items():
@@ -126,8 +126,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 for hook in list(caller._forward_pre_hooks.values()):
                     if isinstance(hook, CallNote):
                         hook.remove()
-                for stand_in in stand_ins(caller, StandIn):
-                    stand_in.remove()
+                for wrapper in wrappers(caller, MethodWrapper):
+                    wrapper.remove()
         release_context(layers)
 
     @torch.compiler.disable
@@ -191,7 +191,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
 fill_uncompiled = torch.compiler.disable(fill_slots)
 
 
-class StackForward(StandIn):
+class StackForward(MethodWrapper):
     """The forward of a stack with its slots: opens them, runs the stack, closes them."""
 
     method = "forward"

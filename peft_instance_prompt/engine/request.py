@@ -16,7 +16,7 @@ from torch import nn
 
 from ..generator import PromptGenerator
 from .calls import PACKED_ARGUMENTS, declared, named
-from .stand_in import StandIn
+from .wrap import MethodWrapper
 
 
 # What `forward` and `generate` take beside the base model's arguments: tensors with a row for each row of the batch.
@@ -216,7 +216,7 @@ def adapters_of(model: nn.Module) -> Adapters:
 class CallNote:
     """The hooks of a base model that note what it is called with, and forget it when the call is over.
 
-    They are hooks and no stand-in for `forward`, since TRL puts one of its own over the base model's that calls the stack itself.
+    They are hooks and no wrapper of `forward`, since TRL puts one of its own over the base model's that calls the stack itself.
     """
 
     def register(self, model: nn.Module) -> None:
@@ -232,12 +232,12 @@ class CallNote:
         return note_call(model, args, kwargs)
 
 
-class NotedForward(StandIn):
+class NotedForward(MethodWrapper):
     """The forward of a base model, which notes a call as the hooks do, unless they have done so."""
 
     method = "forward"
 
-    def bound_to(self, replica: nn.Module) -> StandIn:
+    def bound_to(self, replica: nn.Module) -> MethodWrapper:
         known = known_of(self.module)
         if said := [name for name in (*OWN_ARGUMENTS, "adapter_names") if getattr(known, name) is not None]:
             raise ValueError(
