@@ -34,8 +34,8 @@ from .attaching import (
 )
 from .config import PAIR_POSITIONS, InstancePromptConfig
 from .engine.calls import check_release, check_understood
-from .engine.frozen import states_of_text
 from .engine.layer import InstancePromptLayer
+from .engine.plain import states_of_text
 from .engine.request import adapters_of, current_request, note
 from .engine.sharded import whole
 from .engine.stack import StackInfo, describe, embed_ids, stack_of, walk

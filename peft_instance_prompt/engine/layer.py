@@ -28,10 +28,10 @@ from .cache import SlotCache
 from .calls import LayerCall, by_name, cache_of
 from .close import attend_to_slots, close_slots
 from .fill import fill_slots
-from .frozen import check_hooks_ran, is_frozen
 from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
+from .plain import check_hooks_ran, in_plain_pass
 from .request import CALLERS, LAYERS, CallNote, NotedForward, current_request, end_call
 from .resume import resume
 from .stack import StackInfo, find_stacks
@@ -212,7 +212,7 @@ class StackForward(MethodWrapper):
 
     @torch.compiler.disable(recursive=False)  # what it calls is compiled
     def _opened(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if is_frozen(self.module):
+        if in_plain_pass(self.module):
             return self.call_wrapped(*args, **kwargs)
         outer = current_pass.get()
         try:

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from ..generator import INPUT, Source
 from .batch import Group, in_place, put
 from .calls import PACKED_ARGUMENTS, cache_of
-from .frozen import run_frozen
 from .instances import InstanceTokens
 from .intercept import intercepted
 from .layout import Layout, insert, take
 from .place import edges, place_slots
+from .plain import run_plain
 from .request import Request
 from .stack import StackInfo
 from .text import Text, count_positions, find_scopes, read_text
@@ -58,7 +58,7 @@ def open_slots(
     if cache is not None and cache.is_compileable:
         plain["attention_mask"] = without_room(plain.get("attention_mask"), *text.tokens.shape)
     plain["use_cache"] = False
-    frozen_states = once(partial(run_plain, stack, plain, text))
+    frozen_states = once(partial(last_states, stack, plain, text))
 
     scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
     if packing is None:
@@ -89,13 +89,13 @@ def prepare(call: dict[str, Any], text: Text, groups: list[Group], info: StackIn
     return call
 
 
-def run_plain(stack: PreTrainedModel, call: dict[str, Any], text: Text) -> torch.Tensor:
+def last_states(stack: PreTrainedModel, call: dict[str, Any], text: Text) -> torch.Tensor:
     """The last hidden states (B, S, d) of the stack without prompts."""
     if text.packing is None:
-        return run_frozen(stack, call)
+        return run_plain(stack, call)
     segment_ids = text.packing.segment_ids  # (B, S)
     call = {**call, "attention_mask": no_padding(stack, segment_ids), **lengths_of(stack, segment_ids, call)}
-    return run_frozen(stack, call, segment_ids)
+    return run_plain(stack, call, segment_ids)
 
 
 def without_room(mask: Any, num_rows: int, num_tokens: int) -> Any:

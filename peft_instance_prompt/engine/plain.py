@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .layer import InstancePromptLayer
 
 
-def run_frozen(
+def run_plain(
     stack: PreTrainedModel, call: dict[str, Any], segment_ids: torch.Tensor | None = None, running: Pass | None = None
 ) -> torch.Tensor:
     """The last hidden states (B, S, d) of the stack without prompts, gradient and dropout.
@@ -71,14 +71,14 @@ def states_of_text(stack: PreTrainedModel, owner: InstancePromptLayer, ids: Sequ
     running = plain_pass(stack, owner)
     running.states = {}
     call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-    run_frozen(stack, call, running=running)
+    run_plain(stack, call, running=running)
     return {
         INPUT: embed_ids(stack, tokens[0]),
         **{depth: state[0] for depth, state in running.states.items()},
     }  # (n, w) each
 
 
-def is_frozen(stack: nn.Module) -> bool:
+def in_plain_pass(stack: nn.Module) -> bool:
     """Whether this stack runs without prompts. Another model, called by a hook of this stack, still runs with its prompts."""
     running = current_pass.get()
     return running is not None and running.plain and running.stack is stack
