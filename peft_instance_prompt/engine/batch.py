@@ -171,7 +171,7 @@ def pick(values: Values, rows: torch.Tensor | None) -> Values:
 def put(
     whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor, seats: Seats | None = None
 ) -> torch.Tensor:
-    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`, dead slots come first; or in their seats."""
+    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`, unused slots come first; or in their seats."""
     if seats is not None:
         return seats.put(whole, rows, values)
     if rows is None:

@@ -176,10 +176,10 @@ def attach_in_rows_apart(
     """The input embeddings (B, N, e) of packed rows, with the gradients of choices as if each sequence had a row of its own."""
     packing, seats = text.packing, layout.seats
     assert packing is not None and seats is not None  # the rows are packed
-    live = seats.column < seats.num_slots  # (G, l)
+    used = seats.column < seats.num_slots  # (G, l)
     behind, _ = group.model.place(packing.mask, group.vector)  # (G, l)
-    before_token = torch.where(behind.to(live.device), stop[:, None], start[:, None])  # (G, l)
-    alone, index = packing.apart(layout, live, before_token)  # index (G, n + l)
+    before_token = torch.where(behind.to(used.device), stop[:, None], start[:, None])  # (G, l)
+    alone, index = packing.apart(layout, used, before_token)  # index (G, n + l)
     rows = packing.rows[:, None].expand_as(index)  # (G, n + l)
     spare = torch.cat([embeds, torch.zeros_like(embeds[:, :1])], dim=1)  # (B, N + 1, e)
     tokens = packing.unpack(text.embeds, 0.0)  # (G, n, e)

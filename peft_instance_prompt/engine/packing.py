@@ -84,16 +84,16 @@ class Packing:
         return torch.isin(self.rows, rows.to(self.rows.device)).nonzero().flatten()
 
     def widen(self, layout: Layout) -> torch.Tensor:
-        """The segment ids (B, N) of the stack's positions; -1 for dead slots, at the left edge."""
-        own = torch.where(layout.live, self.segment_ids.gather(1, layout.first), -1)  # (B, L)
+        """The segment ids (B, N) of the stack's positions; -1 for unused slots, at the left edge."""
+        own = torch.where(layout.used, self.segment_ids.gather(1, layout.first), -1)  # (B, L)
         return insert(self.segment_ids, own, layout)  # (B, N)
 
-    def apart(self, layout: Layout, live: torch.Tensor, before_token: torch.Tensor) -> tuple[Layout, torch.Tensor]:
+    def apart(self, layout: Layout, used: torch.Tensor, before_token: torch.Tensor) -> tuple[Layout, torch.Tensor]:
         """The layout that the sequences would have in rows of their own, and where its positions lie in the packed rows.
 
         Args:
             layout (`Layout`): The layout of the packed rows.
-            live (`torch.BoolTensor`): Shape (G, l).
+            used (`torch.BoolTensor`): Shape (G, l).
             before_token (`torch.LongTensor`): Shape (G, l). A column of the packed rows.
 
         Returns:
@@ -101,7 +101,7 @@ class Packing:
         """
         assert layout.seats is not None  # the layout of packed rows has them
         n, N, rows = self.columns.shape[1], layout.order.shape[1], self.rows[:, None]
-        alone = arrange(before_token - self.columns[:, :1], n, live)
+        alone = arrange(before_token - self.columns[:, :1], n, used)
         slots = torch.nn.functional.pad(layout.slot_index, (0, 1), value=N)[rows, layout.seats.column]  # (G, l)
         tokens = layout.token_index[rows, self.columns].masked_fill(~self.mask, N)  # (G, n)
         return alone, torch.cat([slots, tokens], dim=1).gather(1, alone.order)  # (G, l + n)

@@ -33,10 +33,10 @@ def place_slots(groups: list[Group], text: Text, selection: InstanceTokens, info
     # A row per instance: G rows.
     front = selection.first[:, None].expand(-1, L)  # (G, L)
     before_token, since = front, torch.zeros_like(front)  # (G, L) each
-    live = torch.full_like(front, everywhere, dtype=torch.bool)  # (G, L)
+    used = torch.full_like(front, everywhere, dtype=torch.bool)  # (G, L)
     for group in groups:
         model, own = group.model, selection.pick(group.rows)
-        behind, used = model.place(own.mask, group.vector)  # (G, l) each
+        behind, own_used = model.place(own.mask, group.vector)  # (G, l) each
         behind = behind.to(front.device)
         start, stop = edges(group, text, selection, info)  # (G,) each
         if info.absolute_column_positions and not info.causal and model.first_visible_layer > 0:
@@ -44,7 +44,7 @@ def place_slots(groups: list[Group], text: Text, selection: InstanceTokens, info
             # the last token they move no other.
             start = stop = torch.full_like(start, S)  # (G,)
         before_token = put(before_token, group.rows, torch.where(behind, stop[:, None], start[:, None]))
-        live = put(live, group.rows, torch.ones_like(behind) if used is None else used.to(front.device))
+        used = put(used, group.rows, torch.ones_like(behind) if own_used is None else own_used.to(front.device))
         since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
     full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
     if info.causal and info.absolute_column_positions and not everywhere and full < B:
@@ -56,14 +56,14 @@ def place_slots(groups: list[Group], text: Text, selection: InstanceTokens, info
     late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
     seats = None
     if packing is not None:
-        seats = Seats.of_live(live, packing.rows, B)
+        seats = Seats.of_used(used, packing.rows, B)
         empty = front.new_zeros(B, seats.num_slots)  # (B, L)
-        tables = (before_token, since, front, live, predicts)
-        before_token, since, front, live, predicts = (
+        tables = (before_token, since, front, used, predicts)
+        before_token, since, front, used, predicts = (
             seats.put(empty.to(table.dtype), None, table) for table in tables
         )
     answers = predicts if info.causal else None
-    layout = arrange(before_token, S, live, answers, since, late, not info.causal, front, seats)  # B rows
+    layout = arrange(before_token, S, used, answers, since, late, not info.causal, front, seats)  # B rows
     return layout if packing is None else replace(layout, segment_ids=packing.widen(layout))
 
 

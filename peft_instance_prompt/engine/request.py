@@ -79,7 +79,7 @@ class Request:
         adapters (`dict`, *optional*): The adapters that there were when the call began, and the active ones among them, by the
             layer that holds them: others may be added and deleted meanwhile.
         packed (`dict`): What says which sequences lie in the rows: some base models do not hand it to their stack.
-        encoder_slots (`tuple`, *optional*): The `order` (B, N) and `live` (B, L) of the slots in the encoder's output that
+        encoder_slots (`tuple`, *optional*): The `order` (B, N) and `used` (B, L) of the slots in the encoder's output that
             a decoder attends to.
         opened (`Callable`, *optional*): Called with the arguments of the stack when its slots are open.
         note (`Note`, *optional*): The context that added the newest fields.
@@ -307,14 +307,14 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The slots that an encoder's output says it holds. `generate` repeats them for beams like the rest of it."""
     order = encoder_outputs.get("slot_order") if isinstance(encoder_outputs, dict) else None
-    return None if order is None else (order, encoder_outputs["slot_live"])
+    return None if order is None else (order, encoder_outputs["slot_used"])
 
 
-def note_encoder_slots(order: torch.Tensor, live: torch.Tensor) -> None:
+def note_encoder_slots(order: torch.Tensor, used: torch.Tensor) -> None:
     """Tell the decoder that is run after the encoder."""
     request = latest_request.get()
     if request.outer is not None:  # else the caller passes the encoder's output to the decoder
-        latest_request.set(replace(request, encoder_slots=(order, live)))
+        latest_request.set(replace(request, encoder_slots=(order, used)))
 
 
 @torch.compiler.disable

@@ -111,8 +111,8 @@ def widen_mask(
     cache = cache_of(call)[1]
     mask = None
     # Without a mask, position ids that do not count on would be taken for those of several sequences in a row.
-    if text.mask is not None or not layout.all_live or layout.table.late_layers:
-        mask = insert(text.tokens if text.mask is None else text.mask, layout.live, layout)  # (B, N)
+    if text.mask is not None or not layout.all_used or layout.table.late_layers:
+        mask = insert(text.tokens if text.mask is None else text.mask, layout.used, layout)  # (B, N)
     if cache is not None and cache.is_compileable:
         make_room(cache, L, info.sliding_window)
     mask = pad_to_static_cache(mask, cache, B, S + L)

@@ -223,8 +223,8 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
         source = Source(input_ids[:, :n], embed(ids[:n])[None], mask, None, no_pass)
         with torch.no_grad():
             vector = generator.encode(source)  # (1, ...)
-    behind, live = generator.place(mask, vector)  # (1, l) each
-    vectors = torch.arange(generator.num_slots) if live is None else live[0].nonzero().flatten()  # (L,)
+    behind, used = generator.place(mask, vector)  # (1, l) each
+    vectors = torch.arange(generator.num_slots) if used is None else used[0].nonzero().flatten()  # (L,)
     start = int(config.prompt_position == "after_first")
     if config.prompt_position in PAIR_POSITIONS:
         start = int(at_separator(config, input_ids, tokens, torch.tensor([0]), torch.tensor([n - 1])))

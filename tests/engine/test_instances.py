@@ -76,10 +76,10 @@ def test_sequences_of_packed_rows() -> None:
 
 
 def test_sequences_within_the_stack() -> None:
-    """One slot per sequence; row 1 has one that is dead."""
+    """One slot per sequence; row 1 has one that is unused."""
     before_token = torch.tensor([[0, 4, 5], [0, 0, 2]])
-    live = torch.tensor([[1, 1, 1], [0, 1, 1]]).bool()
-    layout = arrange(before_token, 8, live)
+    used = torch.tensor([[1, 1, 1], [0, 1, 1]]).bool()
+    layout = arrange(before_token, 8, used)
     states = insert(PACKED_IDS, torch.full((2, 3), -1), layout)
     inside = InstanceTokens.of_sequences(PACKED_SCOPE, PACKED).within(layout)
     assert texts(inside, states) == PACKED_TEXTS
