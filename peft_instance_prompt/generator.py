@@ -14,19 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .config import InstancePromptConfig
+from .engine.layout import Layout
+from .engine.stack import StackInfo
 from .nn.pooling import rms
 from .text_start import TextStart
 
-
-if TYPE_CHECKING:
-    from .engine.layout import Layout
-    from .engine.stack import StackInfo
 
 # The fields of all configs that `encode`, `place` and `generate` go by; a method's own count, too.
 READ = ("num_virtual_tokens", "bottleneck_dim", "prompt_position", "separator_id", "init_weights", "condition")

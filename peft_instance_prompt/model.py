@@ -206,7 +206,7 @@ class InstancePromptModel(BaseTuner):
             assert isinstance(peft_config.init_text, list)  # `_prepare_adapter_config` has made ids of it
             ids = repeat_to(peft_config.init_text, generator.num_slots)
             with whole(stack.parameters()):
-                generator.begin_from_text(states_of_text(stack, layer, ids))
+                generator.begin_from_text(states_of_text(stack, layer.info, ids))
         layer.update_layer(adapter_name, generator)
         if adapter_name not in self.active_adapters:
             generator.requires_grad_(False)

@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-
-if TYPE_CHECKING:
-    from ..generator import Instances, PromptGenerator
-    from .instances import InstanceTokens
-    from .layout import Layout
+from ..generator import Instances, PromptGenerator
+from .instances import InstanceTokens
+from .layout import Layout
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         (name, given), as_dict = cache_of(call), call.get("return_dict")
         running = Pass(
             stack,
-            self,
+            self.info,
             attention=str(stack.config._attn_implementation),
             cache=SlotCache.find(given),
             as_tuple=(stack.config.return_dict if as_dict is None else as_dict) is False,
@@ -171,9 +171,9 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     @torch.compiler.disable(recursive=False)
     def _fill(info: StackInfo, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Before a layer runs. The adapters are those of the pass's owner, whose `info` tells that the hook is one of its own."""
+        """Before a layer runs. The pass must be one of this hook's stack: its `info` tells."""
         running = current_pass.get()
-        if running is None or running.owner is None or running.owner.info is not info or not running.concerns_layers:
+        if running is None or running.info is not info or not running.concerns_layers:
             return None
         call = fill_uncompiled(running, info, depths, LayerCall(layer, args, kwargs))
         return call.args, call.kwargs

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +16,7 @@ from torch import nn
 from .batch import Group
 from .cache import SlotCache
 from .layout import Layout, SlotTable
-from .stack import walk
-
-
-if TYPE_CHECKING:
-    from .layer import InstancePromptLayer
+from .stack import StackInfo, walk
 
 
 @dataclass
@@ -29,7 +25,7 @@ class Pass:
 
     Attributes:
         stack (`nn.Module`): The stack.
-        owner (`InstancePromptLayer`, *optional*): The layer whose hooks work in this pass. None: no hook does.
+        info (`StackInfo`, *optional*): Facts about the stack, by which the hooks of its layers know their pass. None: no hook works.
         plain (`bool`): Whether the stack runs without prompts.
         attention (`str`): The name of the stack's attention implementation.
         cache (`SlotCache`, *optional*): The cache with the slots of an earlier pass, if this one goes on from it.
@@ -46,7 +42,7 @@ class Pass:
     """
 
     stack: nn.Module
-    owner: InstancePromptLayer | None = None
+    info: StackInfo | None = None
     plain: bool = False
     attention: str = "eager"
     cache: SlotCache | None = None
