@@ -21,7 +21,7 @@ from .calls import cache_of
 from .masks import padding_mask, prefix_of
 from .packing import Packing, find_packing
 from .request import Request
-from .scope import find_scope
+from .scope import Rules, find_scope
 from .stack import StackInfo, check_packable, embed
 
 
@@ -116,18 +116,11 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
                 own = find_scope(
                     pick(tokens, rows),
                     request.of_rows(len(tokens), rows),
-                    template=generator.config.response_template,
-                    missing_template=generator.config.missing_template,
-                    instruction_length=generator.config.instruction_length,
-                    special_ids=info.special_ids,
+                    Rules.of(generator.config, info),
                     input_ids=pick(ids, rows),
-                    causal_lm=info.causal_lm or (info.undeclared and generator.config.task_type == "CAUSAL_LM"),
-                    undeclared=info.undeclared and generator.config.task_type is None,
                     prefix=pick(text.prefix, rows),
-                    pair_decoder=info.decoder_of_pair,
                     training=training,
                     packed=packing is not None,
-                    tokenizer=generator.config.tokenizer_name_or_path or generator.config.base_model_name_or_path,
                 )  # (rows, S)
             except ValueError as error:
                 if packing is None or "row(s)" not in str(error):
