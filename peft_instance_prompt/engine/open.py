@@ -23,7 +23,7 @@ from .calls import PACKED_ARGUMENTS, cache_of
 from .instances import InstanceTokens
 from .intercept import intercepted
 from .layout import Layout, insert, take
-from .place import edges, place_slots
+from .place import Places, place_slots
 from .plain import run_plain
 from .request import Request
 from .stack import StackInfo
@@ -66,9 +66,9 @@ def open_slots(
     else:
         selection = InstanceTokens.of_sequences(scope, packing.sequence)
     groups = [encode(group, text, selection, request, frozen_states) for group in groups]
-    layout = place_slots(groups, text, selection, info)
+    layout, places = place_slots(groups, text, selection, info)
 
-    embeds = embed_slots(groups, text, selection, layout, info)  # (B, N, e)
+    embeds = embed_slots(groups, places, text, selection, layout)  # (B, N, e)
     call = {**call, "input_ids": None, "inputs_embeds": embeds}
     call = widen(stack, info, call, text, layout, max(group.model.num_slots for group in groups))
     selection = selection.within(layout)
@@ -141,7 +141,7 @@ def _take_states(selection: InstanceTokens, states: Callable[[], torch.Tensor]) 
 
 
 def embed_slots(
-    groups: list[Group], text: Text, selection: InstanceTokens, layout: Layout, info: StackInfo
+    groups: list[Group], places: list[Places], text: Text, selection: InstanceTokens, layout: Layout
 ) -> torch.Tensor:
     """The input embeddings (B, N, e) with the slots in their places."""
     # Slots that no generator writes to begin as copies of the first token, which disturbs the model least.
@@ -152,39 +152,29 @@ def embed_slots(
             own = group.run(text.embeds, INPUT, selection.pick(group.rows), layout)  # (G, l, e)
             vectors = put(vectors, group.rows, own, layout.seats)  # (B, L, e)
     embeds = insert(text.embeds, vectors, layout)  # (B, N, e)
-    for group in groups:
-        if group.rows_of is None and own is not None:
-            start, stop = edges(group, text, selection, info)  # (G,) each
-            if text.packing is None:
-                embeds = group.model.attach_choice_gradient(
-                    embeds, own, text.embeds, group.vector, layout, start, stop
-                )
-            else:
-                embeds = attach_in_rows_apart(group, embeds, own, text, layout, start, stop)
-    return embeds
+    if groups[0].rows_of is not None or own is None:
+        return embeds
+    (group,), (place,) = groups, places  # one adapter has all rows
+    if text.packing is not None:
+        return attach_in_rows_apart(group, place, embeds, own, text, layout)
+    return group.model.attach_choice_gradient(
+        embeds, own, text.embeds, group.vector, layout, place.start, place.stop
+    )  # (B, N, e)
 
 
 def attach_in_rows_apart(
-    group: Group,
-    embeds: torch.Tensor,
-    prompts: torch.Tensor,
-    text: Text,
-    layout: Layout,
-    start: torch.Tensor,
-    stop: torch.Tensor,
+    group: Group, places: Places, embeds: torch.Tensor, prompts: torch.Tensor, text: Text, layout: Layout
 ) -> torch.Tensor:
     """The input embeddings (B, N, e) of packed rows, with the gradients of choices as if each sequence had a row of its own."""
     packing, seats = text.packing, layout.seats
     assert packing is not None and seats is not None  # the rows are packed
     used = seats.column < seats.num_slots  # (G, l)
-    behind, _ = group.model.place(packing.mask, group.vector)  # (G, l)
-    before_token = torch.where(behind.to(used.device), stop[:, None], start[:, None])  # (G, l)
-    alone, index = packing.apart(layout, used, before_token)  # index (G, n + l)
+    alone, index = packing.apart(layout, used, places.before_token)  # index (G, n + l)
     rows = packing.rows[:, None].expand_as(index)  # (G, n + l)
     spare = torch.cat([embeds, torch.zeros_like(embeds[:, :1])], dim=1)  # (B, N + 1, e)
     tokens = packing.unpack(text.embeds, 0.0)  # (G, n, e)
     first = packing.columns[:, 0]  # (G,)
     attached = group.model.attach_choice_gradient(
-        spare[rows, index], prompts, tokens, group.vector, alone, start - first, stop - first
+        spare[rows, index], prompts, tokens, group.vector, alone, places.start - first, places.stop - first
     )  # (G, n + l, e)
     return spare.index_put((rows, index), attached)[:, :-1]  # (B, N, e)

@@ -9,6 +9,7 @@ Shapes: B rows, S tokens, L slots, G instances: rows, or the sequences of packed
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -21,11 +22,37 @@ from .stack import StackInfo
 from .text import Text
 
 
-def place_slots(groups: list[Group], text: Text, selection: InstanceTokens, info: StackInfo) -> Layout:
+class Places(NamedTuple):
+    """Where the slots of a group's instances stand among the tokens of their rows.
+
+    Attributes:
+        start (`torch.LongTensor`): Shape (G,). The token before which the slots before the instruction stand.
+        stop (`torch.LongTensor`): Shape (G,). The token before which the slots behind it stand; S puts them behind the last token.
+        before_token (`torch.LongTensor`): Shape (G, l). The token before which each slot stands, one of the two.
+    """
+
+    start: torch.Tensor
+    stop: torch.Tensor
+    before_token: torch.Tensor
+
+
+def place_slots(
+    groups: list[Group], text: Text, selection: InstanceTokens, info: StackInfo
+) -> tuple[Layout, list[Places]]:
     """Ask the adapters where their slots stand, and lay out the rows.
 
+    Args:
+        groups (`list[Group]`): The groups, with the output of `encode`.
+        text (`Text`): The tokens.
+        selection (`InstanceTokens`): All instances of the batch, by the columns of the text.
+        info (`StackInfo`): Facts about the stack.
+
+    Returns:
+        The layout of the batch, and the places of each group.
+
     Raises:
-        ValueError: Rows have different numbers of slots in a stack that counts its positions itself.
+        ValueError: Rows have different numbers of slots in a stack with learned absolute positions by column, or a config asks for a
+            separator that a row lacks.
     """
     B, S, packing = *text.tokens.shape, text.packing
     L = max(group.model.num_slots for group in groups)
@@ -34,6 +61,7 @@ def place_slots(groups: list[Group], text: Text, selection: InstanceTokens, info
     front = selection.first[:, None].expand(-1, L)  # (G, L)
     before_token, since = front, torch.zeros_like(front)  # (G, L) each
     used = torch.full_like(front, everywhere, dtype=torch.bool)  # (G, L)
+    each: list[Places] = []
     for group in groups:
         model, own = group.model, selection.pick(group.rows)
         behind, own_used = model.place(own.mask, group.vector)  # (G, l) each
@@ -43,7 +71,8 @@ def place_slots(groups: list[Group], text: Text, selection: InstanceTokens, info
             # Where only learned positions tell the columns apart, late vectors, which have none, may stand in any of them: behind
             # the last token they move no other.
             start = stop = torch.full_like(start, S)  # (G,)
-        before_token = put(before_token, group.rows, torch.where(behind, stop[:, None], start[:, None]))
+        each.append(Places(start, stop, torch.where(behind, stop[:, None], start[:, None])))
+        before_token = put(before_token, group.rows, each[-1].before_token)
         used = put(used, group.rows, torch.ones_like(behind) if own_used is None else own_used.to(front.device))
         since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
     full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
@@ -64,7 +93,7 @@ def place_slots(groups: list[Group], text: Text, selection: InstanceTokens, info
         )
     answers = predicts if info.causal else None
     layout = arrange(before_token, S, used, answers, since, late, not info.causal, front, seats)  # B rows
-    return layout if packing is None else replace(layout, segment_ids=packing.widen(layout))
+    return layout if packing is None else replace(layout, segment_ids=packing.widen(layout)), each
 
 
 def edges(group: Group, text: Text, selection: InstanceTokens, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
