@@ -14,19 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .config import InstancePromptConfig
+from .engine.layout import Layout
+from .engine.stack import StackInfo
 from .nn.pooling import rms
 from .text_start import TextStart
 
-
-if TYPE_CHECKING:
-    from .engine.layout import Layout
-    from .engine.stack import StackInfo
 
 # The fields of all configs that `encode`, `place` and `generate` go by; a method's own count, too.
 READ = ("num_virtual_tokens", "bottleneck_dim", "prompt_position", "separator_id", "init_weights", "condition")
@@ -77,11 +75,16 @@ class Placement(NamedTuple):
 
     Attributes:
         behind (`torch.BoolTensor`): Shape (G, l). True for slots behind the instruction, False for those before it.
-        live (`torch.BoolTensor`, *optional*): Shape (G, l). False for slots that are not used. Default: all are.
+        used (`torch.BoolTensor`, *optional*): Shape (G, l). False for slots that are not used. Default: all are.
     """
 
     behind: torch.Tensor
-    live: torch.Tensor | None = None
+    used: torch.Tensor | None = None
+
+    @property
+    def live(self) -> torch.Tensor | None:
+        """The name of `used` up to 0.2.0."""
+        return self.used
 
 
 # The tensors that `generate` reads at one depth, by name: each (a, b) of one adapter, or (G, a, b), one per instance.
@@ -92,8 +95,8 @@ class PromptGenerator(TextStart):
     """Base class of the generators.
 
     Every parameter that `generate` reads is an attribute of the generator itself. It has a first dimension over the depths that do
-    not share it, and two or more further ones: a matrix (D, a, b), a vector (D, 1, a). [`rows_at`] says which row of each is read
-    at a depth. `generate` gets these rows as `weights`, and computes with `@`, `+` and `*`, which broadcast: in a batch of several
+    not share it, and two or more further ones: a matrix (D, a, b), a vector (D, 1, a). [`index_at`] says which entry of each is read
+    at a depth. `generate` gets these entries as `weights`, and computes with `@`, `+` and `*`, which broadcast: in a batch of several
     adapters each weight has a dimension over the instances in front. Parameters that only `encode` reads lie in submodules.
 
     Args:
@@ -131,7 +134,7 @@ class PromptGenerator(TextStart):
         self.causal = info.causal
         self.copies_last: bool = info.causal and config.prompt_position == "end"
         self.depths: tuple[int, ...] = tuple(sorted(chosen_layers(config, info) if depths is None else depths))
-        self._rows: dict[int, dict[str, int]] = {}
+        self._index: dict[int, dict[str, int]] = {}
         self.add_text(config, self.depths, info)
         self.constant_condition: bool = config.condition == "constant"
         if self.constant_condition and self.feeds_constant:
@@ -189,10 +192,17 @@ class PromptGenerator(TextStart):
         """
         raise NotImplementedError
 
-    def rows_at(self, depth: int) -> dict[str, int]:
-        """Which row of each parameter `generate` reads at a depth. Default: the row of the depth, or the only row there is."""
+    def index_at(self, depth: int) -> dict[str, int]:
+        """The index along the first dimension of each parameter that `generate` reads at a depth, by name.
+
+        Default: that of the depth, or 0 for a parameter with one entry, which all depths share.
+        """
         at = self.depths.index(depth)
         return {name: at if len(p) > 1 else 0 for name, p in self.named_parameters(recurse=False)}
+
+    def rows_at(self, depth: int) -> dict[str, int]:
+        """The name of [`index_at`] up to 0.2.0. Generators that define this one work as before."""
+        return self.index_at(depth)
 
     def start(self, instances: Instances, depth: int) -> torch.Tensor | None:
         """The state (G, 1, w) that the generated part is added to, in units of its root mean square. None: there is none."""
@@ -265,23 +275,23 @@ class PromptGenerator(TextStart):
         self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None
     ) -> dict[str, torch.Tensor]:
         """The parameters of one depth, by name; from `unbound` parameters if a pass has made these."""
-        rows = self._all_rows_at(depth).items()
-        return {name: (getattr(self, name) if unbound is None else unbound[name])[row] for name, row in rows}
+        index = self._full_index_at(depth).items()
+        return {name: (getattr(self, name) if unbound is None else unbound[name])[at] for name, at in index}
 
     def unbind(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """The parameters that `generate` reads, one tensor per depth. Backward through `unbind` costs less than an index."""
-        names = {name for depth in self.depths for name in self._all_rows_at(depth)}
+        names = {name for depth in self.depths for name in self._full_index_at(depth)}
         return {name: getattr(self, name).unbind(0) for name in names}
 
     def _replicate_for_data_parallel(self) -> PromptGenerator:
         for depth in self.depths:
-            self._all_rows_at(depth)  # a replica has no parameters to ask
+            self._full_index_at(depth)  # a replica has no parameters to ask
         return super()._replicate_for_data_parallel()
 
-    def _all_rows_at(self, depth: int) -> dict[str, int]:
-        if depth not in self._rows:  # found once: a batch of many adapters asks often
-            self._rows[depth] = {**self.rows_at(depth), **self.text_row(depth)}
-        return self._rows[depth]
+    def _full_index_at(self, depth: int) -> dict[str, int]:
+        if depth not in self._index:  # found once: a batch of many adapters asks often
+            self._index[depth] = {**self.rows_at(depth), **self.text_row(depth)}
+        return self._index[depth]
 
     @property
     def activation_coefficients(self) -> nn.Parameter | None:

@@ -34,8 +34,8 @@ from .attaching import (
 )
 from .config import PAIR_POSITIONS, InstancePromptConfig
 from .engine.calls import check_release, check_understood
-from .engine.frozen import states_of_text
 from .engine.layer import InstancePromptLayer
+from .engine.plain import states_of_text
 from .engine.request import adapters_of, current_request, note
 from .engine.sharded import whole
 from .engine.stack import StackInfo, describe, embed_ids, stack_of, walk
@@ -207,7 +207,7 @@ class InstancePromptModel(BaseTuner):
             assert isinstance(peft_config.init_text, list)  # `_prepare_adapter_config` has made ids of it
             ids = repeat_to(peft_config.init_text, generator.num_slots)
             with whole(stack.parameters()):
-                generator.begin_from_text(states_of_text(stack, layer, ids))
+                generator.begin_from_text(states_of_text(stack, layer.info, ids))
         layer.update_layer(adapter_name, generator)
         if adapter_name not in self.active_adapters:
             generator.requires_grad_(False)

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-
-if TYPE_CHECKING:
-    from .engine.stack import StackInfo
+from .engine.stack import StackInfo
 
 
 class TextStart(nn.Module):

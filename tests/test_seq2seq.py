@@ -104,14 +104,14 @@ def test_decoder_attends_to_the_slots(kind: str) -> None:
         model = prompted(kind, family)
         base, decoder_ids = model.get_base_model(), targets(model)
         encoded = base.get_encoder()(**INPUTS)
-        states, order, live = (
+        states, order, used = (
             encoded.last_hidden_state,
             encoded.slot_order,
-            encoded.slot_live,
+            encoded.slot_used,
         )  # (B, N, d), (B, N), (B, L)
-        num_slots = live.shape[1]
+        num_slots = used.shape[1]
         assert states.shape[1] == 9 + num_slots == order.shape[1]
-        mask = torch.cat([live.long(), INPUTS["attention_mask"]], dim=1).gather(1, order)  # (B, N)
+        mask = torch.cat([used.long(), INPUTS["attention_mask"]], dim=1).gather(1, order)  # (B, N)
         expected = model(**INPUTS, decoder_input_ids=decoder_ids).logits
         plain = tf.modeling_outputs.BaseModelOutput(last_hidden_state=states)
         bare = pair(family)

@@ -5,5 +5,5 @@
 
 From bottom to top: `calls` (transformers' names), `stack` (facts about a stack), `layout` (where slots stand), `packing` (rows of
 several sequences), `cache`, `masks`, `request` and `scope` (what the caller said), `instances` (which tokens are whose), `passes`,
-`frozen`, `intercept`, `batch` (adapters by row), `text`, `widen`, `open`, `fill`, `close`, `generation`, `layer` (the hooks).
+`plain`, `intercept`, `batch` (adapters by row), `text`, `widen`, `open`, `fill`, `close`, `generation`, `layer` (the hooks).
 """

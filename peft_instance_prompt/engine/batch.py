@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from ..generator import Instances, PromptGenerator, stack_weights
-from .instances import Selection
+from .instances import InstanceTokens
 from .intercept import intercepted
 from .layout import Layout, Seats
 from .packing import Packing
@@ -34,7 +34,7 @@ class Group:
         adapter_of (`list[int]`): The number of each instance's adapter among `generators`; not read if there is one adapter.
         by_row (`torch.LongTensor`, *optional*): Shape (G,). Brings values that were made adapter by adapter into the order of the
             rows. None: they are in this order.
-        selection (`Selection`, *optional*): The instances among the positions of the stack.
+        selection (`InstanceTokens`, *optional*): The instances among the positions of the stack.
         vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of the adapters' `encode`.
     """
 
@@ -43,7 +43,7 @@ class Group:
     rows_of: list[torch.Tensor] | None = None
     adapter_of: list[int] = field(default_factory=list)
     by_row: torch.Tensor | None = None
-    selection: Selection | None = None
+    selection: InstanceTokens | None = None
     vector: torch.Tensor | None = None
     unbound: dict[int, tuple[bool, dict]] = field(default_factory=dict)
 
@@ -82,13 +82,13 @@ class Group:
         rows_of: Sequence[torch.Tensor | None] = self.rows_of or [None]
         return iter(zip(self.generators, rows_of))
 
-    def run(self, states: torch.Tensor, depth: int, selection: Selection, layout: Layout | None) -> torch.Tensor:
+    def run(self, states: torch.Tensor, depth: int, selection: InstanceTokens, layout: Layout | None) -> torch.Tensor:
         """The prompt vectors (G, l, w) of one depth.
 
         Args:
             states (`torch.Tensor`): Shape (B, N, w). The layer's input for the whole batch, or the input embeddings.
             depth (`int`): The layer, or `INPUT`.
-            selection (`Selection`): The group's instances among the columns of `states`.
+            selection (`InstanceTokens`): The group's instances among the columns of `states`.
             layout (`Layout`, *optional*): Where slots and tokens of the batch stand; only tools look at it.
         """
         model = self.model
@@ -171,7 +171,7 @@ def pick(values: Values, rows: torch.Tensor | None) -> Values:
 def put(
     whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor, seats: Seats | None = None
 ) -> torch.Tensor:
-    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`, dead slots come first; or in their seats."""
+    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`, unused slots come first; or in their seats."""
     if seats is not None:
         return seats.put(whole, rows, values)
     if rows is None:

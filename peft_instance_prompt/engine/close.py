@@ -31,7 +31,7 @@ KNOWN_OUTPUTS = (
     "last_hidden_state", "hidden_states", "attentions", "cross_attentions", "pooler_output", *ROUTER_OUTPUTS
 )  # fmt: skip
 # Where the slots of an encoder stand, for its decoder.
-SLOT_OUTPUTS = ("slot_order", "slot_live")
+SLOT_OUTPUTS = ("slot_order", "slot_used")
 
 
 def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
@@ -73,8 +73,8 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         if info.encoder_of_pair:  # the decoder attends to the slots, so they stay
             kind: Any = type(output)  # no `type[...]`, which mypy does not take for hashable
             output.__class__ = with_slots(kind)
-            output["slot_order"], output["slot_live"] = layout.order, layout.live
-            note_encoder_slots(layout.order, layout.live)
+            output["slot_order"], output["slot_used"] = layout.order, layout.used
+            note_encoder_slots(layout.order, layout.used)
         else:
             output.last_hidden_state = last
     if output.get("attentions") is not None:

@@ -42,7 +42,7 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
             "only, such as IPT or S-IDPG."
         )
     flash = running.attention.startswith("flash_attention")
-    if (late and (depth < late[-1] or flash)) or (running.stretch is not None and not flash):
+    if (late and (depth < late[-1] or flash)) or (running.segment_ids is not None and not flash):
         call = hide_positions(running, info, depth, call)
     in_place = may_overwrite(running, info, depth)
     for group in groups:
@@ -68,9 +68,9 @@ def may_overwrite(running: Pass, info: StackInfo, depth: int) -> bool:
 def hide_positions(running: Pass, info: StackInfo, depth: int, call: LayerCall) -> LayerCall:
     """The call of a layer with a mask that hides the slots which it does not see yet, and the sequences of a row from each other."""
     mask, cache, states = call.mask, call.cache, call.states  # states (B, N, d)
-    table, stretch = running.table, running.stretch
+    table, segment_ids = running.table, running.segment_ids
     # Gemma 3n's layers take several streams of states at once, (streams, B, N, d).
-    num_queries, seen, start = states.shape[1] if stretch is None else stretch.shape[1], 0, 0
+    num_queries, seen, start = states.shape[1] if segment_ids is None else segment_ids.shape[1], 0, 0
     num_keys = num_queries
     if cache is not None:
         seen = length(cache, depth)
@@ -83,8 +83,8 @@ def hide_positions(running: Pass, info: StackInfo, depth: int, call: LayerCall) 
         hidden = None
         if table is not None and table.late_layers:
             hidden = table.hidden_at(depth, start, num_keys).to(states.device)  # (B, num_keys)
-        if stretch is not None:
-            others = (stretch[:, :, None] != stretch[:, None]).to(states.device)  # (B, N, N)
+        if segment_ids is not None:
+            others = (segment_ids[:, :, None] != segment_ids[:, None]).to(states.device)  # (B, N, N)
             hidden = others if hidden is None else others | hidden[:, None]
         assert hidden is not None  # there is something to hide
         causal = info.causal and not info.prefix_lm  # without a mask its kernel hides nothing

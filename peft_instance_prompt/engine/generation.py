@@ -14,10 +14,10 @@ from torch import nn
 from .cache import SlotCache
 from .calls import cache_of, declared, named
 from .request import OWN_ARGUMENTS, GrowingText, adapters_of, known_of, note
-from .stand_in import StandIn
+from .wrap import MethodWrapper
 
 
-class Generate(StandIn):
+class Generate(MethodWrapper):
     """The base model's `generate`.
 
     Args:
@@ -117,7 +117,7 @@ def check_rows(fields: Mapping[str, Any], adapter_names: tuple[str, ...] | None,
         )
 
 
-class GenerateBatch(StandIn):
+class GenerateBatch(MethodWrapper):
     """Continuous batching, which is refused."""
 
     method = "generate_batch"

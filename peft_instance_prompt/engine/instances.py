@@ -21,7 +21,7 @@ from .layout import Layout, insert
 
 
 @dataclass(frozen=True)
-class Selection:
+class InstanceTokens:
     """The instruction tokens of G instances among the columns of a batch.
 
     Attributes:
@@ -39,7 +39,7 @@ class Selection:
     columns: slice | torch.Tensor
 
     @classmethod
-    def of_rows(cls, scope: torch.Tensor, tokens: torch.Tensor) -> Selection:
+    def of_rows(cls, scope: torch.Tensor, tokens: torch.Tensor) -> InstanceTokens:
         """One instance per row.
 
         Args:
@@ -50,7 +50,7 @@ class Selection:
         return cls(scope[:, columns], first_index(tokens), last_index(scope), None, columns)  # mask (B, n)
 
     @classmethod
-    def of_sequences(cls, scope: torch.Tensor, sequence: torch.Tensor) -> Selection:
+    def of_sequences(cls, scope: torch.Tensor, sequence: torch.Tensor) -> InstanceTokens:
         """One instance per sequence, several of which lie in a row.
 
         Args:
@@ -100,7 +100,7 @@ class Selection:
         rows = torch.arange(len(self), device=self.mask.device) if self.rows is None else self.rows
         return rows[:, None]  # (G, 1)
 
-    def pick(self, instances: torch.Tensor | None) -> Selection:
+    def pick(self, instances: torch.Tensor | None) -> InstanceTokens:
         """Some of the instances; None for all."""
         if instances is None:
             return self
@@ -115,7 +115,7 @@ class Selection:
             columns=columns,
         )
 
-    def within(self, layout: Layout) -> Selection:
+    def within(self, layout: Layout) -> InstanceTokens:
         """The same instances among the positions of the stack. To be called on all instances of a batch, before `pick`."""
         rows = self.each_row
         first, last = (layout.token_index[rows[:, 0], column] for column in (self.first, self.last))  # (G,) each

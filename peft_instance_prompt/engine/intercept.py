@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-
-if TYPE_CHECKING:
-    from ..generator import Instances, PromptGenerator
-    from .instances import Selection
-    from .layout import Layout
+from ..generator import Instances, PromptGenerator
+from .instances import InstanceTokens
+from .layout import Layout
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Generated:
         rows (`torch.LongTensor`, *optional*): Shape (G,). The rows of the batch, or sequences of a packed batch, that the
             instances are; None: all.
         instances (`Instances`, *optional*): The input of the generator.
-        selection (`Selection`, *optional*): Where these tokens stand in the stack.
+        selection (`InstanceTokens`, *optional*): Where these tokens stand in the stack.
         layout (`Layout`, *optional*): Where slots and tokens of the batch stand.
     """
 
@@ -41,7 +39,7 @@ class Generated:
     generators: list[PromptGenerator]
     rows: torch.Tensor | None = None
     instances: Instances | None = None
-    selection: Selection | None = None
+    selection: InstanceTokens | None = None
     layout: Layout | None = None
 
 

@@ -28,15 +28,15 @@ from .cache import SlotCache
 from .calls import LayerCall, by_name, cache_of
 from .close import attend_to_slots, close_slots
 from .fill import fill_slots
-from .frozen import check_hooks_ran, is_frozen
 from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
+from .plain import check_hooks_ran, in_plain_pass
 from .request import CALLERS, LAYERS, CallNote, NotedForward, current_request, end_call
 from .resume import resume
 from .stack import StackInfo, find_stacks
-from .stand_in import StandIn, stand_ins
 from .use import callers, decoders_beside
+from .wrap import MethodWrapper, wrappers
 
 
 class InstancePromptLayer(nn.Module, BaseTunerLayer):
@@ -94,11 +94,11 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         """Register the hooks on the base model, the stack and its layers."""
         StackForward(stack, self.name).install()
         for name, caller in callers(model, self.info.name).items():
-            if not stand_ins(caller, NotedForward):
+            if not wrappers(caller, NotedForward):
                 CallNote().register(caller)
-                for stand_in in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
-                    if hasattr(caller, stand_in.method):
-                        stand_in(caller).install()
+                for wrapper in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
+                    if hasattr(caller, wrapper.method):
+                        wrapper(caller).install()
             vars(caller).setdefault(LAYERS, []).append(self.path_within(name))
             if name:
                 vars(model).setdefault(CALLERS, []).append(name)
@@ -115,7 +115,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         """Remove the hooks; those of the base model with the last layer of this kind."""
         for handle in self.handles:
             handle.remove()
-        for forward in stand_ins(stack, StackForward):
+        for forward in wrappers(stack, StackForward):
             if forward.name == self.name:
                 forward.remove()
         for name, caller in callers(model, self.info.name).items():
@@ -126,8 +126,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 for hook in list(caller._forward_pre_hooks.values()):
                     if isinstance(hook, CallNote):
                         hook.remove()
-                for stand_in in stand_ins(caller, StandIn):
-                    stand_in.remove()
+                for wrapper in wrappers(caller, MethodWrapper):
+                    wrapper.remove()
         release_context(layers)
 
     @torch.compiler.disable
@@ -137,7 +137,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         (name, given), as_dict = cache_of(call), call.get("return_dict")
         running = Pass(
             stack,
-            self,
+            self.info,
             attention=str(stack.config._attn_implementation),
             cache=SlotCache.find(given),
             as_tuple=(stack.config.return_dict if as_dict is None else as_dict) is False,
@@ -160,7 +160,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             if not self.info.decoder_of_pair:
                 request = request.of_tokens(call.get("input_ids"), call.get("inputs_embeds"))
             call, running.groups, running.layout = open_slots(stack, self.info, running.groups, request, call)
-            running.table, running.stretch = running.layout.table, running.layout.stretch
+            running.table, running.segment_ids = running.layout.table, running.layout.segment_ids
             if (filled := cache_of(call)[1]) is not None:
                 SlotCache(filled, running.table)  # RecurrentGemma does not return it: the caller's own comes back
             if request.opened is not None:
@@ -173,9 +173,9 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     @torch.compiler.disable(recursive=False)
     def _fill(info: StackInfo, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Before a layer runs. The adapters are those of the pass's owner, whose `info` tells that the hook is one of its own."""
+        """Before a layer runs. The pass must be one of this hook's stack: its `info` tells."""
         running = current_pass.get()
-        if running is None or running.owner is None or running.owner.info is not info or not running.concerns_layers:
+        if running is None or running.info is not info or not running.concerns_layers:
             return None
         call = fill_uncompiled(running, info, depths, LayerCall(layer, args, kwargs))
         return call.args, call.kwargs
@@ -193,7 +193,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
 fill_uncompiled = torch.compiler.disable(fill_slots)
 
 
-class StackForward(StandIn):
+class StackForward(MethodWrapper):
     """The forward of a stack with its slots: opens them, runs the stack, closes them."""
 
     method = "forward"
@@ -214,7 +214,7 @@ class StackForward(StandIn):
 
     @torch.compiler.disable(recursive=False)  # what it calls is compiled
     def _opened(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if is_frozen(self.module):
+        if in_plain_pass(self.module):
             return self.call_wrapped(*args, **kwargs)
         outer = current_pass.get()
         try:

@@ -4,7 +4,7 @@
 """Slots: extra positions that exist only inside the transformer stack. Pure tensor functions.
 
 Slot k of row b stands before token `before_token[b, k]`; the number S puts it behind the last token. Rows may differ: a row with
-fewer prompt vectors than its neighbours has dead slots, hidden from attention. They stand at the row's left edge, like padding on
+fewer prompt vectors than its neighbours has unused slots, hidden from attention. They stand at the row's left edge, like padding on
 the left; in encoders at its right edge.
 
 Shapes: B rows, S tokens, L slots, N = S + L positions in the stack, d the width.
@@ -24,47 +24,47 @@ class SlotTable:
     Attributes:
         order (`torch.LongTensor`): Shape (B, N). The content of the first N positions: a number k < L is slot k, and
             L + t is token t. Later positions hold tokens.
-        live (`torch.BoolTensor`): Shape (B, L). False for slots that are hidden from attention.
-        all_live (`bool`): Whether no slot is dead.
+        used (`torch.BoolTensor`): Shape (B, L). False for slots that are hidden from attention.
+        all_used (`bool`): Whether every slot is used.
         first_visible_layer (`torch.LongTensor`): Shape (B, L). The first layer that sees each slot.
         late_layers (`tuple[int]`): The values other than 0 in `first_visible_layer`, in order.
-        num_counted (`torch.LongTensor`): Shape (B, 1). How many slots take a place in the count of positions: live ones that
+        num_counted (`torch.LongTensor`): Shape (B, 1). How many slots take a place in the count of positions: used ones that
             every layer sees. If a slot that is hidden from the first layers took a place, it would move the tokens there.
     """
 
     def __init__(
         self,
         order: torch.Tensor,
-        live: torch.Tensor,
+        used: torch.Tensor,
         first_visible_layer: torch.Tensor | None = None,
         late_layers: tuple[int, ...] = (),
     ):
-        self.order, self.live, self.all_live = order, live, bool(live.all())
+        self.order, self.used, self.all_used = order, used, bool(used.all())
         if first_visible_layer is None:
-            first_visible_layer = torch.zeros_like(live, dtype=torch.long)  # (B, L)
+            first_visible_layer = torch.zeros_like(used, dtype=torch.long)  # (B, L)
         self.first_visible_layer, self.late_layers = first_visible_layer, late_layers
         self.num_counted = self.counted.sum(dim=1, keepdim=True)  # (B, 1)
 
     @property
     def num_slots(self) -> int:
-        return self.live.shape[1]
+        return self.used.shape[1]
 
     @property
     def counted(self) -> torch.Tensor:
         """The slots (B, L) that take a place in the count of positions."""
-        return self.live & (self.first_visible_layer == 0)
+        return self.used & (self.first_visible_layer == 0)
 
     def widen_mask(self, attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
         """The mask over positions: (B, T) over tokens becomes (B, T + L); None if nothing is hidden."""
         if attention_mask is None:
-            if self.all_live:
+            if self.all_used:
                 return None
-            attention_mask = self.live.new_ones(self.live.shape[0], num_tokens)  # (B, T)
+            attention_mask = self.used.new_ones(self.used.shape[0], num_tokens)  # (B, T)
         # A mask of ones keeps attention off its fast kernel, at each layer of each decoding step.
-        elif self.all_live and bool(attention_mask.all()):
+        elif self.all_used and bool(attention_mask.all()):
             return None
         known = self.order.shape[1] - self.num_slots
-        head = torch.cat([self.live.to(attention_mask.dtype), attention_mask[:, :known]], dim=1)  # (B, N)
+        head = torch.cat([self.used.to(attention_mask.dtype), attention_mask[:, :known]], dim=1)  # (B, N)
         return torch.cat([take(head, self.order), attention_mask[:, known:]], dim=1)  # (B, T + L)
 
     def hidden_at(self, depth: int, start: int, num_keys: int) -> torch.Tensor:
@@ -93,17 +93,17 @@ class SlotTable:
     def select(self, rows: torch.Tensor) -> None:
         """Keep, reorder or repeat rows."""
         rows = rows.to(self.order.device)
-        for name in ("order", "live", "first_visible_layer", "num_counted"):
+        for name in ("order", "used", "first_visible_layer", "num_counted"):
             setattr(self, name, getattr(self, name)[rows])
 
 
 @dataclass(frozen=True)
 class Seats:
-    """Which of a packed row's slots belong to which instance. Only live slots have a seat.
+    """Which of a packed row's slots belong to which instance. Only used slots have a seat.
 
     Attributes:
         row (`torch.LongTensor`): Shape (G,). The row of each instance.
-        column (`torch.LongTensor`): Shape (G, l). The column of each instance's slots among the L slots of its row; L for dead ones.
+        column (`torch.LongTensor`): Shape (G, l). The column of each instance's slots among the L slots of its row; L for unused ones.
         num_slots (`int`): L, the number of slots of the row that has the most.
     """
 
@@ -112,16 +112,16 @@ class Seats:
     num_slots: int
 
     @classmethod
-    def of_live(cls, live: torch.Tensor, row: torch.Tensor, num_rows: int) -> Seats:
-        """Seats for the slots that are `live` (G, l), instance by instance; `row` (G,) does not decrease."""
-        count = live.sum(dim=1)  # (G,)
+    def of_used(cls, used: torch.Tensor, row: torch.Tensor, num_rows: int) -> Seats:
+        """Seats for the slots that are `used` (G, l), instance by instance; `row` (G,) does not decrease."""
+        count = used.sum(dim=1)  # (G,)
         whole = count.new_zeros(num_rows).index_add(0, row, count)  # (B,)
         L = max(int(whole.max()), 1)
         before = (
             count.cumsum(dim=0) - count - (whole.cumsum(dim=0) - whole)[row]
         )  # (G,), slots of the row's earlier instances
-        column = (L - whole[row] + before)[:, None] + live.cumsum(dim=1) - 1  # (G, l)
-        return cls(row, torch.where(live, column, L), L)
+        column = (L - whole[row] + before)[:, None] + used.cumsum(dim=1) - 1  # (G, l)
+        return cls(row, torch.where(used, column, L), L)
 
     def put(self, whole: torch.Tensor, instances: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
         """`whole` (B, L, ...) with `values` (G, l, ...) of some instances, or of all, in their seats."""
@@ -147,7 +147,7 @@ class Layout:
             then predicted at the last of them.
         first (`torch.LongTensor`): Shape (B, L). The first token of the sequence that each slot belongs to.
         seats (`Seats`, *optional*): Which slots belong to which instance, where rows hold several.
-        stretch (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence, where rows hold several.
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence, where rows hold several.
     """
 
     table: SlotTable
@@ -157,19 +157,19 @@ class Layout:
     output_index: torch.Tensor
     first: torch.Tensor
     seats: Seats | None = None
-    stretch: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
 
     @property
     def order(self) -> torch.Tensor:
         return self.table.order
 
     @property
-    def live(self) -> torch.Tensor:
-        return self.table.live
+    def used(self) -> torch.Tensor:
+        return self.table.used
 
     @property
-    def all_live(self) -> bool:
-        return self.table.all_live
+    def all_used(self) -> bool:
+        return self.table.all_used
 
     @property
     def num_slots(self) -> int:
@@ -188,11 +188,11 @@ class Layout:
 def arrange(
     before_token: torch.Tensor,
     num_tokens: int,
-    live: torch.Tensor | None = None,
+    used: torch.Tensor | None = None,
     predicts: torch.Tensor | None = None,
     first_visible_layer: torch.Tensor | None = None,
     late_layers: tuple[int, ...] = (),
-    dead_at_end: bool = False,
+    unused_at_end: bool = False,
     first: torch.Tensor | None = None,
     seats: Seats | None = None,
 ) -> Layout:
@@ -201,28 +201,28 @@ def arrange(
     Args:
         before_token (`torch.LongTensor`): Shape (B, L), values 0..S. Slots before the same token keep their order.
         num_tokens (`int`): S.
-        live (`torch.BoolTensor`, *optional*): Shape (B, L). Default: all.
+        used (`torch.BoolTensor`, *optional*): Shape (B, L). Default: all.
         predicts (`torch.BoolTensor`, *optional*): Shape (B, L). Slots directly behind a causal model's last instruction token: that
             token's output is read at the last of them. Default: none.
         first_visible_layer, late_layers: As in [`SlotTable`]. Default: every layer sees every slot.
-        dead_at_end (`bool`): Whether dead slots stand behind the last token and not before the first. For encoders, of which
+        unused_at_end (`bool`): Whether unused slots stand behind the last token and not before the first. For encoders, of which
             some count positions from the left edge; not for causal models, where text follows.
         first, seats: As in [`Layout`]. Default: the row's first column; one instance per row.
     """
     B, L = before_token.shape
     first = torch.zeros_like(before_token) if first is None else first  # (B, L)
-    live = torch.ones_like(before_token, dtype=torch.bool) if live is None else live
-    # Slots before token t sort just before it: keys 2t and 2t + 1. Dead slots sort before everything, or behind it.
-    slot_key = torch.where(live, 2 * before_token, 2 * num_tokens + 1 if dead_at_end else -1)  # (B, L)
+    used = torch.ones_like(before_token, dtype=torch.bool) if used is None else used
+    # Slots before token t sort just before it: keys 2t and 2t + 1. Unused slots sort before everything, or behind it.
+    slot_key = torch.where(used, 2 * before_token, 2 * num_tokens + 1 if unused_at_end else -1)  # (B, L)
     token_key = 2 * torch.arange(num_tokens, device=before_token.device).expand(B, -1) + 1  # (B, S)
     order = torch.cat([slot_key, token_key], dim=1).argsort(dim=1, stable=True)  # (B, N)
     place = order.argsort(dim=1)  # (B, N), the inverse permutation
     slot_index, token_index = place[:, :L], place[:, L:]  # (B, L), (B, S)
     output_index = token_index  # (B, S)
     if predicts is not None:
-        behind = slot_index.masked_fill(~(predicts & live), 0)  # (B, L)
+        behind = slot_index.masked_fill(~(predicts & used), 0)  # (B, L)
         output_index = token_index.scatter_reduce(1, (before_token - 1).clamp(min=0), behind, "amax")  # (B, S)
-    table = SlotTable(order, live, first_visible_layer, late_layers)
+    table = SlotTable(order, used, first_visible_layer, late_layers)
     return Layout(table, before_token, slot_index, token_index, output_index, first, seats)
 
 

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from ..generator import INPUT, Source
 from .batch import Group, in_place, put
 from .calls import PACKED_ARGUMENTS, cache_of
-from .frozen import run_frozen
-from .instances import Selection
+from .instances import InstanceTokens
 from .intercept import intercepted
 from .layout import Layout, insert, take
-from .place import edges, place_slots
+from .place import Places, place_slots
+from .plain import run_plain
 from .request import Request
 from .stack import StackInfo
 from .text import Text, count_positions, find_scopes, read_text, shown_response
@@ -61,15 +61,15 @@ def open_slots(
 
     scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
     response = shown_response(stack, info, call, text, scope, request)  # (B, S)
-    frozen_states = once(partial(run_plain, stack, plain, text, response))
+    frozen_states = once(partial(last_states, stack, plain, text, response))
     if packing is None:
-        selection = Selection.of_rows(scope, text.tokens)
+        selection = InstanceTokens.of_rows(scope, text.tokens)
     else:
-        selection = Selection.of_sequences(scope, packing.sequence)
+        selection = InstanceTokens.of_sequences(scope, packing.sequence)
     groups = [encode(group, text, selection, request, frozen_states) for group in groups]
-    layout = place_slots(groups, text, selection, info)
+    layout, places = place_slots(groups, text, selection, info)
 
-    embeds = embed_slots(groups, text, selection, layout, info)  # (B, N, e)
+    embeds = embed_slots(groups, places, text, selection, layout)  # (B, N, e)
     call = {**call, "input_ids": None, "inputs_embeds": embeds}
     call = widen(stack, info, call, text, layout, max(group.model.num_slots for group in groups))
     selection = selection.within(layout)
@@ -90,15 +90,15 @@ def prepare(call: dict[str, Any], text: Text, groups: list[Group], info: StackIn
     return call
 
 
-def run_plain(
+def last_states(
     stack: PreTrainedModel, call: dict[str, Any], text: Text, response: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The last hidden states (B, S, d) of the stack without prompts, in which no instruction token sees the `response` (B, S)."""
     if text.packing is None:
-        return run_frozen(stack, call, None if response is None else response.long())
-    stretch = text.packing.stretch  # (B, S)
-    call = {**call, "attention_mask": no_padding(stack, stretch), **lengths_of(stack, stretch, call)}
-    return run_frozen(stack, call, stretch)
+        return run_plain(stack, call, None if response is None else response.long())
+    segment_ids = text.packing.segment_ids  # (B, S)
+    call = {**call, "attention_mask": no_padding(stack, segment_ids), **lengths_of(stack, segment_ids, call)}
+    return run_plain(stack, call, segment_ids)
 
 
 def without_room(mask: Any, num_rows: int, num_tokens: int) -> Any:
@@ -116,7 +116,7 @@ def without_room(mask: Any, num_rows: int, num_tokens: int) -> Any:
 
 
 def encode(
-    group: Group, text: Text, selection: Selection, request: Request, frozen_states: Callable[[], torch.Tensor]
+    group: Group, text: Text, selection: InstanceTokens, request: Request, frozen_states: Callable[[], torch.Tensor]
 ) -> Group:
     """The group with the output of `encode` of each of its adapters."""
     vectors: list[Any] = []  # a tensor of each, or None: the generators are of one class
@@ -139,12 +139,12 @@ def encode(
     return replace(group, vector=vector if group.by_row is None else vector[group.by_row.to(vector.device)])
 
 
-def _take_states(selection: Selection, states: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _take_states(selection: InstanceTokens, states: Callable[[], torch.Tensor]) -> torch.Tensor:
     return selection.take(states())  # (G, n, d)
 
 
 def embed_slots(
-    groups: list[Group], text: Text, selection: Selection, layout: Layout, info: StackInfo
+    groups: list[Group], places: list[Places], text: Text, selection: InstanceTokens, layout: Layout
 ) -> torch.Tensor:
     """The input embeddings (B, N, e) with the slots in their places."""
     # Slots that no generator writes to begin as copies of the first token, which disturbs the model least.
@@ -155,39 +155,29 @@ def embed_slots(
             own = group.run(text.embeds, INPUT, selection.pick(group.rows), layout)  # (G, l, e)
             vectors = put(vectors, group.rows, own, layout.seats)  # (B, L, e)
     embeds = insert(text.embeds, vectors, layout)  # (B, N, e)
-    for group in groups:
-        if group.rows_of is None and own is not None:
-            start, stop = edges(group, text, selection, info)  # (G,) each
-            if text.packing is None:
-                embeds = group.model.attach_choice_gradient(
-                    embeds, own, text.embeds, group.vector, layout, start, stop
-                )
-            else:
-                embeds = attach_in_rows_apart(group, embeds, own, text, layout, start, stop)
-    return embeds
+    if groups[0].rows_of is not None or own is None:
+        return embeds
+    (group,), (place,) = groups, places  # one adapter has all rows
+    if text.packing is not None:
+        return attach_in_rows_apart(group, place, embeds, own, text, layout)
+    return group.model.attach_choice_gradient(
+        embeds, own, text.embeds, group.vector, layout, place.start, place.stop
+    )  # (B, N, e)
 
 
 def attach_in_rows_apart(
-    group: Group,
-    embeds: torch.Tensor,
-    prompts: torch.Tensor,
-    text: Text,
-    layout: Layout,
-    start: torch.Tensor,
-    stop: torch.Tensor,
+    group: Group, places: Places, embeds: torch.Tensor, prompts: torch.Tensor, text: Text, layout: Layout
 ) -> torch.Tensor:
     """The input embeddings (B, N, e) of packed rows, with the gradients of choices as if each sequence had a row of its own."""
     packing, seats = text.packing, layout.seats
     assert packing is not None and seats is not None  # the rows are packed
-    live = seats.column < seats.num_slots  # (G, l)
-    behind, _ = group.model.place(packing.mask, group.vector)  # (G, l)
-    before_token = torch.where(behind.to(live.device), stop[:, None], start[:, None])  # (G, l)
-    alone, index = packing.apart(layout, live, before_token)  # index (G, n + l)
+    used = seats.column < seats.num_slots  # (G, l)
+    alone, index = packing.apart(layout, used, places.before_token)  # index (G, n + l)
     rows = packing.rows[:, None].expand_as(index)  # (G, n + l)
     spare = torch.cat([embeds, torch.zeros_like(embeds[:, :1])], dim=1)  # (B, N + 1, e)
     tokens = packing.unpack(text.embeds, 0.0)  # (G, n, e)
     first = packing.columns[:, 0]  # (G,)
     attached = group.model.attach_choice_gradient(
-        spare[rows, index], prompts, tokens, group.vector, alone, start - first, stop - first
+        spare[rows, index], prompts, tokens, group.vector, alone, places.start - first, places.stop - first
     )  # (G, n + l, e)
     return spare.index_put((rows, index), attached)[:, :-1]  # (B, N, e)

@@ -3,7 +3,7 @@
 
 """Packed and padding-free batches, whose rows hold several sequences: which sequence each token belongs to.
 
-A row is a chain of stretches. A stretch of two or more tokens is a sequence, and an instance of its own. A stretch of one token is
+A row is a chain of segments. A segment of two or more tokens is a sequence, and an instance of its own. A segment of one token is
 padding, as TRL writes it, or a text that predicts nothing: it has no prompt.
 
 Shapes: B rows, S tokens, L slots, N = S + L positions, G sequences of up to n tokens.
@@ -25,8 +25,8 @@ class Packing:
     """The sequences of a packed batch, row by row.
 
     Attributes:
-        stretch (`torch.LongTensor`): Shape (B, S). The number of each token's stretch within its row, from 0, not decreasing.
-        position (`torch.LongTensor`): Shape (B, S). The number of each token within its stretch, from 0.
+        segment_ids (`torch.LongTensor`): Shape (B, S). The number of each token's segment in its row, from 0, not decreasing.
+        position (`torch.LongTensor`): Shape (B, S). The number of each token within its segment, from 0.
         sequence (`torch.LongTensor`): Shape (B, S). The number of each token's sequence within its row, from 0; -1 for a token
             alone.
         rows (`torch.LongTensor`): Shape (G,). The row of each sequence.
@@ -34,7 +34,7 @@ class Packing:
         mask (`torch.BoolTensor`): Shape (G, n). False where a sequence has fewer tokens.
     """
 
-    stretch: torch.Tensor
+    segment_ids: torch.Tensor
     position: torch.Tensor
     sequence: torch.Tensor
     rows: torch.Tensor
@@ -42,17 +42,17 @@ class Packing:
     mask: torch.Tensor
 
     @classmethod
-    def of_stretches(cls, begins: torch.Tensor) -> Packing:
-        """The packing whose stretches begin where `begins` (B, S) is True.
+    def of_segments(cls, begins: torch.Tensor) -> Packing:
+        """The packing whose segments begin where `begins` (B, S) is True.
 
         Raises:
             ValueError: There is no sequence.
         """
         B, S = begins.shape
-        stretch = begins.cumsum(dim=1) - 1  # (B, S)
+        segment_ids = begins.cumsum(dim=1) - 1  # (B, S)
         place = torch.arange(S, device=begins.device).expand(B, S)  # (B, S)
         position = place - torch.where(begins, place, 0).cummax(dim=1).values  # (B, S)
-        number = stretch + S * torch.arange(B, device=begins.device)[:, None]  # (B, S), of the batch's stretches
+        number = segment_ids + S * torch.arange(B, device=begins.device)[:, None]  # (B, S), of the batch's segments
         length = number.flatten().bincount(minlength=B * S)[number]  # (B, S)
         first = begins & (length > 1)  # (B, S)
         sequence = torch.where(length > 1, first.cumsum(dim=1) - 1, -1)  # (B, S)
@@ -64,7 +64,7 @@ class Packing:
         lengths = length[rows, starts]  # (G,)
         own = torch.arange(int(lengths.max()), device=begins.device)  # (n,)
         columns = (starts[:, None] + own).clamp(max=S - 1)  # (G, n)
-        return cls(stretch, position, sequence, rows, columns, own < lengths[:, None])
+        return cls(segment_ids, position, sequence, rows, columns, own < lengths[:, None])
 
     def unpack(self, values: torch.Tensor, fill: Any) -> torch.Tensor:
         """`values` (B, S, ...) with a row per sequence, (G, n, ...), and `fill` behind its end."""
@@ -75,7 +75,7 @@ class Packing:
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """`values` (G, n) at the tokens' places in the packed rows, (B, S), and zero elsewhere."""
         row = self.rows[:, None].expand_as(self.columns)  # (G, n)
-        return values.new_zeros(self.stretch.shape).index_put(
+        return values.new_zeros(self.segment_ids.shape).index_put(
             (row[self.mask], self.columns[self.mask]), values[self.mask]
         )
 
@@ -84,16 +84,16 @@ class Packing:
         return torch.isin(self.rows, rows.to(self.rows.device)).nonzero().flatten()
 
     def widen(self, layout: Layout) -> torch.Tensor:
-        """The number of the stretch of each of the stack's positions, (B, N). Dead slots are one at the left edge, -1."""
-        own = torch.where(layout.live, self.stretch.gather(1, layout.first), -1)  # (B, L)
-        return insert(self.stretch, own, layout)  # (B, N)
+        """The segment ids (B, N) of the stack's positions; -1 for unused slots, at the left edge."""
+        own = torch.where(layout.used, self.segment_ids.gather(1, layout.first), -1)  # (B, L)
+        return insert(self.segment_ids, own, layout)  # (B, N)
 
-    def apart(self, layout: Layout, live: torch.Tensor, before_token: torch.Tensor) -> tuple[Layout, torch.Tensor]:
+    def apart(self, layout: Layout, used: torch.Tensor, before_token: torch.Tensor) -> tuple[Layout, torch.Tensor]:
         """The layout that the sequences would have in rows of their own, and where its positions lie in the packed rows.
 
         Args:
             layout (`Layout`): The layout of the packed rows.
-            live (`torch.BoolTensor`): Shape (G, l).
+            used (`torch.BoolTensor`): Shape (G, l).
             before_token (`torch.LongTensor`): Shape (G, l). A column of the packed rows.
 
         Returns:
@@ -101,7 +101,7 @@ class Packing:
         """
         assert layout.seats is not None  # the layout of packed rows has them
         n, N, rows = self.columns.shape[1], layout.order.shape[1], self.rows[:, None]
-        alone = arrange(before_token - self.columns[:, :1], n, live)
+        alone = arrange(before_token - self.columns[:, :1], n, used)
         slots = torch.nn.functional.pad(layout.slot_index, (0, 1), value=N)[rows, layout.seats.column]  # (G, l)
         tokens = layout.token_index[rows, self.columns].masked_fill(~self.mask, N)  # (G, n)
         return alone, torch.cat([slots, tokens], dim=1).gather(1, alone.order)  # (G, l + n)
@@ -153,10 +153,10 @@ def find_packing(
                 f"The packed rows contradict each other: by `{one}` a sequence begins at token {column} of row {row}, by `{two}` none "
                 "does."
             )
-    stretches = begins.sum(dim=1)  # (B,)
-    if bool((stretches == 1).all()):
+    segments = begins.sum(dim=1)  # (B,)
+    if bool((segments == 1).all()):
         return None
-    packing = Packing.of_stretches(begins.to(device))
+    packing = Packing.of_segments(begins.to(device))
     longest = int(packing.position.max()) + 1
     for name in ("max_length_q", "max_length_k"):
         if call.get(name) is not None and int(call[name]) < longest:

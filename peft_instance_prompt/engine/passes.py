@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +16,7 @@ from torch import nn
 from .batch import Group
 from .cache import SlotCache
 from .layout import Layout, SlotTable
-from .stack import walk
-
-
-if TYPE_CHECKING:
-    from .layer import InstancePromptLayer
+from .stack import StackInfo, walk
 
 
 @dataclass
@@ -29,14 +25,14 @@ class Pass:
 
     Attributes:
         stack (`nn.Module`): The stack.
-        owner (`InstancePromptLayer`, *optional*): The layer whose hooks work in this pass. None: no hook does.
+        info (`StackInfo`, *optional*): Facts about the stack, by which the hooks of its layers know their pass. None: no hook works.
         plain (`bool`): Whether the stack runs without prompts.
         attention (`str`): The name of the stack's attention implementation.
         cache (`SlotCache`, *optional*): The cache with the slots of an earlier pass, if this one goes on from it.
         layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
         table (`SlotTable`, *optional*): Which positions are slots, opened in this pass or in an earlier one.
         groups (`list[Group]`): The rows that have an adapter.
-        stretch (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence within its row, where rows
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence within its row, where rows
             hold several: no position sees those of another.
         as_tuple (`bool`): Whether the caller wants a tuple.
         runs (`dict`): How often each layer has run, for layers that are run several times.
@@ -46,14 +42,14 @@ class Pass:
     """
 
     stack: nn.Module
-    owner: InstancePromptLayer | None = None
+    info: StackInfo | None = None
     plain: bool = False
     attention: str = "eager"
     cache: SlotCache | None = None
     layout: Layout | None = None
     table: SlotTable | None = None
     groups: list[Group] = field(default_factory=list)
-    stretch: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
     as_tuple: bool = False
     runs: dict[int, int] = field(default_factory=dict)
     ran: set[int] = field(default_factory=set)
@@ -68,7 +64,12 @@ class Pass:
     @property
     def concerns_layers(self) -> bool:
         """Whether the hooks of layers have work: there are slots to fill, something to hide, or states to collect."""
-        return self.layout is not None or self.stretch is not None or self.states is not None or bool(self.late_layers)
+        return (
+            self.layout is not None
+            or self.segment_ids is not None
+            or self.states is not None
+            or bool(self.late_layers)
+        )
 
 
 current_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", default=None)

@@ -9,24 +9,50 @@ Shapes: B rows, S tokens, L slots, G instances: rows, or the sequences of packed
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from ..config import PAIR_POSITIONS, PLAIN_POSITIONS, InstancePromptConfig
 from ..nn.pooling import last_index
 from .batch import Group, pick, put
-from .instances import Selection
+from .instances import InstanceTokens
 from .layout import Layout, Seats, arrange
 from .stack import StackInfo
 from .text import Text
 
 
-def place_slots(groups: list[Group], text: Text, selection: Selection, info: StackInfo) -> Layout:
+class Places(NamedTuple):
+    """Where the slots of a group's instances stand among the tokens of their rows.
+
+    Attributes:
+        start (`torch.LongTensor`): Shape (G,). The token before which the slots before the instruction stand.
+        stop (`torch.LongTensor`): Shape (G,). The token before which the slots behind it stand; S puts them behind the last token.
+        before_token (`torch.LongTensor`): Shape (G, l). The token before which each slot stands, one of the two.
+    """
+
+    start: torch.Tensor
+    stop: torch.Tensor
+    before_token: torch.Tensor
+
+
+def place_slots(
+    groups: list[Group], text: Text, selection: InstanceTokens, info: StackInfo
+) -> tuple[Layout, list[Places]]:
     """Ask the adapters where their slots stand, and lay out the rows.
 
+    Args:
+        groups (`list[Group]`): The groups, with the output of `encode`.
+        text (`Text`): The tokens.
+        selection (`InstanceTokens`): All instances of the batch, by the columns of the text.
+        info (`StackInfo`): Facts about the stack.
+
+    Returns:
+        The layout of the batch, and the places of each group.
+
     Raises:
-        ValueError: Rows have different numbers of slots in a stack that counts its positions itself, or rows are padded on the left
-            in one that tells padding by its id.
+        ValueError: Rows have different numbers of slots in a stack with learned absolute positions by column, or are padded on the
+            left in one that tells padding by its id, or a config asks for a separator that a row lacks.
     """
     B, S, packing = *text.tokens.shape, text.packing
     if info.padding_by_id and bool((text.tokens.any(dim=1) & ~text.tokens[:, 0]).any()):
@@ -39,21 +65,23 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
     # A row per instance: G rows.
     front = selection.first[:, None].expand(-1, L)  # (G, L)
     before_token, since = front, torch.zeros_like(front)  # (G, L) each
-    live = torch.full_like(front, everywhere, dtype=torch.bool)  # (G, L)
+    used = torch.full_like(front, everywhere, dtype=torch.bool)  # (G, L)
+    each: list[Places] = []
     for group in groups:
         model, own = group.model, selection.pick(group.rows)
-        behind, used = model.place(own.mask, group.vector)  # (G, l) each
+        behind, own_used = model.place(own.mask, group.vector)  # (G, l) each
         behind = behind.to(front.device)
         start, stop = edges(group, text, selection, info)  # (G,) each
-        if info.numbers_columns and not info.causal and model.first_visible_layer > 0:
+        if info.absolute_column_positions and not info.causal and model.first_visible_layer > 0:
             # Where only learned positions tell the columns apart, late vectors, which have none, may stand in any of them: behind
             # the last token they move no other.
             start = stop = torch.full_like(start, S)  # (G,)
-        before_token = put(before_token, group.rows, torch.where(behind, stop[:, None], start[:, None]))
-        live = put(live, group.rows, torch.ones_like(behind) if used is None else used.to(front.device))
+        each.append(Places(start, stop, torch.where(behind, stop[:, None], start[:, None])))
+        before_token = put(before_token, group.rows, each[-1].before_token)
+        used = put(used, group.rows, torch.ones_like(behind) if own_used is None else own_used.to(front.device))
         since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
     full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
-    if info.causal and info.numbers_columns and not everywhere and full < B:
+    if info.causal and info.absolute_column_positions and not everywhere and full < B:
         raise ValueError(
             f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, which counts its positions "
             "itself: give all of them adapters with the same `num_virtual_tokens`."
@@ -62,18 +90,18 @@ def place_slots(groups: list[Group], text: Text, selection: Selection, info: Sta
     late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
     seats = None
     if packing is not None:
-        seats = Seats.of_live(live, packing.rows, B)
+        seats = Seats.of_used(used, packing.rows, B)
         empty = front.new_zeros(B, seats.num_slots)  # (B, L)
-        tables = (before_token, since, front, live, predicts)
-        before_token, since, front, live, predicts = (
+        tables = (before_token, since, front, used, predicts)
+        before_token, since, front, used, predicts = (
             seats.put(empty.to(table.dtype), None, table) for table in tables
         )
     answers = predicts if info.causal else None
-    layout = arrange(before_token, S, live, answers, since, late, not info.causal, front, seats)  # B rows
-    return layout if packing is None else replace(layout, stretch=packing.widen(layout))
+    layout = arrange(before_token, S, used, answers, since, late, not info.causal, front, seats)  # B rows
+    return layout if packing is None else replace(layout, segment_ids=packing.widen(layout)), each
 
 
-def edges(group: Group, text: Text, selection: Selection, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
+def edges(group: Group, text: Text, selection: InstanceTokens, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens before which the slots of each instance (G,) stand: those before the instruction, and those behind it."""
     position = group.model.config.prompt_position
     start = pick(selection.first + (position == "after_first"), group.rows)  # (G,)

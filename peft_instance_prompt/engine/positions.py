@@ -27,15 +27,15 @@ class Positions(NamedTuple):
     Attributes:
         offset (`int`): The position id of the first token.
         reads_ids (`bool`): Whether `position_ids` change what the layers get.
-        numbers_columns (`bool`): Whether the states have the position of their column, whatever `position_ids` say.
-        counts_tokens (`bool`): Whether positions without `position_ids` are those of tokens and not of columns.
+        absolute_column_positions (`bool`): Whether the states have the position of their column, whatever `position_ids` say.
+        positions_from_mask (`bool`): Whether positions without `position_ids` are those of tokens and not of columns.
         padding_by_id (`bool`): Whether only the ids of padding, which embeddings do not show, keep it from counting: M2M100.
     """
 
     offset: int
     reads_ids: bool
-    numbers_columns: bool
-    counts_tokens: bool
+    absolute_column_positions: bool
+    positions_from_mask: bool
     padding_by_id: bool = False
 
 
@@ -95,9 +95,9 @@ def _read(stack: PreTrainedModel, layers_name: str, offset: int, embed: Callable
         )
         real, first_ones = slice(2, S), slice(0, S - 2)
         counts = [not _same(x, plain, real, real) and _same(x, plain, real, first_ones) for x in padded]
-        counts_tokens = any(counts)
+        positions_from_mask = any(counts)
         if "position_ids" not in args:
-            return Positions(offset, False, _differ_by_column(plain), counts_tokens, counts == [False, True])
+            return Positions(offset, False, _differ_by_column(plain), positions_from_mask, counts == [False, True])
         for first in (offset, 0, 1, 2):
             told = _first_call(probe, **text, position_ids=column + first)
             if _same(told, plain):
@@ -107,7 +107,7 @@ def _read(stack: PreTrainedModel, layers_name: str, offset: int, embed: Callable
         turned = _first_call(probe, **text, position_ids=(column + first).flip(1))
         level = _first_call(probe, **text, position_ids=torch.full_like(column, first))
     reads_ids = not _same(turned, told) or "position_ids" in told
-    return Positions(first, reads_ids, _differ_by_column(level), counts_tokens)
+    return Positions(first, reads_ids, _differ_by_column(level), positions_from_mask)
 
 
 def _padding_id(stack: PreTrainedModel) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..generator import PromptGenerator
 from .calls import PACKED_ARGUMENTS, declared, named
-from .stand_in import StandIn
+from .wrap import MethodWrapper
 
 
 # What `forward` and `generate` take beside the base model's arguments: tensors with a row for each row of the batch.
@@ -79,7 +79,7 @@ class Request:
         adapters (`dict`, *optional*): The adapters that there were when the call began, and the active ones among them, by the
             layer that holds them: others may be added and deleted meanwhile.
         packed (`dict`): What says which sequences lie in the rows: some base models do not hand it to their stack.
-        encoder_slots (`tuple`, *optional*): The `order` (B, N) and `live` (B, L) of the slots in the encoder's output that
+        encoder_slots (`tuple`, *optional*): The `order` (B, N) and `used` (B, L) of the slots in the encoder's output that
             a decoder attends to.
         opened (`Callable`, *optional*): Called with the arguments of the stack when its slots are open.
         note (`Note`, *optional*): The context that added the newest fields.
@@ -216,7 +216,7 @@ def adapters_of(model: nn.Module) -> Adapters:
 class CallNote:
     """The hooks of a base model that note what it is called with, and forget it when the call is over.
 
-    They are hooks and no stand-in for `forward`, since TRL puts one of its own over the base model's that calls the stack itself.
+    They are hooks and no wrapper of `forward`, since TRL puts one of its own over the base model's that calls the stack itself.
     """
 
     def register(self, model: nn.Module) -> None:
@@ -232,12 +232,12 @@ class CallNote:
         return note_call(model, args, kwargs)
 
 
-class NotedForward(StandIn):
+class NotedForward(MethodWrapper):
     """The forward of a base model, which notes a call as the hooks do, unless they have done so."""
 
     method = "forward"
 
-    def bound_to(self, replica: nn.Module) -> StandIn:
+    def bound_to(self, replica: nn.Module) -> MethodWrapper:
         known = known_of(self.module)
         if said := [name for name in (*OWN_ARGUMENTS, "adapter_names") if getattr(known, name) is not None]:
             raise ValueError(
@@ -307,14 +307,14 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The slots that an encoder's output says it holds. `generate` repeats them for beams like the rest of it."""
     order = encoder_outputs.get("slot_order") if isinstance(encoder_outputs, dict) else None
-    return None if order is None else (order, encoder_outputs["slot_live"])
+    return None if order is None else (order, encoder_outputs["slot_used"])
 
 
-def note_encoder_slots(order: torch.Tensor, live: torch.Tensor) -> None:
+def note_encoder_slots(order: torch.Tensor, used: torch.Tensor) -> None:
     """Tell the decoder that is run after the encoder."""
     request = latest_request.get()
     if request.outer is not None:  # else the caller passes the encoder's output to the decoder
-        latest_request.set(replace(request, encoder_slots=(order, live)))
+        latest_request.set(replace(request, encoder_slots=(order, used)))
 
 
 @torch.compiler.disable

@@ -28,13 +28,16 @@ start token, which is all that its rows have in common in training and generatio
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
+from ..config import InstancePromptConfig
 from .complaints import WRAPPED, all_scored, no_instruction, numbers, without_template
 from .request import Request
+from .stack import StackInfo
 
 
 UNDECLARED = (
@@ -42,6 +45,54 @@ UNDECLARED = (
     "are, pass their `labels`, or call the model within `instruction_scope(mask)`, a mask of the instruction; if none are, set "
     "`task_type`, such as 'FEATURE_EXTRACTION'."
 )
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides the scope of an adapter's rows beside the call: fields of its config, and the use of its stack.
+
+    Attributes:
+        template (`list[int]`, *optional*): The adapter's `response_template`, as token ids.
+        missing_template (`str`): The adapter's field: what a row without the template is, `"error"` or `"all"`.
+        instruction_length (`int`, *optional*): The adapter's field: how many tokens of plain text are its instruction.
+        tokenizer (`str`, *optional*): The name of a tokenizer, for messages.
+        special_ids (`tuple[int]`): The ids of the model's special tokens.
+        causal_lm (`bool`): Whether instruction and response stand in the same row.
+        undeclared (`bool`): Whether the use of a causal stack is unknown. It counts as a causal model, unless the call has a label per
+            row.
+        pair_decoder (`bool`): Whether the stack is the decoder of an encoder-decoder model.
+    """
+
+    template: list[int] | None = None
+    missing_template: Literal["error", "all"] = "error"
+    instruction_length: int | None = None
+    tokenizer: str | None = None
+    special_ids: tuple[int, ...] = ()
+    causal_lm: bool = False
+    undeclared: bool = False
+    pair_decoder: bool = False
+
+    @classmethod
+    def of(cls, config: InstancePromptConfig, info: StackInfo | None = None) -> Rules:
+        """The rules of an adapter.
+
+        Args:
+            config (`InstancePromptConfig`): Its config, with the template as token ids.
+            info (`StackInfo`, *optional*): Facts about its stack. Defaults to those of a causal language model.
+        """
+        template = config.response_template
+        assert not isinstance(template, str)  # attaching the adapter turned it into ids
+        tokenizer = config.tokenizer_name_or_path or config.base_model_name_or_path
+        rules = cls(template, config.missing_template, config.instruction_length, tokenizer, causal_lm=True)
+        if info is None:
+            return rules
+        return replace(
+            rules,
+            special_ids=info.special_ids,
+            causal_lm=info.causal_lm or (info.undeclared and config.task_type == "CAUSAL_LM"),
+            undeclared=info.undeclared and config.task_type is None,
+            pair_decoder=info.decoder_of_pair,
+        )
 
 
 def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_length: int | None = None) -> torch.Tensor:
@@ -234,118 +285,91 @@ def _is_one_per_row(labels: torch.Tensor | None, tokens: torch.Tensor) -> bool:
 def find_scope(
     tokens: torch.Tensor,
     request: Request,
-    template: list[int] | None = None,
-    missing_template: Literal["error", "all"] = "error",
-    instruction_length: int | None = None,
-    special_ids: tuple[int, ...] = (),
+    rules: Rules | None = None,
     input_ids: torch.Tensor | None = None,
-    causal_lm: bool = False,
-    undeclared: bool = False,
     prefix: torch.Tensor | None = None,
-    pair_decoder: bool = False,
     training: bool = False,
     packed: bool = False,
-    tokenizer: str | None = None,
 ) -> torch.Tensor:
     """Which tokens are the instance, by the rules at the head of this file.
 
     Args:
         tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
         request (`Request`): The request, for these rows.
-        template (`list[int]`, *optional*): The adapter's `response_template`.
-        missing_template (`str`): The adapter's field: what a row without the template is.
-        instruction_length (`int`, *optional*): The adapter's field: how many tokens of plain text are its instruction.
-        special_ids (`tuple[int]`): The ids of the model's special tokens.
+        rules (`Rules`, *optional*): Those of the rows' adapter. Defaults to `Rules()`.
         input_ids (`torch.LongTensor`, *optional*): Shape (B, S).
-        causal_lm (`bool`): Whether instruction and response stand in the same row.
-        undeclared (`bool`): Whether it is not known if they do, which is safe to assume, unless the labels of the call are one per row.
-        prefix (`torch.BoolTensor`, *optional*): Shape (B, S). The prefix that a prefix-LM was given.
-        pair_decoder (`bool`): Whether the stack is the decoder of an encoder-decoder model.
-        training (`bool`): Whether the model is in training mode.
-        packed (`bool`): Whether the rows are the sequences of a packed batch.
-        tokenizer (`str`, *optional*): The name of a tokenizer, for messages.
+        prefix (`torch.BoolTensor`, *optional*): Shape (B, S). The prefix that the caller's mask gives to a prefix-LM.
+        training (`bool`): Whether the model is in training mode. Defaults to False.
+        packed (`bool`): Whether the rows are the sequences of a packed batch. Defaults to False.
 
     Returns:
         `torch.BoolTensor`: Shape (B, S).
 
     Raises:
         ValueError: The scope cannot be told, or mask, template or labels do not fit.
+        TypeError: `instruction_mask` is not a tensor of bools or whole numbers.
     """
-    if pair_decoder:
+    rules = Rules() if rules is None else rules
+    if rules.pair_decoder:
         return tokens & (tokens.cumsum(dim=1) == 1)  # (B, S)
-    causal_lm = causal_lm or (undeclared and not _is_one_per_row(request.labels, tokens))
+    if rules.undeclared and not _is_one_per_row(request.labels, tokens):
+        rules = replace(rules, causal_lm=True)
     if request.instruction_mask is not None:
         mask = from_mask(request.instruction_mask, tokens, request.prompt_length)  # (B, S)
-        if causal_lm and request.prompt_length is None:
+        if rules.causal_lm and request.prompt_length is None:
             check_no_gap(mask, tokens, request.labels, training, request.shifted)
         return mask
-    # Without a KV cache `generate` calls the stack with what it has written, too.
+    if request.second_text:
+        rules = replace(rules, missing_template="all")
+    # Without a KV cache `generate` calls the stack with the tokens that it has generated, too.
     S = tokens.shape[1]
     P = S if request.prompt_length is None else min(S, request.prompt_length)
-    scope = _by_rules(
-        tokens[:, :P],
-        request,
-        template,
-        "all" if request.second_text else missing_template,
-        instruction_length,
-        special_ids,
-        input_ids if input_ids is None else input_ids[:, :P],
-        causal_lm,
-        undeclared,
-        prefix if prefix is None else prefix[:, :P],
-        training,
-        packed,
-        tokenizer,
-    )  # (B, P)
+    input_ids, prefix = (given if given is None else given[:, :P] for given in (input_ids, prefix))  # (B, P) each
+    scope = _by_rules(tokens[:, :P], request, rules, input_ids, prefix, training, packed)  # (B, P)
     return nn.functional.pad(scope, (0, S - P))  # (B, S)
 
 
 def _by_rules(
     tokens: torch.Tensor,
     request: Request,
-    template: list[int] | None,
-    missing_template: Literal["error", "all"],
-    instruction_length: int | None,
-    special_ids: tuple[int, ...],
+    rules: Rules,
     input_ids: torch.Tensor | None,
-    causal_lm: bool,
-    undeclared: bool,
     prefix: torch.Tensor | None,
     training: bool,
     packed: bool,
-    tokenizer: str | None,
 ) -> torch.Tensor:
-    """Rules 2 to 6, for tokens (B, S) of which none is written by `generate`."""
-    labels = request.labels if causal_lm else None  # (B, S)
+    """Rules 2 to 6, for tokens (B, S) of which `generate` has generated none."""
+    labels = request.labels if rules.causal_lm else None  # (B, S)
     labels = labels.to(tokens.device) if labels is not None and labels.shape == tokens.shape else None
-    if template is not None:
+    if rules.template is not None:
+        missing, tokenizer = rules.missing_template, rules.tokenizer
         if labels is None:
-            return from_template(template, input_ids, tokens, missing_template, tokenizer=tokenizer)
+            return from_template(rules.template, input_ids, tokens, missing, tokenizer=tokenizer)
         before = before_labels(labels, tokens, request.shifted)  # (B, S)
-        scope = from_template(template, input_ids, tokens, missing_template, before, tokenizer)  # (B, S)
+        scope = from_template(rules.template, input_ids, tokens, missing, before, tokenizer)  # (B, S)
         check_no_response(scope, labels, request.shifted)
         return scope
-    if instruction_length is not None:
-        return from_length(instruction_length, tokens)
+    if rules.instruction_length is not None:
+        return from_length(rules.instruction_length, tokens)
     if request.prompt_length is not None:
         return tokens
     if labels is not None:
-        return from_labels(labels, tokens, request.shifted, input_ids, special_ids, packed)
-    if causal_lm and prefix is not None:
+        return from_labels(labels, tokens, request.shifted, input_ids, rules.special_ids, packed)
+    if rules.causal_lm and prefix is not None:
         return prefix
-    if causal_lm and training and undeclared:
+    if rules.causal_lm and training and rules.undeclared:
         raise ValueError(UNDECLARED)
-    if causal_lm and training:
+    if rules.causal_lm and training:
         raise ValueError(
             "A causal language model in training mode cannot tell instruction from response without `labels`. Pass "
             "`instruction_mask`, or set it around the call with `instruction_scope(mask)`; where neither can be done, give the "
             "config a `response_template`."
         )
-    if causal_lm and not request.last_only and not _SAID["plain"] and len(tokens) > 1:
+    if rules.causal_lm and not request.last_only and not _SAID["plain"] and len(tokens) > 1:
         _SAID["plain"] = True
         warnings.warn(
-            f"A causal {'stack' if undeclared else 'language model'} got several rows and was not told which of their tokens are the "
-            "instruction: prompts are generated from whole rows. If responses in them are scored, the prompt has read them: set "
+            f"A causal {'stack' if rules.undeclared else 'language model'} got several rows and was not told which of their tokens are "
+            "the instruction: prompts are generated from whole rows. If responses in them are scored, the prompt has read them: set "
             "`response_template`, or pass `instruction_mask`."
         )
     return tokens

@@ -43,10 +43,10 @@ class StackInfo:
         decoder_of_pair (`bool`): Whether it is the decoder of one.
         max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
         position_offset (`int`): The position id of the first token.
-        numbers_columns (`bool`): Whether it gives each column of its input the position of its number, whatever position ids
+        absolute_column_positions (`bool`): Whether it gives each column of its input the position of its number, whatever position ids
             say, and adds that to the states: BART.
-        counts_columns (`bool`): Whether the stack reads distances off the columns of its input and not off `position_ids`.
-        counts_tokens (`bool`): Whether it counts the tokens that its mask shows, if it gets no `position_ids`, and not columns.
+        distance_by_column (`bool`): Whether the stack reads distances off the columns of its input and not off `position_ids`.
+        positions_from_mask (`bool`): Whether it counts the tokens that its mask shows, if it gets no `position_ids`, and not columns.
         rotates_by_length (`bool`): Whether its rotary frequencies depend on the largest position of a batch (LongRoPE, dynamic
             NTK). Slots then have positions before those of the tokens, for nothing but the distance of positions counts there,
             and the frequencies switch where the base model's do.
@@ -77,9 +77,9 @@ class StackInfo:
     decoder_of_pair: bool
     max_positions: int | None
     position_offset: int
-    numbers_columns: bool
-    counts_columns: bool
-    counts_tokens: bool
+    absolute_column_positions: bool
+    distance_by_column: bool
+    positions_from_mask: bool
     rotates_by_length: bool
     sliding_window: int | None
     padding_by_id: bool = False
@@ -235,9 +235,9 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         decoder_of_pair=use.decoder_of_pair,
         max_positions=max_positions,
         position_offset=positions.offset,
-        numbers_columns=positions.numbers_columns,
-        counts_columns=_counts_columns(stack, config, positions),
-        counts_tokens=positions.counts_tokens,
+        absolute_column_positions=positions.absolute_column_positions,
+        distance_by_column=_distance_by_column(stack, config, positions),
+        positions_from_mask=positions.positions_from_mask,
         padding_by_id=positions.padding_by_id,
         rotates_by_length=_rotates_by_length(stack),
         sliding_window=getattr(config, "sliding_window", None),
@@ -268,7 +268,7 @@ def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
         why = "its kernel hides no later token where a mask does not"
     elif info.mixing_layer is not None:
         why = f"{info.mixing_layer!r} mixes neighbouring tokens without attention, and would need `seq_idx`"
-    elif info.numbers_columns:
+    elif info.absolute_column_positions:
         why = "it takes no `position_ids` and counts positions by columns"
     elif strange := info.attention_kinds - {"full_attention", "sliding_attention"}:
         why = f"layers of the kind {min(strange)!r} are not known to heed a mask that keeps sequences apart"
@@ -332,14 +332,14 @@ def _in_place_of_ids(stack: PreTrainedModel, input_ids: torch.Tensor) -> dict[st
     return {"inputs_embeds": embeds, **({} if per_layer is None else {"per_layer_inputs": per_layer})}
 
 
-def _counts_columns(stack: nn.Module, config, positions: Positions) -> bool:
+def _distance_by_column(stack: nn.Module, config, positions: Positions) -> bool:
     """Whether distances are those of columns: no position id reaches the layers (T5, Bloom, MPT), or one does but ALiBi (Falcon), a
     table of relative distances (DeBERTa, MPNet) or a sliding window (Mistral, Gemma 3) does not read it."""
     relative = any(name.endswith("relative_attention_bias") for name, _ in walk(stack))
     declared = any(getattr(config, name, False) for name in ("alibi", "relative_attention"))
     kinds = getattr(config, "layer_types", None)
     windows = getattr(config, "sliding_window", None) and (kinds is None or any("sliding" in kind for kind in kinds))
-    return bool(declared or relative or windows or not (positions.reads_ids or positions.numbers_columns))
+    return bool(declared or relative or windows or not (positions.reads_ids or positions.absolute_column_positions))
 
 
 def _rotates_by_length(stack: nn.Module) -> bool:

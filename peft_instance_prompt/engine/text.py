@@ -21,7 +21,7 @@ from .calls import cache_of
 from .masks import beyond_causal, full_mask, padding_mask, prefix_of
 from .packing import Packing, find_packing
 from .request import Request
-from .scope import find_scope
+from .scope import Rules, find_scope
 from .stack import StackInfo, check_packable, embed
 
 
@@ -96,7 +96,7 @@ def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.T
     B, S = text.tokens.shape
     counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
     rows = [group.rows for group in groups if group.rows is not None]
-    if not info.counts_tokens and len(rows) == len(groups):
+    if not info.positions_from_mask and len(rows) == len(groups):
         bare = torch.ones(B, dtype=torch.bool, device=counted.device)  # (B,)
         bare[torch.cat(rows).to(counted.device)] = False
         counted = torch.where(bare[:, None], torch.arange(S, device=counted.device), counted)  # (B, S)
@@ -116,18 +116,11 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
                 own = find_scope(
                     pick(tokens, rows),
                     request.of_rows(len(tokens), rows),
-                    template=generator.config.response_template,
-                    missing_template=generator.config.missing_template,
-                    instruction_length=generator.config.instruction_length,
-                    special_ids=info.special_ids,
+                    Rules.of(generator.config, info),
                     input_ids=pick(ids, rows),
-                    causal_lm=info.causal_lm or (info.undeclared and generator.config.task_type == "CAUSAL_LM"),
-                    undeclared=info.undeclared and generator.config.task_type is None,
                     prefix=pick(text.prefix, rows),
-                    pair_decoder=info.decoder_of_pair,
                     training=training,
                     packed=packing is not None,
-                    tokenizer=generator.config.tokenizer_name_or_path or generator.config.base_model_name_or_path,
                 )  # (rows, S)
             except ValueError as error:
                 if packing is None or "row(s)" not in str(error):
@@ -173,7 +166,7 @@ def shown_response(
 
 def unpack(request: Request, packing: Packing) -> Request:
     """The request for a batch with a row per sequence. Vectors of instances come so: one per sequence, row by row."""
-    shape, labels, mask = tuple(packing.stretch.shape), request.labels, request.instruction_mask
+    shape, labels, mask = tuple(packing.segment_ids.shape), request.labels, request.instruction_mask
     if labels is not None and tuple(labels.shape) == shape:
         labels = packing.unpack(labels, -100)  # (G, n)
         if request.shifted:  # the label beside the last token is that of the next sequence's first

@@ -47,14 +47,14 @@ def widen(
     if "position_ids" in info.forward_args:
         positions = call["position_ids"]
         positions = positions.expand(*positions.shape[:-2], B, S)  # (B, S) or (R, B, S)
-        stretch = None if text.packing is None else text.packing.stretch
+        segment_ids = None if text.packing is None else text.packing.segment_ids
         wide["position_ids"] = insert_positions(
-            positions, layout.first, layout, stretch, info.rotates_by_length
+            positions, layout.first, layout, segment_ids, info.rotates_by_length
         )  # (B, N) or (R, B, N)
     check_fits(info, wide.get("position_ids"), S + L, num_slots)
-    if layout.stretch is not None:
-        wide["attention_mask"] = no_padding(stack, layout.stretch)
-        return {**wide, **lengths_of(stack, layout.stretch, call)}
+    if layout.segment_ids is not None:
+        wide["attention_mask"] = no_padding(stack, layout.segment_ids)
+        return {**wide, **lengths_of(stack, layout.segment_ids, call)}
     wide["attention_mask"] = widen_mask(stack, info, call, text, layout, wide["inputs_embeds"])
     return wide
 
@@ -82,19 +82,19 @@ def check_arguments(call: dict[str, Any], num_rows: int, num_tokens: int) -> Non
                 )
 
 
-def no_padding(stack: PreTrainedModel, stretch: torch.Tensor) -> torch.Tensor | None:
-    """The mask of a packed call, as (B, N) as `stretch`. Each layer's own keeps sequences apart, see `fill.py`.
+def no_padding(stack: PreTrainedModel, segment_ids: torch.Tensor) -> torch.Tensor | None:
+    """The mask of a packed call, as (B, N) as `segment_ids`. Each layer's own keeps sequences apart, see `fill.py`.
 
     Without a mask, transformers would tell sequences apart by position ids, and those of late slots do not count on. Flash
     attention goes by the lengths instead.
     """
-    return None if is_flash(stack) else torch.ones_like(stretch)
+    return None if is_flash(stack) else torch.ones_like(segment_ids)
 
 
-def lengths_of(stack: PreTrainedModel, stretch: torch.Tensor, call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that say how long the sequences of `stretch` (B, N) are: those of the call; all for flash attention."""
-    begins = torch.nn.functional.pad(stretch.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero().flatten()
-    ends = torch.nn.functional.pad(begins, (0, 1), value=stretch.numel()).to(torch.int32)  # (stretches + 1,)
+def lengths_of(stack: PreTrainedModel, segment_ids: torch.Tensor, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say how long the sequences of `segment_ids` (B, N) are: those of the call; all for flash attention."""
+    begins = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero().flatten()
+    ends = torch.nn.functional.pad(begins, (0, 1), value=segment_ids.numel()).to(torch.int32)  # (segments + 1,)
     names = [name for name in LENGTH_ARGUMENTS if is_flash(stack) or call.get(name) is not None]
     return {name: ends if name.startswith("cu_") else int(ends.diff().max()) for name in names}
 
@@ -111,8 +111,8 @@ def widen_mask(
     cache = cache_of(call)[1]
     mask = None
     # Without a mask, position ids that do not count on would be taken for those of several sequences in a row.
-    if text.mask is not None or not layout.all_live or layout.table.late_layers:
-        mask = insert(text.tokens if text.mask is None else text.mask, layout.live, layout)  # (B, N)
+    if text.mask is not None or not layout.all_used or layout.table.late_layers:
+        mask = insert(text.tokens if text.mask is None else text.mask, layout.used, layout)  # (B, N)
     if cache is not None and cache.is_compileable:
         make_room(cache, L, info.sliding_window)
     mask = pad_to_static_cache(mask, cache, B, S + L)

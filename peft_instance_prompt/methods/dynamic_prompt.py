@@ -399,7 +399,7 @@ class DynamicPromptGenerator(PromptGenerator):
         # Copies of it, as in the other methods, take too much attention where there are many.
         return None if self.paper else -instances.base_state
 
-    def rows_at(self, depth: int) -> dict[str, int]:
+    def index_at(self, depth: int) -> dict[str, int]:
         return {"prompts": 0}
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
@@ -429,12 +429,12 @@ class DynamicPromptGenerator(PromptGenerator):
             return widened
         places = (front, end, self.config.order)
         known = (weights.to(widened.device), prompts.detach(), embeds.detach(), *places)
-        if layout.all_live:
+        if layout.all_used:
             return attach_position_gradient(widened, *known)
         # The slots that are not used stand at an edge of the row, whatever the position is. Move them to its end.
-        dead = torch.zeros_like(layout.order, dtype=torch.bool).scatter(1, layout.slot_index, ~layout.live)  # (B, N)
-        index = dead.int().argsort(dim=1, stable=True)  # (B, N)
-        attached = attach_position_gradient(take(widened, index), *known, layout.live.sum(dim=1))  # (B, N, e)
+        unused = torch.zeros_like(layout.order, dtype=torch.bool).scatter(1, layout.slot_index, ~layout.used)  # (B, N)
+        index = unused.int().argsort(dim=1, stable=True)  # (B, N)
+        attached = attach_position_gradient(take(widened, index), *known, layout.used.sum(dim=1))  # (B, N, e)
         return take(attached, index.argsort(dim=1))  # (B, N, e)
 
 

@@ -101,7 +101,7 @@ class IAPTGenerator(PromptGenerator):
     def activation_coefficients(self) -> nn.Parameter | None:
         return getattr(self, "activation", None)
 
-    def rows_at(self, depth: int) -> dict[str, int]:
+    def index_at(self, depth: int) -> dict[str, int]:
         layer = self.depths.index(depth)
         group = layer // self.config.share_layers
         return {name: group if name in ("down", "up") else layer for name, _ in self.named_parameters()}

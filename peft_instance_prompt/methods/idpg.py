@@ -292,7 +292,7 @@ class IDPGGenerator(PromptGenerator):
             return None
         return instance_vector(self.config, source, self.pool)  # (G, k)
 
-    def rows_at(self, depth: int) -> dict[str, int]:
+    def index_at(self, depth: int) -> dict[str, int]:
         return self.rows[depth]
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:

@@ -287,9 +287,9 @@ class IPTGenerator(PromptGenerator):
         if not self.looks_up or self.constant_condition or self.config.task_prompt:
             return placement
         slot = torch.arange(self.num_slots, device=mask.device)  # (P,)
-        return placement._replace(live=slot < mask.sum(dim=1, keepdim=True))  # (G, P)
+        return placement._replace(used=slot < mask.sum(dim=1, keepdim=True))  # (G, P)
 
-    def rows_at(self, depth: int) -> dict[str, int]:
+    def index_at(self, depth: int) -> dict[str, int]:
         rows = {name: 0 for name, _ in self.named_parameters(recurse=False)} if depth == self.depths[0] else {}
         return {**rows, "task": self.depths.index(depth)} if self.config.task_prompt else rows
 

@@ -71,12 +71,12 @@ class LatePromptGenerator(PromptGenerator):
                 f"Late prompts cannot be hidden from the first layers of {info.name!r}, which runs those of {info.layers_name!r} and "
                 f"of {info.twin_layers!r} in turns: set `insertion_layer` to 0, got {start}, or choose another method."
             )
-        if start > 0 and info.causal and info.numbers_columns:
+        if start > 0 and info.causal and info.absolute_column_positions:
             raise ValueError(
                 f"`insertion_layer` must be 0 in {info.layers_name!r}, got {start}: it gives each column of its input a learned "
                 "position, so the slots would move the text in the layers below, which are to run as if there were no prompt."
             )
-        if start > 0 and info.counts_columns and config.prompt_position != "before":
+        if start > 0 and info.distance_by_column and config.prompt_position != "before":
             raise ValueError(
                 f"`prompt_position` must be 'before' for late prompts in {info.layers_name!r}, got {config.prompt_position!r}: it "
                 "reads distances off the columns of its input, so slots that stand among the tokens would move these in the layers "

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..engine.frozen import run_frozen
+from ..engine.plain import run_plain
 from ..engine.stack import describe
 from ..nn.pooling import first_token, last_token, mean_pool
 
@@ -128,7 +128,7 @@ def encode_with_model(model: nn.Module, tokenizer: Any, texts: Sequence[str], po
     inputs = tokenizer(list(texts), padding=True, truncation=True, padding_side="right", return_tensors="pt")
     inputs = inputs.to(stack.get_input_embeddings().weight.device)
     wanted = {name: value for name, value in inputs.items() if name in info.forward_args}
-    states = run_frozen(stack, wanted)  # (N, S, d)
+    states = run_plain(stack, wanted)  # (N, S, d)
     return POOLINGS[pooling](states, inputs["attention_mask"].bool().to(states.device))  # (N, d)
 
 

@@ -262,8 +262,8 @@ def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[
         after = (last + 1 - layout.before_token).clamp(
             min=0
         )  # (B, L) tokens up to the last that stand behind each slot
-        later = layout.live & (2 * after < instances)  # (B, L)
-        lengths.append(layout.live.sum(dim=1).cpu())
+        later = layout.used & (2 * after < instances)  # (B, L)
+        lengths.append(layout.used.sum(dim=1).cpu())
         behind.append(later.sum(dim=1).cpu())
     return torch.cat(lengths), torch.cat(behind)
 

@@ -24,7 +24,7 @@ from ..config import PAIR_POSITIONS
 from ..engine.layout import arrange
 from ..engine.place import at_separator
 from ..engine.request import Request
-from ..engine.scope import find_scope
+from ..engine.scope import Rules, find_scope
 from ..engine.stack import StackInfo
 from ..folder import embedding_names, read_kind
 from ..generator import Source
@@ -204,27 +204,16 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
         ValueError: The prompt has no instruction for this adapter.
     """
     config, generator, S = adapter.config, adapter.generator, len(ids)
-    template = config.response_template
-    assert not isinstance(template, str)  # it was turned into ids when the adapter was made
     tokens, input_ids = torch.ones(1, S, dtype=torch.bool), torch.tensor([ids])  # (1, S) each
-    scope = find_scope(
-        tokens,
-        Request(prompt_length=S),
-        template=template,
-        missing_template=config.missing_template,
-        instruction_length=config.instruction_length,
-        input_ids=input_ids,
-        causal_lm=True,
-        tokenizer=config.tokenizer_name_or_path or config.base_model_name_or_path,
-    )  # (1, S)
+    scope = find_scope(tokens, Request(prompt_length=S), Rules.of(config), input_ids)  # (1, S)
     n = int(scope.sum())
     mask, vector = scope[:, :n], None  # (1, n)
     if generator.places_by_vector:
         source = Source(input_ids[:, :n], embed(ids[:n])[None], mask, None, no_pass)
         with torch.no_grad():
             vector = generator.encode(source)  # (1, ...)
-    behind, live = generator.place(mask, vector)  # (1, l) each
-    vectors = torch.arange(generator.num_slots) if live is None else live[0].nonzero().flatten()  # (L,)
+    behind, used = generator.place(mask, vector)  # (1, l) each
+    vectors = torch.arange(generator.num_slots) if used is None else used[0].nonzero().flatten()  # (L,)
     start = int(config.prompt_position == "after_first")
     if config.prompt_position in PAIR_POSITIONS:
         start = int(at_separator(config, input_ids, tokens, torch.tensor([0]), torch.tensor([n - 1])))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..engine.batch import Group
-from ..engine.instances import Selection
+from ..engine.instances import InstanceTokens
 from ..generator import PromptGenerator
 
 
@@ -74,7 +74,7 @@ class Rows:
 
     Attributes:
         group (`Group`): The adapters.
-        selection (`Selection`): The instances among the rows of the flat batch.
+        selection (`InstanceTokens`): The instances among the rows of the flat batch.
         token_ids (`torch.LongTensor`): Shape (G, n). The instruction's tokens.
         rows (`torch.LongTensor`): Shape (K,). The slots' rows.
         instance (`torch.LongTensor`): Shape (K,). Whose slot it is.
@@ -83,7 +83,7 @@ class Rows:
     """
 
     group: Group
-    selection: Selection
+    selection: InstanceTokens
     token_ids: torch.Tensor
     rows: torch.Tensor
     instance: torch.Tensor
@@ -146,7 +146,7 @@ def gather_rows(
     ]
     index = tensor(columns)  # (G, n)
     last = index.gather(1, counts[:, None] - 1)[:, 0]  # (G,)
-    selection = Selection(mask, index[:, 0], last, torch.zeros_like(last), index)
+    selection = InstanceTokens(mask, index[:, 0], last, torch.zeros_like(last), index)
 
     rows_of: list[list[int]] = []
     for each in of_adapters.values():

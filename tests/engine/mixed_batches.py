@@ -36,7 +36,7 @@ def several(base: torch.nn.Module, method: str, task_type: str, **fields) -> Pef
     model.add_adapter("b", make(task_type=task_type, **fields))
     # Late slots among the tokens are refused where distances are those of columns.
     layer = next(module for module in model.modules() if isinstance(module, InstancePromptLayer))
-    before = layer.info.counts_columns and layer.generators["a"].first_visible_layer > 0
+    before = layer.info.distance_by_column and layer.generators["a"].first_visible_layer > 0
     other = accepted(method, prompt_position="before" if before else "after_first")
     model.add_adapter("c", make(task_type=task_type, **fields, num_virtual_tokens=2, **other))
     other = accepted(method, bottleneck_dim=4, prompt_position="before" if before else "end")

@@ -148,8 +148,8 @@ def test_base_model_gets_its_own_cache_back(kind: str) -> None:
 # ----------------------------------------------------------------------------------------------------- the slot table
 
 
-def table(before_token: list, num_tokens: int, live: list | None = None) -> SlotTable:
-    layout = slots.arrange(torch.tensor(before_token), num_tokens, None if live is None else torch.tensor(live).bool())
+def table(before_token: list, num_tokens: int, used: list | None = None) -> SlotTable:
+    layout = slots.arrange(torch.tensor(before_token), num_tokens, None if used is None else torch.tensor(used).bool())
     return layout.table
 
 
@@ -159,9 +159,9 @@ def test_widen_mask() -> None:
     assert both.widen_mask(torch.ones(2, 5), 5) is None, "a mask of ones costs the fast kernel"
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 1]])
     assert both.widen_mask(mask, 5).tolist() == [[1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 1]]
-    dead = table([[0, 2], [1, 1]], 3, [[0, 1], [1, 1]])
-    assert dead.widen_mask(None, 5).tolist() == [[0, 1, 1, 1, 1, 1, 1], [1] * 7]
-    assert dead.num_counted.tolist() == [[1], [2]]
+    unused = table([[0, 2], [1, 1]], 3, [[0, 1], [1, 1]])
+    assert unused.widen_mask(None, 5).tolist() == [[0, 1, 1, 1, 1, 1, 1], [1] * 7]
+    assert unused.num_counted.tolist() == [[1], [2]]
 
 
 def test_token_positions_and_select() -> None:

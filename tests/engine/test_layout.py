@@ -11,11 +11,11 @@ import torch
 from peft_instance_prompt.engine import layout as slots
 
 
-def merged(before_token: list[int], live: list[bool], num_tokens: int) -> list[str]:
-    """One row: dead slots at the left edge, each live slot before its token."""
-    row = [f"s{k}" for k in range(len(before_token)) if not live[k]]
+def merged(before_token: list[int], used: list[bool], num_tokens: int) -> list[str]:
+    """One row: unused slots at the left edge, each used slot before its token."""
+    row = [f"s{k}" for k in range(len(before_token)) if not used[k]]
     for t in range(num_tokens + 1):
-        row += [f"s{k}" for k in range(len(before_token)) if live[k] and before_token[k] == t]
+        row += [f"s{k}" for k in range(len(before_token)) if used[k] and before_token[k] == t]
         row += [f"t{t}"] if t < num_tokens else []
     return row
 
@@ -34,15 +34,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("before_token", "live", "num_tokens"), CASES)
-def test_arrange(before_token: list, live: list, num_tokens: int) -> None:
-    layout = slots.arrange(torch.tensor(before_token), num_tokens, torch.tensor(live).bool())
+@pytest.mark.parametrize(("before_token", "used", "num_tokens"), CASES)
+def test_arrange(before_token: list, used: list, num_tokens: int) -> None:
+    layout = slots.arrange(torch.tensor(before_token), num_tokens, torch.tensor(used).bool())
     L = len(before_token[0])
     assert (layout.num_slots, layout.num_tokens) == (L, num_tokens)
-    assert layout.all_live == all(all(row) for row in live)
+    assert layout.all_used == all(all(row) for row in used)
     for b in range(len(before_token)):
         row = names(layout.order[b], L)
-        assert row == merged(before_token[b], live[b], num_tokens)
+        assert row == merged(before_token[b], used[b], num_tokens)
         assert [row[n] for n in layout.slot_index[b]] == [f"s{k}" for k in range(L)]
         assert [row[n] for n in layout.token_index[b]] == [f"t{t}" for t in range(num_tokens)]
     assert torch.equal(layout.output_index, layout.token_index)
@@ -50,8 +50,8 @@ def test_arrange(before_token: list, live: list, num_tokens: int) -> None:
 
 def test_output_index_is_that_of_the_last_slot_behind_the_instruction() -> None:
     before_token = torch.tensor([[3, 3], [0, 3], [0, 0], [3, 3]])
-    live = torch.tensor([[1, 1], [1, 1], [1, 1], [0, 0]]).bool()
-    layout = slots.arrange(before_token, 5, live, predicts=before_token == 3)
+    used = torch.tensor([[1, 1], [1, 1], [1, 1], [0, 0]]).bool()
+    layout = slots.arrange(before_token, 5, used, predicts=before_token == 3)
     moved = (layout.output_index - layout.token_index).tolist()
     assert moved == [[0, 0, 2, 0, 0], [0, 0, 1, 0, 0], [0] * 5, [0] * 5]
     for b, place in enumerate(("s1", "s1", "t2", "t2")):
@@ -62,8 +62,8 @@ def test_output_index_where_all_slots_stand_behind_the_instruction() -> None:
     """Slots before the text and behind it meet behind an instruction of one token: it is read at the last of all."""
     before_token = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1]])
     predicts = torch.tensor([[0, 0, 1], [1, 0, 0], [1, 1, 0]]).bool()
-    live = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0]]).bool()
-    layout = slots.arrange(before_token, 4, live, predicts)
+    used = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0]]).bool()
+    layout = slots.arrange(before_token, 4, used, predicts)
     places = [names(layout.order[b], 3)[layout.output_index[b, 0]] for b in range(3)]
     assert places == ["s2", "s0", "s1"], "at the last of those that predict, however many they are"
     assert torch.equal(layout.output_index[:, 1:], layout.token_index[:, 1:])
@@ -78,7 +78,7 @@ def test_insert_then_take_gives_back_tokens_and_slots() -> None:
     assert torch.equal(slots.take(both, layout.slot_index), prompts)
     assert torch.equal(both[0, 0], prompts[0, 0]) and torch.equal(both[0, 6], prompts[0, 1])
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    assert slots.insert(mask, layout.live, layout).tolist() == [[1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]]
+    assert slots.insert(mask, layout.used, layout).tolist() == [[1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -108,18 +108,18 @@ def test_fill_passes_gradients_to_prompts_and_tokens() -> None:
 
 
 @pytest.mark.parametrize("rows", [None, 3])
-def test_positions_count_live_slots(rows: int | None) -> None:
-    # Left padding of one; the two slots stand before the first real token, behind it, or at the end; one may be dead.
+def test_positions_count_used_slots(rows: int | None) -> None:
+    # Left padding of one; the two slots stand before the first real token, behind it, or at the end; one may be unused.
     own = torch.tensor([[0, 0, 1, 2]]).expand(4, 4)
     first = torch.tensor([[1]] * 4)
-    live = torch.tensor([[1, 1], [1, 1], [1, 1], [0, 1]]).bool()
-    layout = slots.arrange(torch.tensor([[1, 1], [2, 2], [4, 4], [1, 1]]), 4, live)
+    used = torch.tensor([[1, 1], [1, 1], [1, 1], [0, 1]]).bool()
+    layout = slots.arrange(torch.tensor([[1, 1], [2, 2], [4, 4], [1, 1]]), 4, used)
     ids = own if rows is None else own.expand(rows, 4, 4)
     out = slots.insert_positions(ids, first, layout)
     for positions in out[None] if rows is None else out:
         inside = [[p for p, n in zip(positions[b].tolist(), names(layout.order[b], 2)) if n != "t0"] for b in range(4)]
         assert inside[:3] == [[0, 1, 2, 3, 4]] * 3
-        assert inside[3][1:] == [0, 1, 2, 3], "a dead slot, the first here, moves nothing"
+        assert inside[3][1:] == [0, 1, 2, 3], "an unused slot, the first here, moves nothing"
 
 
 def test_positions_need_not_start_at_zero() -> None:
@@ -129,8 +129,8 @@ def test_positions_need_not_start_at_zero() -> None:
 
 
 def test_dead_slots_at_the_end() -> None:
-    live = torch.tensor([[False, True], [True, True], [False, False]])
-    layout = slots.arrange(torch.tensor([[0, 0], [1, 3], [0, 2]]), 3, live, dead_at_end=True)
+    used = torch.tensor([[False, True], [True, True], [False, False]])
+    layout = slots.arrange(torch.tensor([[0, 0], [1, 3], [0, 2]]), 3, used, unused_at_end=True)
     # Slots are 0 and 1, tokens 2, 3 and 4.
     assert layout.order.tolist() == [[1, 2, 3, 4, 0], [2, 0, 3, 4, 1], [2, 3, 4, 0, 1]]
 
@@ -141,13 +141,13 @@ def test_a_slot_behind_the_first_token_predicts_nothing() -> None:
 
 
 def test_a_packed_row() -> None:
-    """Three sequences of 3, 2 and 1 tokens, two slots each: before the first, behind the second, and one of the third is dead."""
+    """Three sequences of 3, 2 and 1 tokens, two slots each: before the first, behind the second, and one of the third is unused."""
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 0]])
     sequence = torch.tensor([[0, 0, 0, 1, 1, 2]])
     before_token = torch.tensor([[0, 0, 5, 5, 5, 5]])  # the third begins at token 5, where the second ends
-    live = torch.tensor([[1, 1, 1, 1, 0, 1]]).bool()
+    used = torch.tensor([[1, 1, 1, 1, 0, 1]]).bool()
     predicts = torch.tensor([[0, 0, 1, 1, 0, 0]]).bool()
-    layout = slots.arrange(before_token, 6, live, predicts)
+    layout = slots.arrange(before_token, 6, used, predicts)
     assert names(layout.order[0], 6) == ["s4", "s0", "s1", "t0", "t1", "t2", "t3", "t4", "s2", "s3", "s5", "t5"]
     first = torch.tensor([[0, 0, 3, 3, 5, 5]])
     ids = slots.insert_positions(position_ids, first, layout, sequence)[0].tolist()

@@ -166,7 +166,7 @@ def test_pads_and_single_tokens_have_no_prompt() -> None:
 
 @pytest.mark.parametrize("order", ["paper", "dpt"])
 def test_dead_slots_take_no_place(order: str) -> None:
-    """Dynamic prompting may use fewer slots: a packed row has the live ones only, and no more than the fullest row needs."""
+    """Dynamic prompting may use fewer slots: a packed row has the used ones only, and no more than the fullest row needs."""
     config = METHODS["dynamic_prompt_all"](task_type="CAUSAL_LM", order=order, init_weights=False)
     model = adapted(causal_lm(), config)
     seen: list[int] = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from methods import METHODS
 from packed_rows import LENGTHS, labels_of, packed, texts
-from tiny import VOCAB, adapted, assert_same, causal_lm
+from tiny import VOCAB, adapted, assert_same, causal_lm, generator_of
 
 from peft_instance_prompt.engine.intercept import intercept
 
@@ -109,7 +109,7 @@ def test_continuation_without_the_template() -> None:
     found = model(**batch).logits
     first = torch.arange(4)[None] < 1
     assert_same(found[:, 7:11], model(row[1], instruction_mask=first, labels=labels_of(row[1], 1)).logits)
-    config.missing_template = "error"
+    generator_of(model).config.missing_template = "error"
     with pytest.raises(ValueError, match=r"does not occur in row\(s\) \[1, 2\].*of a packed batch"):
         model(**batch)
 

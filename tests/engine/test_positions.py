@@ -73,7 +73,12 @@ def test_facts(family: str, training: bool) -> None:
     """In training, too, where embeddings are dropped out; and nothing of the model changes, not even a random number."""
     model = made(family).train(training)
     for info in describe(model):
-        found = (info.position_offset, info.numbers_columns, info.counts_columns, info.counts_tokens)
+        found = (
+            info.position_offset,
+            info.absolute_column_positions,
+            info.distance_by_column,
+            info.positions_from_mask,
+        )
         assert found == FACTS[family], info.name
     assert all(module.training is training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -84,7 +89,12 @@ def test_where_the_weights_are_elsewhere_names_tell() -> None:
         with torch.device("meta"):
             model = made(family)
         for info in describe(model):
-            found = (info.position_offset, info.numbers_columns, info.counts_columns, info.counts_tokens)
+            found = (
+                info.position_offset,
+                info.absolute_column_positions,
+                info.distance_by_column,
+                info.positions_from_mask,
+            )
             assert found == FACTS[family], family
 
 

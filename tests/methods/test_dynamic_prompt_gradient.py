@@ -23,16 +23,16 @@ class Draws:
         return -torch.empty(*shape).exponential_().log()
 
 
-def places(u: int, j: int, start: int, end: int, S: int, order: str, dead_first: bool) -> list[tuple[str, int]]:
+def places(u: int, j: int, start: int, end: int, S: int, order: str, unused_first: bool) -> list[tuple[str, int]]:
     """What stands at each place if only the first u vectors are used, and the choice of position is j: in the order "paper" the
     slots from l - j on stand behind the instance, in "dpt" the first j. The unused ones stand at an edge of the row."""
     used = [("slot", k) for k in range(u)]
     cut = min(L - j, u) if order == "paper" else min(j, u)
     front, behind = (used[:cut], used[cut:]) if order == "paper" else (used[cut:], used[:cut])
     tokens = [("token", t) for t in range(S)]
-    dead = [("slot", k) for k in range(u, L)]
+    unused = [("slot", k) for k in range(u, L)]
     row = [*tokens[:start], *front, *tokens[start:end], *behind, *tokens[end:]]
-    return dead + row if dead_first else row + dead
+    return unused + row if unused_first else row + unused
 
 
 def explicit_sum(
@@ -74,11 +74,11 @@ def explicit_sum(
         u = int(v[b].argmax())
         total = 0.0
         for j in range(L + 1):
-            at = places(u, j, start, end, S, config.order, dead_first=generator.causal)
+            at = places(u, j, start, end, S, config.order, unused_first=generator.causal)
             C = torch.stack([prompts[b, i] if kind == "slot" else embeds[b, i] for kind, i in at])  # (N, e)
             total = total + w[b, j] * C
         rows.append(total)
-        chosen.append((u, places(u, int(w[b].argmax()), start, end, S, config.order, dead_first=generator.causal)))
+        chosen.append((u, places(u, int(w[b].argmax()), start, end, S, config.order, unused_first=generator.causal)))
     return rows, chosen
 
 

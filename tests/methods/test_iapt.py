@@ -68,7 +68,12 @@ def test_shared_projections(share_layers: int, groups: int) -> None:
     before = logits(model)
     generator = generator_of(model)
     for i in range(L):
-        assert generator.rows_at(i) == {"down": i // share_layers, "up": i // share_layers, "pool": i, "activation": i}
+        assert generator.index_at(i) == {
+            "down": i // share_layers,
+            "up": i // share_layers,
+            "pool": i,
+            "activation": i,
+        }
     with torch.no_grad():
         generator.up[groups - 1].add_(1.0)
     assert (logits(model) - before).abs().max() > 1e-3

@@ -15,8 +15,8 @@ from tiny import adapted, assert_same, batch, causal_lm, encoder, generator_of
 from torch import nn
 
 from peft_instance_prompt import IDPGConfig
-from peft_instance_prompt.engine.frozen import run_frozen
 from peft_instance_prompt.engine.intercept import intercept
+from peft_instance_prompt.engine.plain import run_plain
 
 
 INPUTS = batch(9, 6)
@@ -83,9 +83,7 @@ def test_it_is_the_generator_whose_matrices_are_zero(multi_layer: bool, form, pr
 def test_no_frozen_pass_and_all_of_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the instance is computed, and what is given of it is not needed."""
     runs = []
-    monkeypatch.setattr(
-        "peft_instance_prompt.engine.open.run_frozen", lambda *args: runs.append(1) or run_frozen(*args)
-    )
+    monkeypatch.setattr("peft_instance_prompt.engine.open.run_plain", lambda *args: runs.append(1) or run_plain(*args))
     for condition, expected in (("instance", 1), ("bias", 0)):
         runs.clear()
         model = get_peft_model(causal_lm(), config(condition=condition))

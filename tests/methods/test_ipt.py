@@ -118,7 +118,7 @@ def test_frozen_table(rank: int | None, tmp_path: Path) -> None:
 def test_mixed_batch_copies_no_table(fields: dict) -> None:
     """What is stacked over the rows of a mixed batch is everything but the table."""
     generator = generator_of(get_peft_model(causal_lm(), config(**fields)))
-    stacked = {name for depth in generator.depths for name in generator.rows_at(depth)}
+    stacked = {name for depth in generator.depths for name in generator.index_at(depth)}
     assert stacked == {name for name, _ in generator.named_parameters() if not name.startswith("table.")}
 
 

@@ -150,7 +150,7 @@ def test_positions_that_are_the_same_in_an_encoder_of_columns(family: str, metho
 @pytest.mark.parametrize("method", LATE)
 @torch.no_grad()
 def test_rows_of_one_batch_with_other_numbers_of_slots(method: str) -> None:
-    """A row has its own adapter's late slots, and dead ones beside them; a row without an adapter is the base model's."""
+    """A row has its own adapter's late slots, and unused ones beside them; a row without an adapter is the base model's."""
     model: PeftModel = adapted(pair("bart"), LATE[method](insertion_layer=1))
     other = LATE[method](insertion_layer=2)
     other.num_virtual_tokens = 5

@@ -98,7 +98,7 @@ def another_output_is_read(patch: pytest.MonkeyPatch) -> None:
 def columns_are_counted(patch: pytest.MonkeyPatch) -> None:
     """Padding on the left moves the positions of the tokens."""
 
-    def insert_positions(position_ids, first, layout, stretch):
+    def insert_positions(position_ids, first, layout, *others):
         return torch.arange(layout.order.shape[1]).expand(layout.order.shape)
 
     patch.setattr(widen, "insert_positions", insert_positions)

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""`module.forward(...)` does what `module(...)` does, above and beneath the stand-ins of other libraries, and after copies."""
+"""`module.forward(...)` does what `module(...)` does, above and beneath the wrappers of other libraries, and after copies."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def double(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("order", ["above", "beneath"])
-def test_another_stand_in(order: str) -> None:
+def test_another_wrapper(order: str) -> None:
     model, inputs, bare = on("stack")
     expected = 2 * called(model, **inputs)
     if order == "above":
@@ -194,7 +194,7 @@ def hook_counts(model: nn.Module) -> dict[str, int]:
     }
 
 
-def test_unload_beneath_another_stand_in() -> None:
+def test_unload_beneath_another_wrapper() -> None:
     model, inputs = BASES["stack"](), batch(9, 6)
     bare = called(model, **inputs)
     peft_model = adapted(model, IAPTConfig(bottleneck_dim=8))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,25 +19,21 @@ from .passes import Pass, current_pass
 from .stack import StackInfo, embed_ids, walk
 
 
-if TYPE_CHECKING:
-    from .layer import InstancePromptLayer
-
-
-def run_frozen(
-    stack: PreTrainedModel, call: dict[str, Any], stretch: torch.Tensor | None = None, running: Pass | None = None
+def run_plain(
+    stack: PreTrainedModel, call: dict[str, Any], segment_ids: torch.Tensor | None = None, running: Pass | None = None
 ) -> torch.Tensor:
     """The last hidden states (B, S, d) of the stack without prompts, gradient and dropout.
 
     Args:
         stack (`PreTrainedModel`): The stack.
         call (`dict`): Its arguments.
-        stretch (`torch.LongTensor`, *optional*): Shape (B, S). As in [`Pass`].
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, S). As in [`Pass`].
         running (`Pass`, *optional*): The pass. Default: one whose hooks are those of the layer that the current pass belongs to.
     """
     if running is None:
         outer = current_pass.get()
-        running = plain_pass(stack, None if outer is None else outer.owner)
-        running.stretch = stretch
+        running = plain_pass(stack, None if outer is None else outer.info)
+        running.segment_ids = segment_ids
     token = current_pass.set(running)
     # Linear layers stay in training mode; they have no dropout. bitsandbytes repacks its linear layers when they run in
     # evaluation mode on a CPU, and then no gradient passes through them.
@@ -53,32 +49,32 @@ def run_frozen(
             module.training = True
 
 
-def plain_pass(stack: PreTrainedModel, owner: InstancePromptLayer | None) -> Pass:
-    """A pass without prompts in which the hooks of `owner` work."""
-    return Pass(stack, owner, plain=True, attention=str(stack.config._attn_implementation))
+def plain_pass(stack: PreTrainedModel, info: StackInfo | None) -> Pass:
+    """A plain pass. The hooks of the stack that `info` describes work in it."""
+    return Pass(stack, info, plain=True, attention=str(stack.config._attn_implementation))
 
 
-def states_of_text(stack: PreTrainedModel, owner: InstancePromptLayer, ids: Sequence[int]) -> dict[int, torch.Tensor]:
+def states_of_text(stack: PreTrainedModel, info: StackInfo, ids: Sequence[int]) -> dict[int, torch.Tensor]:
     """The states (n, w) of the n tokens of a text, by depth: the input embeddings, and the input of each layer that runs.
 
     Args:
         stack (`nn.Module`): The stack, which runs without prompts.
-        owner (`InstancePromptLayer`): A layer whose hooks are registered on it. They collect in this context's pass only, so that
-            other threads may run the stack meanwhile.
+        info (`StackInfo`): Facts about it, those of the attached layer. Its hooks collect in this context's pass only, so that other
+            threads may run the stack meanwhile.
         ids (`Sequence[int]`): The text's token ids.
     """
     tokens = torch.tensor([list(ids)], device=stack.get_input_embeddings().weight.device)  # (1, n)
-    running = plain_pass(stack, owner)
+    running = plain_pass(stack, info)
     running.states = {}
     call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
-    run_frozen(stack, call, running=running)
+    run_plain(stack, call, running=running)
     return {
         INPUT: embed_ids(stack, tokens[0]),
         **{depth: state[0] for depth, state in running.states.items()},
     }  # (n, w) each
 
 
-def is_frozen(stack: nn.Module) -> bool:
+def in_plain_pass(stack: nn.Module) -> bool:
     """Whether this stack runs without prompts. Another model, called by a hook of this stack, still runs with its prompts."""
     running = current_pass.get()
     return running is not None and running.plain and running.stack is stack
@@ -104,7 +100,7 @@ def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skippe
     """
     depths = {depth for group in running.groups for depth in group.model.depths if depth != INPUT}
     depths.update(range(max(running.late_layers, default=0)))
-    if running.stretch is not None and not running.attention.startswith("flash_attention"):
+    if running.segment_ids is not None and not running.attention.startswith("flash_attention"):
         depths.update(range(info.num_layers))
     if depths <= running.ran:
         return
@@ -127,7 +123,7 @@ def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skippe
 
 def depths_without_hook(running: Pass, layers: nn.ModuleList, runs: int, call: dict[str, Any]) -> set[int]:
     """The depths of layers that run without their hook when the stack runs again, in its present mode and without gradient and cache."""
-    again = plain_pass(running.stack, running.owner)
+    again = plain_pass(running.stack, running.info)
     again.states = {}
     name, _ = cache_of(call)
     call = {key: value for key, value in call.items() if key != name}

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Stand-ins for methods of a module: attributes of the object that hide a method of its class, as accelerate's hooks do.
+"""Wrappers of methods of a module: attributes of the object that hide a method of its class, as accelerate's hooks do.
 
 Hooks of torch run in `module(...)` only. Tools such as sentence-transformers call `module.forward(...)`, and would get the
-base model without any sign of it. A stand-in has the signature of what it stands for, survives `copy.deepcopy`, pickle and the
-replicas of `DataParallel`, works above and beneath other stand-ins, and leaves the module's class alone.
+base model without any sign of it. A wrapper has the signature of the method, survives `copy.deepcopy`, pickle and the
+replicas of `DataParallel`, works above and beneath other wrappers, and leaves the module's class alone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 
-# The attribute of a module that lists its stand-ins. One beneath another cannot be reached through it.
-_KEY = "_instance_prompt_stand_ins"
+# The attribute of a module that lists its wrappers. One beneath another cannot be reached through it.
+_KEY = "_instance_prompt_wrappers"
 _REPLICATE = "_replicate_for_data_parallel"  # torch's name
 
 
-class StandIn:
+class MethodWrapper:
     """Stands for a method of a module. A subclass names the method and defines `run`.
 
     Args:
@@ -38,7 +38,7 @@ class StandIn:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        # accelerate's own stand-in for `forward` calls `_old_forward`, and accelerate puts a new one over it whenever it
+        # accelerate's own wrapper of `forward` calls `_old_forward`, and accelerate puts a new one over it whenever it
         # dispatches the model again. So ours goes beneath.
         beneath = self.method == "forward" and "_old_forward" in module.__dict__
         self.attribute = "_old_forward" if beneath else self.method
@@ -48,27 +48,27 @@ class StandIn:
         self.__doc__ = self.__wrapped__.__doc__
 
     def install(self) -> None:
-        """Put the stand-in into its module."""
+        """Put the wrapper into its module."""
         self.module.__dict__.setdefault(_KEY, []).append(self)
         self.module.__dict__.setdefault(_REPLICATE, Replicate(self.module))
         setattr(self.module, self.attribute, self)
 
     def remove(self) -> None:
-        """Take the stand-in out of its module. One beneath a stand-in of another package stays, and only calls the method."""
+        """Take the wrapper out of its module. One beneath a wrapper of another package stays, and only calls the method."""
         self.removed = True
         own = self.module.__dict__
         own[_KEY].remove(self)
         if not own[_KEY]:
             del own[_KEY], own[_REPLICATE]
         for attribute in ("_old_forward", self.method):
-            while isinstance(top := own.get(attribute), StandIn) and top.removed:
+            while isinstance(top := own.get(attribute), MethodWrapper) and top.removed:
                 if top.hidden is None and attribute == self.method:
                     delattr(self.module, attribute)
                 else:
                     setattr(self.module, attribute, top.__wrapped__)
 
-    def bound_to(self, replica: nn.Module) -> StandIn:
-        """The same stand-in for a replica of its module."""
+    def bound_to(self, replica: nn.Module) -> MethodWrapper:
+        """The same wrapper for a replica of its module."""
         twin = copy.copy(self)
         twin.module, twin.hidden = replica, rebound(self.hidden, self.module, replica)
         return twin
@@ -89,7 +89,7 @@ class StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
             args and args[0] is self.module
-        ):  # accelerate binds a method beneath its own stand-in to the module once more
+        ):  # accelerate binds a method beneath its own wrapper to the module once more
             args = args[1:]
         return self.call_wrapped(*args, **kwargs) if self.removed else self.run(*args, **kwargs)
 
@@ -120,13 +120,13 @@ class Replicate:
         replica = getattr(type(self.module), _REPLICATE)(self.module)
         own = replica.__dict__
         own.update({name: rebound(value, self.module, replica) for name, value in own.items()})
-        own[_KEY] = [rebound(stand_in, self.module, replica) for stand_in in own[_KEY]]
+        own[_KEY] = [rebound(wrapper, self.module, replica) for wrapper in own[_KEY]]
         return replica
 
 
 def rebound(value: Any, module: nn.Module, replica: nn.Module) -> Any:
     """What is bound to a module, bound to its replica; everything else as it is."""
-    if isinstance(value, StandIn):
+    if isinstance(value, MethodWrapper):
         return value.bound_to(replica)
     if isinstance(value, Replicate):
         return Replicate(replica)
@@ -134,9 +134,9 @@ def rebound(value: Any, module: nn.Module, replica: nn.Module) -> Any:
     return MethodType(value.__func__, replica) if bound else value
 
 
-Kind = TypeVar("Kind", bound=StandIn)
+Kind = TypeVar("Kind", bound=MethodWrapper)
 
 
-def stand_ins(module: nn.Module, kind: type[Kind]) -> list[Kind]:
-    """The stand-ins of a kind that a module has."""
+def wrappers(module: nn.Module, kind: type[Kind]) -> list[Kind]:
+    """The wrappers of a kind that a module has."""
     return [one for one in module.__dict__.get(_KEY, ()) if isinstance(one, kind)]
