@@ -49,6 +49,7 @@ class Subject:
     extra: Callable[[torch.Tensor], dict[str, torch.Tensor]] = lambda ids: {}
 
     def with_method(self, method: str) -> PeftModel:
+        torch.manual_seed(0)
         base = copy.deepcopy(self.bare)
         task = (
             None if self.source else self.kind

@@ -28,7 +28,7 @@ RULES: list[tuple[str, int]] = [
     (r"vocab|codebook_size|num_hash_buckets|composer", VOCAB),
     (r"(n|num|index_n)_?(routed_|local_)?experts$|moe_num_experts|zero_expert_num", 4),
     (r"n_group|topk_group", 1),
-    (r"index_topk", 8),
+    (r"index_topk", 16),  # more than a row has: below, keys tie at a score of 0, and which of them count is chance
     (r"per_tok|top_?k|moe_k$|moe_top", 2),
     (r"shared_experts$|first_k_dense|num_dense_layers|n_groups$|ngroups|moe_layer_start", 1),
     (r"mamba_(n|num)_heads|linear_num_(key|value)_heads|mamba_d_head|mamba_head_dim", 8),

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
-from tiny import adapted, batch, causal_lm, letters, tokenizer
+from tiny import adapted, batch, causal_lm, encoder, letters, tokenizer
 from trainers import COMMON, TRL
 from trl import SFTConfig, SFTTrainer
 
@@ -141,12 +141,17 @@ def _(path, patch):
 
 @says("The forward of ... is not understood: it takes no ...")
 def _(path, patch):
-    iapt(mamba("xLSTM", num_heads=2))
+    iapt(tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4)))
+
+
+@says("Instance prompts need layers of attention, and ... has none")
+def _(path, patch):
+    iapt(mamba("Mamba2", state_size=4, num_heads=4, head_dim=16, n_groups=1))
 
 
 @says("`task_type` ... does not fit the base model, which is ...")
 def _(path, patch):
-    iapt(mamba("Mamba2", state_size=4, num_heads=4, head_dim=16, n_groups=1))
+    iapt(encoder(auto=tf.AutoModelForMaskedLM))
 
 
 @says("The adapter was made for a base model with ...")

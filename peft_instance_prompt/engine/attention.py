@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from .calls import cache_argument, forward_args
@@ -134,16 +135,16 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
 
 def _hides_later(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether what a layer makes of the first of three states is the same whatever the last is."""
-    states = args[0] if args else kwargs["hidden_states"]  # (1, 3, d)
+    states = args[0] if args else kwargs["hidden_states"]  # (1, 3, d); SqueezeBERT's are (1, d, 3)
+    axis = 1 if states.shape[1] == 3 else states.dim() - 1
     made = []
-    for last in (0.0, 1.0):
+    for last in (1.0, 2.0):
         changed = torch.linspace(-1, 1, states.numel(), device=states.device).reshape(states.shape).to(states.dtype)
-        changed[:, 2] += last * changed[:, 2].flip(-1)  # (1, d)
+        changed.select(axis, 2).mul_(last)
         with torch.random.fork_rng():  # the same dropout
             torch.manual_seed(0)
-            call = {**kwargs, "hidden_states": changed} if not args else kwargs
-            out = layer(*((changed, *args[1:]) if args else ()), **call)
-        made.append((out if isinstance(out, torch.Tensor) else out[0])[:, 0])  # (1, d)
+            out = layer(changed, *args[1:], **kwargs) if args else layer(**{**kwargs, "hidden_states": changed})
+        made.append(next(x for x in tree_leaves(out) if x.shape == states.shape).select(axis, 0))  # (1, d)
     return torch.equal(*made)
 
 

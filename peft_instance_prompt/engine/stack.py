@@ -213,6 +213,11 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
     max_positions, positions = _positions(stack, inside)
     kinds = list(getattr(config, "layer_types", None) or ())
     recurrent = tuple(n for n, kind in enumerate(kinds) if "attention" not in kind or kind.startswith("linear"))
+    if kinds and len(recurrent) == len(kinds):
+        raise ValueError(
+            f"Instance prompts need layers of attention, and {type(stack).__name__} has none: all of its layers are of the kind "
+            f"{kinds[0]!r}."
+        )
     mixing = [f"{layers_name}.{n}" for n in recurrent[:1]]
     mixing += [
         name for name, module in walk(model.get_submodule(layers_name), layers_name) if isinstance(module, nn.Conv1d)

@@ -12,6 +12,7 @@ from tiny import DECODERS, ENCODERS, batch, causal_lm, encoder
 from torch import nn
 
 from peft_instance_prompt.engine import attention
+from peft_instance_prompt.engine.stack import describe
 
 
 def layers_name(stack: nn.Module) -> str:
@@ -82,3 +83,17 @@ def test_a_causal_mask_within_the_layers() -> None:
     stack = tf.OpenAIGPTModel(tf.OpenAIGPTConfig(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=4))
     for training in (False, True):
         assert attention.read_attention(stack.train(training), "h").causal
+
+
+def test_a_stack_without_attention() -> None:
+    """What Mamba 2's layers let through is causal, but they have no keys that a prompt could be."""
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "num_heads": 4,
+        "head_dim": 16,
+    }
+    with pytest.raises(ValueError, match="Mamba2Model has none: all of its layers are of the kind 'linear_attention'"):
+        describe(tf.Mamba2ForCausalLM(tf.Mamba2Config(**sizes, n_groups=1)))
