@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Optional, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .checks import LARGEST, check_choice, check_int, check_pattern
+from .checks import check_choice, check_int, check_layers, check_names, check_text
 from .folder import read_kind
 from .lora_words import refuse_unknown_fields
 from .model_card import write_card
@@ -183,69 +183,43 @@ class InstancePromptConfig(PeftConfig):
         self.import_first = type(self).__module__.partition(".")[0]
         check_int(self, "num_virtual_tokens", minimum=1)
         check_int(self, "bottleneck_dim", minimum=1)
+        check_int(self, "separator_id", minimum=0, optional=True)
+        for name in ("instruction_length", "hidden_size", "num_layers"):
+            check_int(self, name, minimum=1, optional=True)
         positions = (*PLAIN_POSITIONS, *PAIR_POSITIONS)
-        decided = type(self).prompt_position is not None  # else it is filled in when the stack is known
+        decided = type(self).prompt_position is not None  # otherwise filled in when the stack is known
         check_choice(self, "prompt_position", positions if decided else (None, *positions))
         check_choice(self, "init_weights", (True, False, "paper"))
         check_choice(self, "condition", type(self).conditions)
         check_choice(self, "missing_template", ("error", "all"))
-        if self.separator_id is not None:
-            check_int(self, "separator_id", minimum=0)
-            if self.prompt_position not in PAIR_POSITIONS:
-                raise ValueError(
-                    f"`separator_id` is for `prompt_position` in {list(PAIR_POSITIONS)}, got {self.separator_id} with "
-                    f"{self.prompt_position!r}."
-                )
-        if self.instruction_length is not None:
-            check_int(self, "instruction_length", minimum=1)
-            if self.prompt_position != "end":
-                raise ValueError(
-                    f"`instruction_length` needs `prompt_position='end'`, got {self.prompt_position!r}: slots before the text would "
-                    "let its first tokens be predicted from a prompt that has read them."
-                )
-            if self.response_template is not None:
-                raise ValueError(
-                    "`instruction_length` is for plain text and `response_template` for rows with a response: give one of them, got "
-                    f"{self.instruction_length} and {self.response_template!r}."
-                )
-        for name in ("hidden_size", "num_layers"):
-            if getattr(self, name) is not None:
-                check_int(self, name, minimum=1)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "saved_embedding_layers"):
-            value = getattr(self, name)
-            if isinstance(value, (set, tuple)):
-                value = sorted(value)
-                setattr(self, name, value)
-            texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-            pattern = isinstance(value, str) and name in ("target_modules", "exclude_modules")
-            if value is not None and not texts and not pattern:
-                raise TypeError(f"`{name}` must be a list of names or None, got {value!r}.")
-            if pattern:
-                check_pattern(self, name)
+            check_names(self, name, pattern=name in ("target_modules", "exclude_modules"))
         if "" in (self.modules_to_save or ()):
             raise ValueError(f"`modules_to_save` must be names that are not empty, got {self.modules_to_save!r}.")
+        check_layers(self, "layers_to_transform")
+        for name in ("response_template", "init_text"):
+            check_text(self, name)
         if not isinstance(self.weights_digest, (str, type(None))):
             raise TypeError(f"`weights_digest` must be a text or None, got {self.weights_digest!r}.")
-        layers = self.layers_to_transform
-        if isinstance(layers, (tuple, range)):
-            layers = self.layers_to_transform = list(layers)
-        whole = [layers] if isinstance(layers, int) else layers
-        if whole is not None and (
-            not isinstance(whole, list)
-            or not whole
-            or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in whole)
-            or len(set(whole)) < len(whole)
-        ):
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Raise a ValueError if two fields, each with a value that is allowed, do not fit together."""
+        if self.separator_id is not None and self.prompt_position not in PAIR_POSITIONS:
             raise ValueError(
-                f"`layers_to_transform` must be layer numbers from 0, each once, or None, got {layers!r}."
+                f"`separator_id` is for `prompt_position` in {list(PAIR_POSITIONS)}, got {self.separator_id} with "
+                f"{self.prompt_position!r}."
             )
-        for name in ("response_template", "init_text"):
-            text = getattr(self, name)
-            ids = isinstance(text, (list, tuple)) and all(
-                isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST for n in text
+        if self.instruction_length is not None and self.prompt_position != "end":
+            raise ValueError(
+                f"`instruction_length` needs `prompt_position='end'`, got {self.prompt_position!r}: slots before the text would "
+                "let its first tokens be predicted from a prompt that has read them."
             )
-            if text is not None and (not text or not (ids or isinstance(text, str))):
-                raise ValueError(f"`{name}` must be token ids or a text, not empty, or None, got {text!r}.")
+        if self.instruction_length is not None and self.response_template is not None:
+            raise ValueError(
+                "`instruction_length` is for plain text and `response_template` for rows with a response: give one of them, got "
+                f"{self.instruction_length} and {self.response_template!r}."
+            )
         if self.init_text is not None and self.init_weights == "paper":
             raise ValueError(
                 f"`init_text` must be None with `init_weights='paper'`, got {self.init_text!r}: the paper's prompts have no part "

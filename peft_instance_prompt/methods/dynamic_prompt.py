@@ -131,8 +131,7 @@ class DynamicPromptConfig(InstanceVectorConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_tasks is not None:
-            check_int(self, "num_tasks", minimum=1)
+        check_int(self, "num_tasks", minimum=1, optional=True)
         self._check_position()
         for name in ("length", "representation"):
             check_choice(self, name, ("off", "task", "instance"))

@@ -64,8 +64,7 @@ class IDSPAMConfig(LatePromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.attention_dim is not None:
-            check_int(self, "attention_dim", minimum=1)
+        check_int(self, "attention_dim", minimum=1, optional=True)
         check_dropout(self)
 
 

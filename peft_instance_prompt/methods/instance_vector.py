@@ -41,8 +41,7 @@ class InstanceVectorConfig(InstancePromptConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choice(self, "instance_source", ("frozen", "embeddings", "instance_embeds"))
-        if self.instance_embeds_dim is not None:
-            check_int(self, "instance_embeds_dim", minimum=1)
+        check_int(self, "instance_embeds_dim", minimum=1, optional=True)
         if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):
             raise ValueError(
                 "`instance_embeds_dim` must be the width of the given vectors with `instance_source='instance_embeds'` and "

@@ -121,8 +121,7 @@ class IPTConfig(InstancePromptConfig):
         check_int(self, "max_instance_tokens", minimum=1)
         check_number(self, "instance_scale")
         for name in ("table_rank", "vocab_size"):
-            if getattr(self, name) is not None:
-                check_int(self, name, minimum=1)
+            check_int(self, name, minimum=1, optional=True)
         check_dropout(self)
         if self.init == "embeddings" and self.table_rank is not None:
             raise ValueError(f"`table_rank` must be None with `init='embeddings'`, got {self.table_rank}.")

@@ -33,8 +33,7 @@ class LatePromptConfig(InstancePromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.insertion_layer is not None:
-            check_int(self, "insertion_layer", minimum=0)
+        check_int(self, "insertion_layer", minimum=0, optional=True)
         if self.layers_to_transform is not None:
             raise ValueError(
                 f"`layers_to_transform` must be None, as late prompts enter at one layer, `insertion_layer`; got "
