@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ def active_generator(model: nn.Module) -> tuple[InstancePromptLayer, PromptGener
 
 
 @contextmanager
-def evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No gradient, and the model in evaluation mode; afterwards its modules have their modes back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -58,16 +58,26 @@ def evaluating(model: nn.Module):
             module.training = True
 
 
+@contextmanager
+def recording() -> Iterator[dict[int | None, Generated]]:
+    """Collect what is generated inside the context, by depth; under None, the output of the method's `encode`."""
+    made: dict[int | None, Generated] = {}
+    with intercept(lambda generated: made.__setitem__(generated.depth, generated)):
+        yield made
+
+
 def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, Generated]:
-    """Everything that the active adapter generates for a batch, by depth; under None, the output of its `encode`.
+    """Everything that the active adapter generates for a batch, as [`recording`] collects it.
 
     Args:
         model (`nn.Module`): The model with the adapter, e.g. a [`~peft.PeftModel`].
-        batch (`Mapping`): What the model is called with.
+        batch (`Mapping`): The arguments of the model's forward.
+
+    Raises:
+        ValueError: There is no active adapter.
     """
     active_generator(model)
-    made: dict[int | None, Generated] = {}
-    with evaluating(model), intercept(lambda generated: made.__setitem__(generated.depth, generated)):
+    with evaluating(model), recording() as made:
         model(**on_device_of(model, batch))
     return made
 

@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of what an adapter does, each in one call, light or dark. They need matplotlib: `pip install peft-instance-prompt[plots]`.
+"""Pictures of what an adapter does, one function each. They need matplotlib, which is imported when the first one is drawn:
+`pip install peft-instance-prompt[plots]`.
 
-All take `theme`, `"light"` (the default) or `"dark"`, and `ax`, matplotlib axes to draw into in place of a new figure; all return
-the `Figure` that was drawn in.
+Each takes `theme`, `"light"` (the default) or `"dark"`, and `ax`, matplotlib axes to draw into instead of a new figure. Each returns
+the `Figure` that it drew into.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from torch import nn
 
 from ..nn.rational import rational
 from ..nn.ridge import leave_one_out
-from .canvas import dress, new_axes, ramp, reading_colours
 from .inspection import active_generator, check_depth, generated_parts, placements, readings
 from .report import PROMPTS, InstanceReport
-from .themes import check_theme
+from .themes import Theme, check_theme
 
 
 if TYPE_CHECKING:
@@ -283,3 +283,58 @@ def _place(depth: int) -> str:
 def _visible(token: str) -> str:
     """A token as it can be read below a column; a dollar sign would begin a formula."""
     return token.strip(" ").replace("\n", "↵").replace("$", r"\$") or "␣"
+
+
+# ------------------------------------------------------------------------------------------- what the pictures share
+
+
+def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+    """The figure and the axes to draw into; new ones, `width` and `height` inches, if `ax` is None.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if ax is not None:
+        return ax.figure, ax
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: `pip install peft-instance-prompt[plots]`.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's, which keeps every figure alive
+    return figure, figure.subplots()
+
+
+def dress(ax: Axes, theme: Theme) -> Figure:
+    """Give everything around the data a theme's colours, after drawing; axes that the caller gave, too."""
+    ax.figure.set_facecolor(theme.paper)
+    ax.set_facecolor(theme.paper)
+    ax.tick_params(which="both", color=theme.line, labelcolor=theme.ink)
+    for name, spine in ax.spines.items():
+        spine.set_color(theme.line)
+        if name in ("top", "right"):
+            spine.set_visible(False)
+    for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
+        text.set_color(theme.ink)
+    ax.title.set_fontsize("medium")
+    for text in getattr(ax.get_legend(), "texts", ()):
+        text.set_color(theme.ink)
+    return ax.figure
+
+
+def ramp(number: int, theme: Theme) -> list:
+    """As many colours in an order, such as that of the layers."""
+    from matplotlib import colormaps
+
+    low, high = theme.ramp
+    return [colormaps["viridis"](low + (high - low) * n / max(number - 1, 1)) for n in range(number)]
+
+
+def reading_colours(theme: Theme) -> tuple[Any, Any, tuple[float, ...]]:
+    """Scale, colours and ticks for shares over the uniform share: logarithmic, with the background's colour at 1."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+    ticks = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+    ends = [theme.less, theme.paper, theme.more]
+    colours = LinearSegmentedColormap.from_list("reading", ends, N=257)  # an odd number has a middle
+    bad = theme.less  # a share of 0 has no logarithm
+    return LogNorm(vmin=ticks[0], vmax=ticks[-1]), colours.with_extremes(bad=bad), ticks

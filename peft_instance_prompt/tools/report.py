@@ -23,7 +23,16 @@ from ..engine.intercept import Generated, intercept
 from ..engine.request import note
 from ..generator import INPUT, PromptGenerator
 from . import report_html
-from .inspection import Reading, active_generator, evaluating, generated_part, on_device_of, readings, record
+from .inspection import (
+    Reading,
+    active_generator,
+    evaluating,
+    generated_part,
+    on_device_of,
+    readings,
+    record,
+    recording,
+)
 
 
 PROMPTS = ("own", "shuffled", "mean", "none")
@@ -168,52 +177,70 @@ def instance_report(
         raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
     if resamples < 1:
         raise ValueError(f"`resamples` must be at least 1, got {resamples}.")
-    layer, generator = active_generator(model)
+    generator = active_generator(model)[1]
     if not isinstance(data, DataLoader):
         data = DataLoader(data, batch_size=batch_size, collate_fn=collate_fn or default_data_collator)
-    batches = [on_device_of(model, batch) for batch in data]  # the same order each time
+    batches = list(data)  # on the host, and in one order for all passes
     if len(batches) < 2 and (not batches or count_rows(batches[0]) < 2):
         raise ValueError("At least two instances are needed for one to get the prompt of another.")
+    with evaluating(model):
+        values, spread = compare_prompts(model, batches, metric, torch.Generator().manual_seed(seed))
+        shown = read_first(model, batches, tokenizer, texts) if tokenizer is not None else []
+    return InstanceReport(values, level, resamples, seed, describe(generator), shown, spread)
 
+
+def compare_prompts(
+    model: nn.Module, batches: list[Mapping[str, Any]], metric: Callable | None, picks: torch.Generator
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[int, float]]:
+    """`values` and `spread` of an [`InstanceReport`]: one pass over the batches with each kind of prompt.
+
+    A batch is on the model's device only while it runs. `picks` decides who lends whom its prompt.
+    """
+    layer, generator = active_generator(model)
     found: dict[str, dict[str, list[torch.Tensor]]] = {}
 
     def measure(prompts: str, batch: dict[str, Any]) -> None:
         for name, values in evaluate(model, batch, layer.info.causal_lm, metric).items():
             found.setdefault(name, {}).setdefault(prompts, []).append(values.double().cpu())
 
-    shown: list[Reading] = []
-    picks = torch.Generator().manual_seed(seed)
     total: dict[int | None, torch.Tensor] = {}
     spread = Spread(generator)
-    with evaluating(model):
-        for number, batch in enumerate(batches):
-            rows = count_rows(batch)
-            made = record(model, batch)
-            own = exchangeable(made)
-            spread.add(made)
-            for depth, values in own.items():
-                total[depth] = total.get(depth, 0) + values.double().sum(dim=0)
+    for number, batch in enumerate(batches):
+        batch, rows = on_device_of(model, batch), count_rows(batch)
+        with recording() as made:
             measure("own", batch)
-            if tokenizer is not None and len(shown) < texts:
-                shown += readings(model, batch, tokenizer)[: texts - len(shown)]
-            order = torch.randperm(rows, generator=picks)
-            donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: none gets its own
-            others = own
-            if rows == 1:  # the batch before it lends its first row
-                others, donors = exchangeable(record(model, batches[number - 1])), torch.tensor([0])
-            with intercept(partial(lent, others, donors=donors)):
-                measure("shuffled", batch)
-            with note(adapters={layer: ([], {})}):  # not by `adapter_names`, which name trained heads, too
-                measure("none", batch)
-        n = sum(map(count_rows, batches))
-        mean = {depth: values / n for depth, values in total.items()}
-        with intercept(
-            lambda made: mean[made.depth].to(made.values).expand_as(made.values) if made.depth in mean else None
-        ):
-            for batch in batches:
-                measure("mean", batch)
-    by_measure = {m: {name: torch.cat(lists[name]) for name in PROMPTS} for m, lists in found.items()}
-    return InstanceReport(by_measure, level, resamples, seed, describe(generator), shown, spread.shares())
+        own = exchangeable(made)
+        spread.add(made)
+        for depth, values in own.items():
+            total[depth] = total.get(depth, 0) + values.double().sum(dim=0)
+        order = torch.randperm(rows, generator=picks)
+        donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: no row gets its own
+        lenders = own
+        if rows == 1:  # the first row of the batch before it lends its prompt
+            lenders, donors = exchangeable(record(model, batches[number - 1])), torch.tensor([0])
+        with intercept(partial(lent, lenders, donors=donors)):
+            measure("shuffled", batch)
+        with note(adapters={layer: ([], {})}):  # not by `adapter_names`, which name trained heads, too
+            measure("none", batch)
+    mean = {depth: values / spread.count for depth, values in total.items()}  # (l, d) each, or (k)
+
+    def common(made: Generated) -> torch.Tensor | None:
+        return mean[made.depth].to(made.values).expand_as(made.values) if made.depth in mean else None
+
+    with intercept(common):
+        for batch in batches:
+            measure("mean", on_device_of(model, batch))
+    values = {measure: {name: torch.cat(lists[name]) for name in PROMPTS} for measure, lists in found.items()}
+    return values, spread.shares()
+
+
+def read_first(model: nn.Module, batches: list[Mapping[str, Any]], tokenizer: Any, number: int) -> list[Reading]:
+    """What the prompt vectors read of the first `number` instances."""
+    found: list[Reading] = []
+    for batch in batches:
+        if len(found) < number:
+            found += readings(model, batch, tokenizer)
+    return found[:number]
 
 
 class Spread:
@@ -255,7 +282,7 @@ def exchangeable(made: Mapping[int | None, Generated]) -> dict[int | None, torch
 
 
 def lent(others: Mapping[int | None, torch.Tensor], made: Generated, donors: torch.Tensor) -> torch.Tensor | None:
-    """What was generated for the donors (B,); None, which changes nothing, if it is not exchanged."""
+    """What was generated for the donors (B,), in place of the row's own; None, for no change, if it is not exchanged."""
     return others[made.depth][donors.to(made.values.device)] if made.depth in others else None
 
 
