@@ -88,8 +88,8 @@ def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
         )
     if not any(both[i : i + len(ids)] == ids for i in range(len(both))):
         raise ValueError(
-            f"The chat template of the tokenizer {name!r} writes {ids} where an answer is to be generated, but not before an answer "
-            f"that is given: {both}. Give the ids that both have in common as `response_template`."
+            f"The chat template of the tokenizer {name!r} writes {ids} where an answer is to be generated, and something else before "
+            f"an answer that is there: {both}. Give the ids that both have in common as `response_template`."
         )
     return list(ids)
 
