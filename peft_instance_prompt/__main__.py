@@ -3,11 +3,11 @@
 
 """Look into an adapter's folder, without its base model: `python -m peft_instance_prompt ADAPTER_FOLDER [--json]`.
 
-Exits with 0 if all is well; with 1 if the adapter can be loaded but should not be trusted (activation coefficients out of
-range); with 2 and one sentence if it cannot be loaded. It is checked as loading does, as far as that goes without the base
-model: of tensors that are not the method's own, only the names.
+The checks are those of loading, as far as they need no base model; of tensors that are not the method's own, only the names are
+checked. The exit status is 0 if all is well; 1 if the adapter can be loaded but should not be trusted (activation coefficients out of
+range); 2, with one sentence, if it cannot be loaded.
 
-`doctor`, `run` and `env` are other commands, see tools/doctor.py and commands.py.
+`doctor`, `run` and `env` are other commands: see tools/doctor.py and commands.py.
 """
 
 from __future__ import annotations
@@ -40,21 +40,24 @@ from .tools import doctor
 
 COMMANDS = ("doctor", "run", "env", "--version", "--help")
 
-# A rational activation starts at a fit of GELU, whose coefficients lie within 0.5 of zero. The term of degree j weighs
-# x^j, and the bottleneck's values reach well beyond 1: from a coefficient of 1 on, the high terms explode. The likely
-# cause is training that went wrong, or a damaged file.
+# A rational activation starts as a fit of GELU whose coefficients lie within 0.5 of zero. A coefficient multiplies x^j, and values in
+# the bottleneck reach well beyond 1, so that from a coefficient of 1 on, high powers explode. Training went wrong, or the file is
+# damaged.
 COEFFICIENT_RANGE = (-1.0, 1.0)
 
 
 def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of an adapter's folder, as a dict for JSON.
+    """The facts about an adapter's folder, as a dict for JSON.
 
     Args:
         folder (`str`): The folder, as `save_pretrained` writes it.
 
+    Returns:
+        `dict`: Type, base model, sizes, stacks, depths, counts and digests, and the activation coefficients out of range.
+
     Raises:
-        ValueError: It cannot be loaded: something is missing, corrupt, of another type, or does not fit; the message is one
-            sentence.
+        ValueError: The adapter cannot be loaded: a file is missing or corrupt, is of no method of this package, or config and
+            weights do not fit. The message is one sentence.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -96,7 +99,7 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_folder(folder: str, rest: Sequence[str] = ()) -> None:
-    """Raise a ValueError if the first word of the command line is no folder, or one whose adapters lie further down.
+    """Raise a ValueError if a folder is none, or holds adapters in its subfolders only.
 
     Args:
         folder (`str`): The first word of the command line, which is none of the commands.
@@ -125,7 +128,7 @@ def count(mask: torch.Tensor) -> int:
 
 
 def read_config(folder: Path) -> InstancePromptConfig:
-    """The config in a folder; a ValueError if there is none, or none of a method of this package."""
+    """The config in a folder. Raises a ValueError if there is none, or its method is none of this package's."""
     file = folder / CONFIG_NAME
     kind = read_kind(folder)
     if kind is None:
@@ -149,14 +152,13 @@ def read_config(folder: Path) -> InstancePromptConfig:
     return config
 
 
-# Facts about the base model that a folder does not tell: widths e of the input embeddings and o of the last hidden states, in
-# units of the layers' width. Nearly always both are 1. Otherwise two values are tried, and a shape that differs between them is
-# left open.
+# The folder does not tell the widths e of the input embeddings and o of the last hidden states, here in units of the layers' width.
+# Nearly always both are 1. Otherwise a generator is made for each of two values, and a shape that differs between them is not checked.
 WIDTHS = (((1, 1), (1, 1)), ((2, 2), (3, 3)), ((2, 1), (3, 1)), ((1, 2), (1, 3)))
 
 
 def make_generator(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_size: int = 64) -> PromptGenerator:
-    """The adapter's generator, without values, for a stack of which only what the config says is known."""
+    """The adapter's generator on the meta device, for a stack of which only the config's facts are known."""
     d = config.hidden_size
     sizes = {"hidden_size": d, "embedding_size": d * e, "output_size": d * o, "vocab_size": vocab_size}
     known: dict[str, Any] = {"name": "", "layers_name": "", "num_layers": config.num_layers, "causal": True}
@@ -164,13 +166,13 @@ def make_generator(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_s
     try:
         with torch.device("meta"):
             return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
-    except RuntimeError as error:  # the product of the sizes is no 64-bit number
+    except RuntimeError as error:  # the product of the sizes exceeds 64 bits
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"An adapter of the config's size cannot be made: {reason}.") from error
 
 
 def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor], source: str) -> list[str]:
-    """The names of the stacks that the weights are for; a ValueError if they do not fit the config."""
+    """The names of the stacks that the weights are for. Raises a ValueError if the weights do not fit the config."""
     mark = f".{PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix}generator."
     stacks = sorted({key.partition(mark)[0] for key in weights if mark in key})
     if len(stacks) != len(config.target_modules):
@@ -198,7 +200,7 @@ def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor]
 
 
 def is_declared(config: InstancePromptConfig, key: str) -> bool:
-    """Whether a tensor is of a module that the config says is saved in full: all whose names end so, or an embedding."""
+    """Whether a tensor belongs to one of the config's `modules_to_save`, which are ends of names, or `saved_embedding_layers`."""
     parts = key.removeprefix(PREFIX).split(".")
     modules = [".".join(parts[:n]) for n in range(1, len(parts))]
     ends = tuple(config.modules_to_save or ())
@@ -206,7 +208,7 @@ def is_declared(config: InstancePromptConfig, key: str) -> bool:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """The dict of [`inspect_folder`] as text, one line for each fact."""
+    """The dict of [`inspect_folder`] as text, a line for each fact."""
     low, high = found["coefficient_range"]
     lines = [
         f"type           {found['type']}, for {found['task_type'] or 'no particular task'}",
@@ -230,6 +232,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["doctor"]:
         return doctor.main(arguments[1:])

@@ -11,14 +11,16 @@ import sys
 from peft.config import PeftConfig
 
 
-MOST = 1e4  # of factors: prompts times it are numbers in float16
+MOST = 1e4  # of factors: prompts times a larger one overflow in float16
 LARGEST = 2**31 - 1  # of sizes, layers and token ids
 
 
-def check_int(config: PeftConfig, name: str, minimum: int) -> None:
-    """Raise a TypeError or ValueError if a field is not a whole number of at least `minimum` and below 2^31."""
+def check_int(config: PeftConfig, name: str, minimum: int, optional: bool = False) -> None:
+    """Raise a TypeError or ValueError if a field is not a whole number from `minimum` to 2^31 - 1, or None if `optional`."""
     value = getattr(config, name)
-    if not isinstance(value, int) or isinstance(value, bool):
+    if value is None and optional:
+        return
+    if not is_int(value):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
@@ -26,17 +28,8 @@ def check_int(config: PeftConfig, name: str, minimum: int) -> None:
         raise ValueError(f"`{name}` must be at most {LARGEST}, got {value}.")
 
 
-def check_pattern(config: PeftConfig, name: str) -> None:
-    """Raise a ValueError if a field is no regular expression."""
-    value = getattr(config, name)
-    try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"`{name}` must be a regular expression if it is a text, got {value!r}: {error}.") from error
-
-
 def check_number(config: PeftConfig, name: str, least: float = -MOST, most: float = MOST) -> None:
-    """Make a field a float; raise a TypeError or ValueError if it is not a number, or not one from `least` to `most`."""
+    """Make a field a float; raise a TypeError or ValueError if it is not a number from `least` to `most`."""
     value = getattr(config, name)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
@@ -61,3 +54,48 @@ def check_choice(config: PeftConfig, name: str, allowed: tuple) -> None:
     value = getattr(config, name)
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
         raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
+
+
+def check_names(config: PeftConfig, name: str, pattern: bool = False) -> None:
+    """Make a set or tuple of names a sorted list; raise a TypeError if a field is neither names nor None.
+
+    With `pattern`, a text is allowed as well; it raises a ValueError if it is no regular expression.
+    """
+    value = getattr(config, name)
+    if isinstance(value, (set, tuple)):
+        value = sorted(value)
+        setattr(config, name, value)
+    if pattern and isinstance(value, str):
+        try:
+            re.compile(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"`{name}` must be a regular expression if it is a text, got {value!r}: {error}."
+            ) from error
+    elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise TypeError(f"`{name}` must be a list of names or None, got {value!r}.")
+
+
+def check_layers(config: PeftConfig, name: str) -> None:
+    """Make a tuple or range a list; raise a ValueError if a field is not layer numbers, each once, or None."""
+    value = getattr(config, name)
+    if isinstance(value, (tuple, range)):
+        value = list(value)
+        setattr(config, name, value)
+    layers = [value] if isinstance(value, int) else value
+    whole = isinstance(layers, list) and all(is_int(n) and n >= 0 for n in layers)
+    if value is not None and not (whole and layers and len(set(layers)) == len(layers)):
+        raise ValueError(f"`{name}` must be layer numbers from 0, each once, or None, got {value!r}.")
+
+
+def check_text(config: PeftConfig, name: str) -> None:
+    """Raise a ValueError if a field is neither a text nor token ids, of which there must be some, nor None."""
+    value = getattr(config, name)
+    ids = isinstance(value, (list, tuple)) and all(is_int(n) and 0 <= n <= LARGEST for n in value)
+    if value is not None and not (value and (ids or isinstance(value, str))):
+        raise ValueError(f"`{name}` must be token ids or a text, not empty, or None, got {value!r}.")
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is an integer and no bool, which Python counts among them."""
+    return isinstance(value, int) and not isinstance(value, bool)

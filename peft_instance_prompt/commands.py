@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""`python -m peft_instance_prompt run TOOL ...`: run a tool that never imports this package, with its methods.
+"""`python -m peft_instance_prompt run TOOL ...`: run a tool that does not import this package, with this package's methods.
 
-PEFT learns of the methods by an import, and who runs a tool from its command line has no line to write it on. So `run` puts the
-folder `startup/` on PYTHONPATH and becomes the tool. Each Python that starts there, and in child processes, reads
-`startup/sitecustomize.py`, and imports this package together with PEFT.
+PEFT knows the methods once this package is imported, and a tool's command line has no place for an import. So `run` puts the folder
+`startup/` on PYTHONPATH and replaces its own process with the tool. Each Python in it, child processes too, reads
+`startup/sitecustomize.py` at its start, which imports this package right after PEFT.
 
 `python -m peft_instance_prompt env` prints the same settings for a shell.
 """
@@ -32,7 +32,7 @@ from peft.utils import CONFIG_NAME
 
 LONGEST_PATH = 4095  # bytes
 STARTUP = str(Path(__file__).parent / "startup")
-# What child processes inherit. `startup/sitecustomize.py` spells the second, too.
+# Environment variables, which child processes inherit. `startup/sitecustomize.py` holds a copy of the second name.
 IMPORTS = "PEFT_INSTANCE_PROMPT_IMPORT"
 CONFIG = "PEFT_INSTANCE_PROMPT_CONFIG"
 
@@ -41,16 +41,16 @@ CONFIG = "PEFT_INSTANCE_PROMPT_CONFIG"
 
 
 def import_methods() -> None:
-    """Import the packages of other methods that `--import` named."""
+    """Import the modules that `--import` named, which register further methods."""
     for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
         import_module(name)
 
 
 def choose_config() -> None:
-    """Have `trl.get_peft_config`, which makes configs of LoRA only, return the config that `--peft-config` named.
+    """Replace `trl.get_peft_config`, which makes LoRA's configs only, by a function that returns the config of `--peft-config`.
 
     Raises:
-        RuntimeError: This TRL has no such function.
+        RuntimeError: The installed TRL has no `get_peft_config`.
     """
     trl = sys.modules["trl"]
     if "get_peft_config" not in dir(trl):
@@ -59,10 +59,10 @@ def choose_config() -> None:
 
 
 def chosen_config(model_args: Any) -> PeftConfig:
-    """The config that `--peft-config` named, in place of the one that TRL makes of its own `model_args`.
+    """The config of `--peft-config`. TRL calls this with its `model_args`, of which only the task type counts.
 
     Raises:
-        ValueError: An option of TRL's for LoRA is set, which would have no effect.
+        ValueError: `model_args` set one of TRL's LoRA options, which would have no effect.
     """
     path = os.environ[CONFIG]
     without_effect = [
@@ -83,12 +83,12 @@ def read_config(path: str | os.PathLike, **defaults: Any) -> PeftConfig:
     """The config of a fresh adapter, from a file or an adapter's folder.
 
     Args:
-        path (`str`): A YAML or JSON file of a config's fields, `peft_type` among them, or a folder that holds an
+        path (`str`): A YAML or JSON file with the fields of a config, `peft_type` among them, or a folder with an
             `adapter_config.json`.
-        **defaults: Fields that it need not give.
+        **defaults: Values of fields that the file does not give.
 
     Raises:
-        ValueError: It cannot be read, names no method, or holds values that the method refuses.
+        ValueError: The file cannot be read, names no method that PEFT knows, or holds values that the method refuses.
     """
     shown = str(path)[:200]
     try:
@@ -114,10 +114,10 @@ def read_config(path: str | os.PathLike, **defaults: Any) -> PeftConfig:
 
 
 def settings(options: argparse.Namespace) -> dict[str, str]:
-    """The environment variables that have every Python beneath them import this package together with PEFT.
+    """The environment variables under which every Python imports this package right after PEFT.
 
     Raises:
-        ValueError: A module of `--import` or the config of `--peft-config` does not hold.
+        ValueError: A module of `--import` cannot be imported, or `--peft-config` names no valid config.
     """
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != STARTUP]
     found = {"PYTHONPATH": os.pathsep.join([STARTUP, *paths])}
@@ -126,7 +126,7 @@ def settings(options: argparse.Namespace) -> dict[str, str]:
         try:
             for name in options.imports:
                 import_module(name)
-        except (ImportError, TypeError, ValueError) as error:  # a relative name, an empty one
+        except (ImportError, TypeError, ValueError) as error:  # the last two: a relative or an empty name
             raise ValueError(f"`--import` names a module that cannot be imported: {error}.") from error
     if options.peft_config is not None:
         read_config(options.peft_config)
@@ -135,10 +135,10 @@ def settings(options: argparse.Namespace) -> dict[str, str]:
 
 
 def find_tool(tool: Sequence[str], module: Sequence[str] | None) -> list[str]:
-    """The command line of a tool: a module, a Python script, or a command of this environment or of the PATH.
+    """The command line of a tool: a module, a Python script, or a command of this environment or on the PATH.
 
     Raises:
-        ValueError: No tool is named, or there is none of that name.
+        ValueError: No tool is named, or none has that name.
     """
     if module is not None:
         if not module:
@@ -162,12 +162,12 @@ def find_tool(tool: Sequence[str], module: Sequence[str] | None) -> list[str]:
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
-    """`run` becomes the tool and does not return; `env` prints what to set, and returns 0. Both return 2 after an error."""
+    """`run` replaces this process with the tool; `env` prints the settings and returns 0. Both return 2 after an error."""
     parser = argparse.ArgumentParser(
         prog=f"python -m peft_instance_prompt {command}",
         description={
-            "run": "Run a tool that never imports peft_instance_prompt, with its methods.",
-            "env": "Print what has every Python import peft_instance_prompt together with PEFT, for a shell's `eval`.",
+            "run": "Run a tool that does not import peft_instance_prompt, with its methods.",
+            "env": "Print settings for a shell's `eval`, under which every Python imports peft_instance_prompt right after PEFT.",
         }[command],
     )
     parser.add_argument(

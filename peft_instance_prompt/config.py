@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The fields that the configs of all methods have."""
+"""`InstancePromptConfig`: the fields that all methods have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Optional, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .checks import LARGEST, check_choice, check_int, check_pattern
+from .checks import check_choice, check_int, check_layers, check_names, check_text
 from .folder import read_kind
 from .lora_words import refuse_unknown_fields
 from .model_card import write_card
@@ -25,7 +25,7 @@ PAIR_POSITIONS = ("before_separator", "after_separator")  # of rows that hold tw
 
 @dataclass
 class InstancePromptConfig(PeftConfig):
-    """Base class of the configs of methods whose soft prompt is generated from the input instance.
+    """Base class of the methods' configs: the fields that all methods have.
 
     Args:
         num_virtual_tokens (`int`):
@@ -33,83 +33,82 @@ class InstancePromptConfig(PeftConfig):
         bottleneck_dim (`int`):
             The width m of the generator's bottleneck, at least 1. Defaults to 16.
         prompt_position (`str`):
-            The place of the prompt: `"before"`, the default, the first token that is not padding; `"after_first"`, behind that
-            token (BOS or [CLS]); or at the `"end"`, which in a causal model is behind the last instruction token, so that the
-            next token is predicted at the last slot, and in an encoder before the last token that is not padding ([SEP]
-            or </s>). In rows that hold two sentences also `"before_separator"`, the first separator between them, or
+            Where the slots stand. `"before"`, the default: before the first token that is not padding. `"after_first"`: behind
+            that token (BOS or [CLS]). `"end"`: in a causal model behind the last instruction token, so that the next token
+            is predicted at the last slot; in an encoder before the last token that is not padding ([SEP] or </s>). In rows
+            that hold two sentences also `"before_separator"`, before the first separator between them, and
             `"after_separator"`, before the first token of the second sentence.
         separator_id (`int`, *optional*):
-            The token between the two sentences of a row, for these two positions. Filled in when the adapter is made: the
-            tokenizer's `sep_token`, or its `eos_token` if it has none.
+            The id of the token between the two sentences, for these two positions. Filled in when the adapter is made: the
+            tokenizer's `sep_token`, or its `eos_token` if it has no `sep_token`.
         layers_to_transform (`int` or `list[int]`, *optional*):
-            The layers at whose input vectors are generated, counted from 0. In the other layers the prompt positions keep
-            what the layer before them made of them. Defaults to all layers.
+            The layers at whose input vectors are generated, counted from 0. In the other layers the slots keep the states
+            that the layer before gave them. Defaults to all layers.
         init_weights (`bool` or `"paper"`):
             `True`, the default, starts as a near no-op, as LoRA does: each prompt vector begins as a copy of the state of
-            the row's first token at that depth, the attention sink, and the generated part is added to it in units of its
-            root mean square. `False` starts from random weights in the same form (used by tests). `"paper"` is the paper's
-            own form and start, which disturbs a pretrained causal model badly. It is a property of the trained adapter,
-            not only of its start: do not change it afterwards. (At the `"end"` of a causal model, where the next token is
+            the row's first token at that depth, the attention sink, and the generated part is added in units of that state's
+            root mean square. `False` has the same form and starts from random weights (used by tests). `"paper"` has the
+            paper's own form and start, which disturbs a pretrained causal model badly. The form belongs to the trained
+            adapter: do not change this field afterwards. (At the `"end"` of a causal model, where the next token is
             predicted at the last slot, the copies are of the last instruction token, and no start is a near no-op.)
         init_text (`str` or `list[int]`, *optional*):
-            A text, or its token ids, whose states in the frozen base model the prompt begins as, depth by depth, in place of the
-            copies of the first token. At most `num_virtual_tokens` tokens; a shorter text is repeated. A text is turned into ids
-            by the tokenizer `tokenizer_name_or_path`, without special tokens. The states are computed once, when the adapter is
-            made, are saved with it, and are not trained. A fresh adapter before the text of a causal model then acts as these
-            tokens do, and is no near no-op. Not for `init_weights="paper"`, whose prompts have no such part.
+            A text, or its token ids. The prompt begins, depth by depth, as the states that these tokens have in the frozen base
+            model, instead of copies of the first token. At most `num_virtual_tokens` tokens; a shorter text is repeated. The
+            tokenizer `tokenizer_name_or_path` turns a text into ids, without special tokens. The states are computed once, when
+            the adapter is made; they are saved with it and not trained. In a causal model, a fresh adapter whose slots stand
+            before the text then acts as these tokens would, so it is no near no-op. Not for `init_weights="paper"`, whose
+            prompts have no such part.
         condition (`str`):
-            `"instance"`, or `"constant"` for the control experiment: the same generator fed a learned constant, so that
-            the generated part is the same for all instances. With `init_weights="paper"` so is the whole prompt; otherwise
-            the generated part is added to the state of the instance's own first token.
+            `"instance"`, the default, or `"constant"` for the control experiment: the same generator reads a learned
+            constant, so that the generated part is the same for all instances. With `init_weights="paper"` the whole prompt
+            is; otherwise the generated part is added to the state of the instance's own first token.
         response_template (`str` or `list[int]`, *optional*):
-            The token ids that stand between instruction and response in every row; the prompt is then generated from what
-            stands up to and including their first occurrence. It is kept with the adapter and serves training, evaluation
-            and generation alike. Give it wherever a causal model scores given continuations (evaluation harnesses,
-            preference training): without it and without labels, the whole row counts as the instance. A text is turned
-            into ids once, by the tokenizer `tokenizer_name_or_path`.
-            `"chat"` stands for the ids that the chat template of the tokenizer writes before an answer, found once, when the
-            adapter is made.
+            The token ids that stand between instruction and response in every row. The instruction then ends with their first
+            occurrence, in training, evaluation and generation alike; the adapter keeps them. Set it wherever a causal model
+            scores given continuations (evaluation harnesses, preference training): without it and without labels, the whole
+            row counts as the instance. The tokenizer `tokenizer_name_or_path` turns a text into ids once, when the adapter is
+            made. `"chat"` stands for the ids that its chat template writes before an answer.
         missing_template (`str`):
-            The scope of a row without the `response_template`: `"error"`, the default, refuses it; `"all"` takes the whole row as
-            the instruction, for training rows that were cut off and for plain text that a harness scores.
+            What becomes of a row without the `response_template`: `"error"`, the default, refuses it; `"all"` takes the whole row
+            as the instruction, for training rows that were cut off and for plain text that a harness scores.
         instruction_length (`int`, *optional*):
-            For plain text, which has no instruction: the prompt is generated from the first n tokens and stands behind them
-            (`prompt_position="end"`), so that every later token is predicted from it and none is read by it.
+            For plain text, which has no instruction: the number n of tokens at the start that the prompt is generated from. It
+            stands behind them (`prompt_position="end"`), so that it reads none of the tokens that are predicted from it.
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer for a `response_template` or an `init_text` given as text. Defaults to the base model's.
         target_modules (`str` or `list[str]`, *optional*):
-            The transformer stacks, or their lists of layers, by name or by the end of their name, e.g. `"decoder"` or
-            `"model.layers"`; a string is a regular expression that the whole name must match. Defaults to the stack that is
-            found: the text stack; the encoder of an encoder-decoder model.
+            The transformer stacks, or their lists of layers. In a list: names or the ends of names, e.g. `"decoder"` or
+            `"model.layers"`. A string is a regular expression that the whole name must match. Defaults to the text stack, in
+            an encoder-decoder model its encoder.
         exclude_modules (`str` or `list[str]`, *optional*):
-            Stacks that are left out, in the same form.
+            Stacks to leave out, in the same form.
         modules_to_save (`list[str]`, *optional*):
-            Modules beside the generator that are trained and saved in full, e.g. a classification head.
+            Modules of the base model that are trained and saved in full, e.g. a classification head.
         hidden_size (`int`, *optional*):
             The width of the layers. Filled in from the base model; a later base model must agree.
         num_layers (`int`, *optional*):
             The number of layers. Filled in from the base model; a later base model must agree.
         saved_embedding_layers (`list[str]`, *optional*):
-            Filled in in the file when an adapter is saved: the embeddings and the head of the base model, by name, if PEFT
-            saved them along (its `save_embedding_layers`, which a resized vocabulary switches on). No other tensor of the
-            base model is taken from an adapter's file.
+            Filled in in the file when an adapter is saved: the names of the base model's embeddings and head, if PEFT saved
+            them with it (`save_embedding_layers`, which a resized vocabulary switches on). Loading takes no other tensor of
+            the base model from an adapter's file.
         weights_digest (`str`, *optional*):
-            Filled in in the file when an adapter is saved: the digest of the weights. Loading compares it, and refuses
-            weights and a config that belong to two saves. Without it nothing is compared.
+            Filled in in the file when an adapter is saved: the digest of its weights. Loading compares it, and refuses a
+            config and weights of two different saves. If it is None, loading compares nothing.
         import_first (`str`, *optional*):
-            Filled in: the package that registers the method. Whoever reads a saved config learns from it what to import before
-            the adapter is loaded.
+            Filled in: the package that registers the method, for readers of a saved config. Import it before loading the
+            adapter.
 
     Raises:
-        ValueError: A field has a value that is not allowed; the message names the field, its value and what is allowed.
-        TypeError: A field is unknown, or a number or a list of names has the wrong type. For a field of LoRA's or of PEFT's soft
-            prompts the message names the counterpart, for a misspelt one the right one.
+        ValueError: A field has a value that is not allowed; the message names the field, the value and what is allowed.
+        TypeError: A field is unknown, or a number or a list of names has the wrong type. The message names the counterpart of a
+            field of LoRA's or PEFT's soft prompts, and the right spelling of a misspelt field.
     """
 
     method: ClassVar[Optional[str]] = None  # set by `register_method`
     paper: ClassVar[Optional[tuple[str, str]]] = None  # title and arXiv number, for the model card
     conditions: ClassVar[tuple[str, ...]] = ("instance", "constant")
-    # Trainers read this field of LoRA's off any config, and set it when a chat template adds tokens.
+    # Trainers read this field of LoRA's from any config, and set it when a chat template adds tokens.
     trainable_token_indices: ClassVar[Any] = None
 
     num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
@@ -128,7 +127,7 @@ class InstancePromptConfig(PeftConfig):
         default=True, metadata={"help": "True: near no-op; False: random; 'paper': the paper's own form and start."}
     )
     init_text: Optional[Union[list[int], str]] = field(
-        default=None, metadata={"help": "The text (or its token ids) whose states the prompt begins as."}
+        default=None, metadata={"help": "A text (or its token ids): the prompt begins as its states."}
     )
     condition: Literal["instance", "constant"] = field(
         default="instance", metadata={"help": "'instance', or 'constant' for the input-independent control."}
@@ -138,7 +137,7 @@ class InstancePromptConfig(PeftConfig):
     )
     missing_template: Literal["error", "all"] = field(
         default="error",
-        metadata={"help": "What a row without `response_template` is: 'error', or 'all' of it is instruction."},
+        metadata={"help": "A row without `response_template` is an 'error', or 'all' of it is the instruction."},
     )
     instruction_length: Optional[int] = field(
         default=None, metadata={"help": "For plain text: how many tokens at the start are the instruction."}
@@ -148,13 +147,11 @@ class InstancePromptConfig(PeftConfig):
         metadata={"help": "The tokenizer for a `response_template` or `init_text` that is given as text."},
     )
     target_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "The transformer stacks, or their lists of layers; None: found by itself."}
+        default=None, metadata={"help": "The transformer stacks, or their lists of layers; None: the text stack."}
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Stacks that are left out."}
-    )
+    exclude_modules: Optional[Union[list[str], str]] = field(default=None, metadata={"help": "Stacks to leave out."})
     modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules beside the generator that are trained and saved in full."}
+        default=None, metadata={"help": "Modules of the base model that are trained and saved in full."}
     )
     hidden_size: Optional[int] = field(default=None, metadata={"help": "The width of the layers; filled in."})
     num_layers: Optional[int] = field(default=None, metadata={"help": "The number of layers; filled in."})
@@ -183,69 +180,43 @@ class InstancePromptConfig(PeftConfig):
         self.import_first = type(self).__module__.partition(".")[0]
         check_int(self, "num_virtual_tokens", minimum=1)
         check_int(self, "bottleneck_dim", minimum=1)
+        check_int(self, "separator_id", minimum=0, optional=True)
+        for name in ("instruction_length", "hidden_size", "num_layers"):
+            check_int(self, name, minimum=1, optional=True)
         positions = (*PLAIN_POSITIONS, *PAIR_POSITIONS)
-        decided = type(self).prompt_position is not None  # else it is filled in when the stack is known
+        decided = type(self).prompt_position is not None  # otherwise filled in when the stack is known
         check_choice(self, "prompt_position", positions if decided else (None, *positions))
         check_choice(self, "init_weights", (True, False, "paper"))
         check_choice(self, "condition", type(self).conditions)
         check_choice(self, "missing_template", ("error", "all"))
-        if self.separator_id is not None:
-            check_int(self, "separator_id", minimum=0)
-            if self.prompt_position not in PAIR_POSITIONS:
-                raise ValueError(
-                    f"`separator_id` is for `prompt_position` in {list(PAIR_POSITIONS)}, got {self.separator_id} with "
-                    f"{self.prompt_position!r}."
-                )
-        if self.instruction_length is not None:
-            check_int(self, "instruction_length", minimum=1)
-            if self.prompt_position != "end":
-                raise ValueError(
-                    f"`instruction_length` needs `prompt_position='end'`, got {self.prompt_position!r}: slots before the text would "
-                    "let its first tokens be predicted from a prompt that has read them."
-                )
-            if self.response_template is not None:
-                raise ValueError(
-                    "`instruction_length` is for plain text and `response_template` for rows with a response: give one of them, got "
-                    f"{self.instruction_length} and {self.response_template!r}."
-                )
-        for name in ("hidden_size", "num_layers"):
-            if getattr(self, name) is not None:
-                check_int(self, name, minimum=1)
         for name in ("target_modules", "exclude_modules", "modules_to_save", "saved_embedding_layers"):
-            value = getattr(self, name)
-            if isinstance(value, (set, tuple)):
-                value = sorted(value)
-                setattr(self, name, value)
-            texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-            pattern = isinstance(value, str) and name in ("target_modules", "exclude_modules")
-            if value is not None and not texts and not pattern:
-                raise TypeError(f"`{name}` must be a list of names or None, got {value!r}.")
-            if pattern:
-                check_pattern(self, name)
+            check_names(self, name, pattern=name in ("target_modules", "exclude_modules"))
         if "" in (self.modules_to_save or ()):
             raise ValueError(f"`modules_to_save` must be names that are not empty, got {self.modules_to_save!r}.")
+        check_layers(self, "layers_to_transform")
+        for name in ("response_template", "init_text"):
+            check_text(self, name)
         if not isinstance(self.weights_digest, (str, type(None))):
             raise TypeError(f"`weights_digest` must be a text or None, got {self.weights_digest!r}.")
-        layers = self.layers_to_transform
-        if isinstance(layers, (tuple, range)):
-            layers = self.layers_to_transform = list(layers)
-        whole = [layers] if isinstance(layers, int) else layers
-        if whole is not None and (
-            not isinstance(whole, list)
-            or not whole
-            or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in whole)
-            or len(set(whole)) < len(whole)
-        ):
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Raise a ValueError if two fields, each with a value that is allowed, do not fit together."""
+        if self.separator_id is not None and self.prompt_position not in PAIR_POSITIONS:
             raise ValueError(
-                f"`layers_to_transform` must be layer numbers from 0, each once, or None, got {layers!r}."
+                f"`separator_id` is for `prompt_position` in {list(PAIR_POSITIONS)}, got {self.separator_id} with "
+                f"{self.prompt_position!r}."
             )
-        for name in ("response_template", "init_text"):
-            text = getattr(self, name)
-            ids = isinstance(text, (list, tuple)) and all(
-                isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST for n in text
+        if self.instruction_length is not None and self.prompt_position != "end":
+            raise ValueError(
+                f"`instruction_length` needs `prompt_position='end'`, got {self.prompt_position!r}: slots before the text would "
+                "let its first tokens be predicted from a prompt that has read them."
             )
-            if text is not None and (not text or not (ids or isinstance(text, str))):
-                raise ValueError(f"`{name}` must be token ids or a text, not empty, or None, got {text!r}.")
+        if self.instruction_length is not None and self.response_template is not None:
+            raise ValueError(
+                "`instruction_length` is for plain text and `response_template` for rows with a response: give one of them, got "
+                f"{self.instruction_length} and {self.response_template!r}."
+            )
         if self.init_text is not None and self.init_weights == "paper":
             raise ValueError(
                 f"`init_text` must be None with `init_weights='paper'`, got {self.init_text!r}: the paper's prompts have no part "
@@ -257,13 +228,13 @@ class InstancePromptConfig(PeftConfig):
         """Load a config as [`~peft.PeftConfig.from_pretrained`] does.
 
         Raises:
-            ValueError: It lies in a local folder and is no JSON object with a `peft_type`.
+            ValueError: A local folder's `adapter_config.json` is no JSON object with a `peft_type`.
         """
         read_kind(Path(pretrained_model_name_or_path, subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config as [`~peft.PeftConfig.save_pretrained`] does, and say in the model card how to load the adapter."""
+        """Save the config as [`~peft.PeftConfig.save_pretrained`] does, and write into the model card how to load the adapter."""
         self.weights_digest = self.saved_embedding_layers = None  # whoever saves the weights fills them in
         with staged(save_directory, "README.md") as folder:
             super().save_pretrained(str(folder), **kwargs)

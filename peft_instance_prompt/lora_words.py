@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is meant by a field that a config does not have: a field of LoRA's or of PEFT's soft prompts, or a slip of the pen."""
+"""The counterparts of LoRA's fields and of those of PEFT's soft prompts, for a config that is given one of them, or a misspelt field."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ LONGEST = 300  # characters of a message
 
 
 def refuse_unknown_fields(config_cls: type, names: Iterable[str]) -> None:
-    """Raise a TypeError if a config is to be made with fields that it does not have, and what is meant by them can be told.
+    """Raise a TypeError that names the counterpart of each field of LoRA's or PEFT's soft prompts, and the nearest field of a misspelt one.
 
     Args:
         config_cls (`type`): The config's class.
-        names (`Iterable[str]`): The fields that it is to be made with. Unknown ones that resemble nothing pass: the class itself
+        names (`Iterable[str]`): The fields that the caller gave. Unknown ones that resemble no field pass: the class itself
             refuses them.
     """
     own = {field.name for field in fields(config_cls)}
     unknown = [name for name in names if name not in own]
     if not unknown:
         return
-    from peft.tuners.lora import LoraConfig  # not above: PEFT may be in the midst of its own import
+    from peft.tuners.lora import LoraConfig  # here, since PEFT itself may still be importing when this module is read
 
     dropout = "use `dropout`" if "dropout" in own else "leave it out, the method has no dropout"
     known = {field.name: WEIGHTS for field in fields(LoraConfig)}
@@ -66,8 +66,8 @@ def refuse_unknown_fields(config_cls: type, names: Iterable[str]) -> None:
     slips = {name: f"did you mean `{close[name][0]}`?" for name in unknown if name not in known and close[name]}
     if not meant and not slips:
         return
-    # By the words "got an unexpected keyword argument" PEFT knows fields in the file of a newer release, which it leaves out with a
-    # warning. Those of other methods are no such fields.
+    # PEFT searches an error for "got an unexpected keyword argument", takes the field for one of a newer release, and loads the
+    # config without it. A field of another method's is no such field, so the message avoids these words.
     text = f"{config_cls.__name__} " + (
         "does not have these fields." if meant else "got an unexpected keyword argument."
     )

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The model card of an adapter: it says how to load it, since PEFT alone gives a bare `KeyError: 'IAPT'`.
+"""A section in an adapter's model card that says how to load it: without our import, PEFT raises a bare `KeyError: 'IAPT'`.
 
-PEFT has no way to add to the card that it writes, and transformers' `push_to_hub` puts one of its own in its place. So
+PEFT offers no way to add to the card that it writes, and transformers' `push_to_hub` replaces that card with one of its own. So
 [`teach_peft`] extends two methods of `PeftModel`; cards of other packages' adapters stay as they are.
 """
 
@@ -54,17 +54,17 @@ model = {auto_class}.from_pretrained({name})
 
 
 def as_literal(name: str) -> str:
-    """A text of Python that ends neither the block that it stands in nor the section, whatever the name is."""
+    """A name as a Python string in which no character can end the code block or the section that it stands in."""
     return json.dumps(name).replace("<", "\\u003c").replace("`", "\\u0060")
 
 
 def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDER_OR_REPOSITORY") -> None:
-    """Say in the `README.md` of an adapter's folder how to load it; the rest of the card stays.
+    """Write into the `README.md` of an adapter's folder how to load it; the rest of the card stays.
 
     Args:
-        folder (`str`): The folder. A card is made if it has none.
+        folder (`str`): The folder. A missing card is made.
         config (`PeftConfig`): The adapter's config.
-        name (`str`): The folder or repository that the card tells users to load.
+        name (`str`): The folder or repository that the card's example loads. Defaults to `"FOLDER_OR_REPOSITORY"`.
     """
     path = Path(folder, "README.md")
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData(library_name='peft')}\n---\n")
@@ -103,9 +103,7 @@ def teach_peft(config_cls: type) -> None:
     @functools.wraps(upload)
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         if config := own_config(self):
-            write(
-                self, working_dir
-            )  # transformers has replaced PEFT's card by one that calls this a transformers model
+            write(self, working_dir)  # over transformers' card, which calls the adapter a transformers model
             write_card(working_dir, config, repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Make PEFT know the methods of this package."""
+"""Register methods with PEFT."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TUNER_DOC = """{doc}
 
 
 def add_peft_type(name: str) -> PeftType:
-    """The member `name` of PEFT's enum of method names, which has no other way to be extended from outside."""
+    """The member `name` of `PeftType`; added if it is missing. An enum has no other way to be extended from outside."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -54,21 +54,23 @@ def add_peft_type(name: str) -> PeftType:
 def register_method(
     name: str, config_cls: type[InstancePromptConfig], generator_cls: type[PromptGenerator], doc: str | None = None
 ) -> type[InstancePromptModel]:
-    """Register a method with PEFT, once. If PEFT has a method of that name itself, warn and leave PEFT's in place.
+    """Register a method with PEFT. If PEFT itself has a method of that name, warn and leave PEFT's in place.
 
     Args:
         name (`str`): The method's name in lower case, e.g. `"iapt"`. Configs carry it as `peft_type`, in upper case.
         config_cls (`type`): Its config, a dataclass derived from [`InstancePromptConfig`].
         generator_cls (`type`): Its generator, derived from [`PromptGenerator`].
-        doc (`str`, *optional*): What the method is, for the docstring of the tuner class. Default: the generator's first
+        doc (`str`, *optional*): The first paragraph of the tuner class's docstring. Defaults to the generator's first
             paragraph.
 
     Returns:
-        `type`: The tuner class, which `get_peft_model` makes for such a config.
+        `type`: The tuner class, which `get_peft_model` makes for such a config. Registering the same config class again
+            returns the same tuner class.
 
     Raises:
-        TypeError: The config or the generator is not derived from its base.
-        ValueError: The name is no lower-case identifier, or another method of this package has it.
+        TypeError: The config or the generator is not derived from its base class, the config is no dataclass, or the
+            generator defines no `generate`.
+        ValueError: The name is no lower-case identifier, or a different method of this package has it.
 
     Example:
 
@@ -79,28 +81,12 @@ def register_method(
     >>> MeanPromptModel = register_method("mean_prompt", MeanPromptConfig, MeanPromptGenerator)
     ```
     """
-    for what, cls, base in (
-        ("config", config_cls, InstancePromptConfig),
-        ("generator", generator_cls, PromptGenerator),
-    ):
-        if not (isinstance(cls, type) and issubclass(cls, base)):
-            raise TypeError(
-                f"The {what} of the method {name!r} must be a class derived from `{base.__name__}`, got {cls!r}: write "
-                f"`class {name.title().replace('_', '')}{what.title()}({base.__name__})`."
-            )
-    if not is_dataclass(config_cls) or "__dataclass_fields__" not in vars(config_cls):
-        raise TypeError(
-            f"{config_cls.__name__}, the config of the method {name!r}, must be a dataclass: put `@dataclass` above it."
-        )
-    if generator_cls.generate is PromptGenerator.generate and generator_cls.forward is PromptGenerator.forward:
-        raise TypeError(
-            f"{generator_cls.__name__}, the generator of the method {name!r}, defines no `generate(instances, depth, weights)`."
-        )
+    check_classes(name, config_cls, generator_cls)
     if not (name.isidentifier() and name.islower()):
         raise ValueError(f"A method's name must be an identifier in lower case, as in 'mean_prompt', got {name!r}.")
     member = add_peft_type(name.upper())
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
-    if known is not None and same_class(known, config_cls):  # imported once more, under the same name
+    if known is not None and same_class(known, config_cls):  # its module was imported again
         return PEFT_TYPE_TO_TUNER_MAPPING[member]
     if known is not None and issubclass(known, InstancePromptConfig):
         raise ValueError(
@@ -119,15 +105,36 @@ def register_method(
     return model_cls
 
 
+def check_classes(name: str, config_cls: type, generator_cls: type) -> None:
+    """Raise a TypeError if the classes of a method cannot be its config and its generator."""
+    for what, cls, base in (
+        ("config", config_cls, InstancePromptConfig),
+        ("generator", generator_cls, PromptGenerator),
+    ):
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            raise TypeError(
+                f"The {what} of the method {name!r} must be a class derived from `{base.__name__}`, got {cls!r}: write "
+                f"`class {name.title().replace('_', '')}{what.title()}({base.__name__})`."
+            )
+    if not is_dataclass(config_cls) or "__dataclass_fields__" not in vars(config_cls):
+        raise TypeError(
+            f"{config_cls.__name__}, the config of the method {name!r}, must be a dataclass: put `@dataclass` above it."
+        )
+    if generator_cls.generate is PromptGenerator.generate and generator_cls.forward is PromptGenerator.forward:
+        raise TypeError(
+            f"{generator_cls.__name__}, the generator of the method {name!r}, defines no `generate(instances, depth, weights)`."
+        )
+
+
 def same_class(one: type, other: type) -> bool:
-    """Whether two classes are the same, or one that was defined twice."""
+    """Whether two classes have the same module and name: the same class, or one whose definition ran twice."""
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def make_tuner(
     name: str, config_cls: type[InstancePromptConfig], generator_cls: type[PromptGenerator], doc: str | None
 ) -> type[InstancePromptModel]:
-    """The tuner class of a method, named after its generator and at home in the same module, so that it can be pickled."""
+    """The tuner class of a method. It is named after the generator and belongs to its module, so that it can be pickled."""
     doc = doc or (generator_cls.__doc__ or name).split("\n\n")[0]
     fields = {
         "prefix": f"{name}_",

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""`task_ids`: the task of each row, for one adapter over several tasks, under the name that PEFT's multitask prompt tuning has."""
+"""`task_ids`, the task of each row, for an adapter that serves several tasks. PEFT's multitask prompt tuning has the same argument."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .engine.request import note
 
 
 def check_task_ids(given: torch.Tensor | None, num_instances: int, num_tasks: int) -> torch.Tensor:
-    """`task_ids` as int64 (G,), if they are there and name tasks of the adapter.
+    """`task_ids` as int64 (G,).
 
     Args:
-        given (`torch.Tensor`, *optional*): What the caller said.
-        num_instances (`int`): G.
-        num_tasks (`int`): T. Ids count from 0.
+        given (`torch.Tensor`, *optional*): The argument of the call, integers of shape (G,).
+        num_instances (`int`): The number G of instances.
+        num_tasks (`int`): The number T of tasks, counted from 0.
 
     Raises:
-        TypeError: They are no tensor of integers.
-        ValueError: They are missing, have another shape, or lie outside 0..T - 1.
+        TypeError: `task_ids` is no tensor of integers.
+        ValueError: `task_ids` is missing, has a shape other than (G,), or holds an id outside 0..T - 1.
     """
     if given is None:
         raise ValueError(
@@ -48,9 +48,9 @@ def check_task_ids(given: torch.Tensor | None, num_instances: int, num_tasks: in
 
 
 def carry_task_ids(config_cls: type) -> None:
-    """Make the forward of PEFT's models hand `task_ids` on, if the active adapter's config is a `config_cls`.
+    """Make the forward of PEFT's models note `task_ids` in the request, if the active adapter's config is a `config_cls`.
 
-    These name the argument, and drop it for all methods but their own.
+    PEFT's models declare this argument, and pass it to PEFT's own method only.
     """
     from peft import peft_model
 

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a config leaves to the tokenizer: the ids of a `response_template` or an `init_text`, and the separator of two sentences."""
+"""Fields of a config that need a tokenizer: `response_template` and `init_text` given as text, and the separator of two sentences."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .config import InstancePromptConfig
 
 
 def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[int]:
-    """The ids of a `response_template` that was given as text, or as `"chat"`.
+    """The ids of a `response_template` that is a text, or `"chat"`.
 
     Raises:
-        ValueError: No tokenizer is known, the text has no tokens, or the chat template writes nothing before an answer.
+        ValueError: No tokenizer is known, the text has no tokens, or the chat template writes no fixed ids before an answer.
     """
     name, tokenizer = load_tokenizer(
         config,
@@ -36,7 +36,7 @@ def find_separator(config: InstancePromptConfig, model: nn.Module) -> int:
     """The token that the tokenizer writes between two sentences: its `sep_token`, or its `eos_token` if it has none (T5).
 
     Raises:
-        ValueError: No tokenizer is known, or it has neither.
+        ValueError: No tokenizer is known, or it has neither token.
     """
     name, tokenizer = load_tokenizer(
         config,
@@ -54,7 +54,7 @@ def find_separator(config: InstancePromptConfig, model: nn.Module) -> int:
 
 
 def load_tokenizer(config: InstancePromptConfig, model: nn.Module, complaint: str) -> tuple[str, Any]:
-    """The tokenizer of a config or of its base model, with its name; a ValueError with the complaint if none is known."""
+    """Name and tokenizer: the config's, or else the base model's. Raises a ValueError with the complaint if both are unknown."""
     from transformers import AutoTokenizer
 
     name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
@@ -65,7 +65,7 @@ def load_tokenizer(config: InstancePromptConfig, model: nn.Module, complaint: st
 
 def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
     """The ids that a tokenizer's chat template writes between a user's turn and the assistant's answer."""
-    from jinja2 import TemplateError  # with transformers' chat templates, or there is none
+    from jinja2 import TemplateError  # not above: only chat templates need jinja2
 
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"`response_template` is 'chat', but the tokenizer {name!r} has no chat template.")
@@ -98,7 +98,8 @@ def tokenize_init_text(config: InstancePromptConfig, model: nn.Module, vocab_siz
     """The ids of an `init_text`, without special tokens.
 
     Raises:
-        ValueError: No tokenizer is known, the text has no tokens or more than there are slots, or the base model lacks an id.
+        ValueError: No tokenizer is known, the text has no tokens or more than there are slots, or an id is outside the base
+            model's vocabulary.
     """
     ids = config.init_text
     if isinstance(ids, str):

@@ -1,18 +1,17 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Options of trainers under which an adapter would have no effect: refused when the trainer is made.
+"""Refuse trainers' options that sample without the adapter, when the trainer is made.
 
-TRL's online trainers (GRPO, RLOO and others) can sample with vLLM. They send it the weights with the adapter merged into them,
-and learn in the first step, when vLLM has been started, that this adapter cannot be merged. A callback hears of the options
-before that.
+TRL's online trainers (GRPO, RLOO and others) can sample with vLLM. They send it the base model's weights with the adapter merged into
+them, and would fail only in the first step, when vLLM has started: our adapters cannot be merged. A callback sees the options before.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# Only imported where the Trainer's module is in memory: it takes long, and itself imports PEFT.
+# This file is imported only when the Trainer's module is loaded: that takes long, and itself imports PEFT.
 from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_callback import TrainerCallback
 
@@ -31,10 +30,10 @@ REASONS = {
 
 
 class SamplingGuard(TrainerCallback):
-    """Refuses to sample by a way that an instance-prompt adapter cannot go."""
+    """Refuse samplers that bypass the adapter."""
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Raise a ValueError if the trainer's `args` ask for such a way and `model` has such an adapter."""
+        """Raise a ValueError if `args` choose such a sampler and `model` has an instance-prompt adapter."""
         wanted = [option for option in REASONS if getattr(args, option, False)]
         if wanted and any(isinstance(module, InstancePromptLayer) for module in model.modules()):
             raise ValueError(
@@ -44,6 +43,6 @@ class SamplingGuard(TrainerCallback):
 
 
 def guard_trainers() -> None:
-    """Give every Trainer that is made from now on a [`SamplingGuard`]."""
+    """Add a [`SamplingGuard`] to every Trainer that is made from now on."""
     if SamplingGuard not in DEFAULT_CALLBACKS:
         DEFAULT_CALLBACKS.append(SamplingGuard)

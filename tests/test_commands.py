@@ -198,8 +198,11 @@ def test_config_of_a_fresh_adapter(kind: str, tmp_path: Path) -> None:
         ("a: [", "cannot be read as the config of an adapter"),
         ("- 1", "a `peft_type` among .*IAPT.*; got None"),
         ("peft_type: IAPTS", "got 'IAPTS'"),
-        ("peft_type: IAPT\nr: 8", "holds no config of IAPT: IAPTConfig does not have these fields of LoRA's"),
-        ("peft_type: IAPT\nnum_virtual_token: 8", "unexpected keyword argument 'num_virtual_token'"),
+        ("peft_type: IAPT\nr: 8", "holds no config of IAPT: IAPTConfig does not have these fields. `r`: use"),
+        (
+            "peft_type: IAPT\nnum_virtual_token: 8",
+            "unexpected keyword argument. `num_virtual_token`: did you mean `num_virtual_tokens`",
+        ),
         ("peft_type: IDPG\nnum_virtual_tokens: 0", "`num_virtual_tokens` must be at least 1, got 0"),
     ],
 )

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The methods, a file each: config, generator and registration."""
+"""The methods, one file each: config, generator and registration."""
 
 from .dynamic_prompt import Choices, DynamicPromptConfig, DynamicPromptModel
 from .iapt import IAPTConfig, IAPTModel

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Dynamic prompting (https://arxiv.org/abs/2303.02909): position, length and content of an input prompt are chosen per instance."""
+"""Dynamic prompting (https://arxiv.org/abs/2303.02909): position, length and content of a prompt at the input are chosen per instance."""
 
 from __future__ import annotations
 
@@ -43,56 +43,55 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DynamicPromptConfig(InstanceVectorConfig):
     """Configuration of [`DynamicPromptModel`], dynamic prompting (https://arxiv.org/abs/2303.02909).
 
-    A soft prompt at the input of which position, length and content are learned, each per task or per instance, in any
-    combination. [`DynamicPromptConfig.preset`] gives the paper's variants.
+    A soft prompt at the input. Its position, length and content are learned, each per task or per instance, in any combination.
+    [`DynamicPromptConfig.preset`] gives the paper's variants.
 
-    **Several tasks.** With `num_tasks` one adapter serves them all. The prompts and the heads are shared, and the choices per task
-    are looked up by `task_ids`, int64 of shape (B,), which `forward` and `generate` take beside `input_ids`.
+    **Several tasks.** With `num_tasks`, one adapter serves them all. The tasks share the prompts and the heads; `task_ids`, int64 of
+    shape (B,), which `forward` and `generate` take beside `input_ids`, look up the choices per task.
 
-    Deviations from the paper and its code: by default the adapter starts as a near no-op (`init_weights`): each vector as the
-    opposite of the first token's embedding, and none of them behind the instance; the instance
-    vector is the mean over the instruction's tokens and not over padding; unused prompt vectors are masked out of attention;
-    choices are made without noise in evaluation.
+    Deviations from the paper and its code: by default the adapter starts as a near no-op (`init_weights`), in which each vector is
+    the opposite of the first token's embedding and no vector stands behind the instance; the instance vector is the mean over the
+    instruction's tokens and not over padding; attention does not see unused prompt vectors; in evaluation, choices have no noise.
 
     Args:
         num_virtual_tokens (`int`): The number l of prompt vectors, the most that `length` can choose. Defaults to 20, the
             paper's.
-        position (`str`, `int` or `list[int]`): How many of the prompt vectors stand behind the instance, 0 to l: chosen `"off"`
-            (none of them), per `"task"` or per `"instance"`, the default; or a fixed number, with `num_tasks` one for each task.
-            Behind is between instruction and response in a causal model, before the end token in an encoder.
-        length (`str`): How many of the prompt vectors are used, 0 to l: `"off"` (all), `"task"` or `"instance"`.
-        representation (`str`): `"off"`, or the prompt is a mixture of `num_pool` learned prompts, with weights per `"instance"`
-            or, with `num_tasks`, per `"task"`.
-        num_pool (`int`): The number k of prompts that are mixed. Defaults to 4.
-        order (`str`): Which vectors go behind the instance when j of them do: `"paper"`, the default, the last j;
-            `"dpt"`, the first j, as in the released code.
-        instance_source (`str`): The source of the instance vector: `"frozen"`, the default, the mean of the last hidden
-            states of a pass of the base model without prompts; `"embeddings"`, the mean of the input embeddings, which costs
-            next to nothing; or `"instance_embeds"`, a vector that is given to `forward` and `generate` under this name.
-        instance_embeds_dim (`int`, *optional*): The width of the given vectors, for `instance_source="instance_embeds"`.
+        position (`str`, `int` or `list[int]`): How many of the prompt vectors stand behind the instance, 0 to l. `"off"`: none.
+            `"task"` or `"instance"`, the default: chosen per task or per instance. A number: fixed; with `num_tasks`, a list with
+            a number for each task. Behind the instance is between instruction and response in a causal model, before the end
+            token in an encoder.
+        length (`str`): How many of the prompt vectors are used, 0 to l: `"off"`, the default, all; or chosen per `"task"` or per
+            `"instance"`.
+        representation (`str`): `"off"`, the default: one learned prompt. Otherwise a mixture of `num_pool` learned prompts, with
+            weights per `"instance"` or, with `num_tasks`, per `"task"`.
+        num_pool (`int`): The number k of prompts in the mixture. Defaults to 4.
+        order (`str`): Which vectors stand behind the instance when j of them do: `"paper"`, the default, the last j; `"dpt"`, the
+            first j, as in the released code.
+        instance_source (`str`): Where the instance vector comes from. `"frozen"`, the default: the mean of the last hidden states
+            of a plain pass of the base model, without prompts. `"embeddings"`: the mean of the input embeddings, which costs next
+            to nothing. `"instance_embeds"`: the argument of this name of `forward` and `generate`.
+        instance_embeds_dim (`int`, *optional*): The width of `instance_embeds`, for `instance_source="instance_embeds"`.
         relu_logits (`bool`): Whether the logits of position and length per instance go through a ReLU, as in the released code; a
             row whose logits are all negative then has no gradient. Defaults to `False`.
-        tanh_logits (`bool`): Whether the logits of the mixture go through a tanh before its softmax, as in the released code of
-            `adap_ins_vec`: no prompt then has more than e^2 times the weight of another. Defaults to `False`.
+        tanh_logits (`bool`): Whether the mixture's logits go through a tanh before its softmax, as in the released code of
+            `adap_ins_vec`; the largest weight is then at most e^2 times the smallest. Defaults to `False`.
         init (`str`): The start of the prompts: `"random"`, the default; or `"embeddings"`, the input embeddings of the first l
-            (with a mixture `num_pool * l`) ids of the vocabulary, as in the released code. That needs `init_weights="paper"`, whose
-            prompts are the vectors themselves.
-        num_tasks (`int`, *optional*): The number T of tasks, at least 1, whose choices per `"task"` are learned apart. Default:
-            one task, without `task_ids`.
+            ids of the vocabulary (with a mixture, the first `num_pool * l`), as in the released code. That needs
+            `init_weights="paper"`, whose prompts are the vectors themselves.
+        num_tasks (`int`, *optional*): The number T of tasks, at least 1, with choices per `"task"` of their own. Defaults to one
+            task, without `task_ids`.
         temperature (`float`): The temperature of the Gumbel-softmax at the start of training, above 0. Defaults to 1.
         min_temperature (`float`): Its temperature at the end, above 0. Defaults to 0.5.
-        anneal_steps (`int`): After how many forward passes in training it is reached. In pass t of n the temperature is
-            `temperature * (min_temperature / temperature) ** (t / n) ** 2`. Defaults to 680, which is the schedule of the
-            released code.
-        sample_at_eval (`bool`): Whether choices are drawn at random in evaluation too, as in the released code, so that one
-            and the same input gets several answers. Defaults to `False`: the likeliest. In training they are drawn while dropout
-            is on: a trainer that sets every dropout to 0 gets the likeliest, too.
-        prompt_position (`str`, *optional*): The place of the vectors that do not go behind the instance: `"before"` the first token
-            or `"after_first"`. Defaults to the latter, which disturbs a causal model less (the paper has the former), or to `"before"`
-            where the text does not begin with a special token (T5). Filled in when the adapter is made.
+        anneal_steps (`int`): The number n of forward passes in training until then. In pass t the temperature is
+            `temperature * (min_temperature / temperature) ** (t / n) ** 2`. Defaults to 680, the released code's schedule.
+        sample_at_eval (`bool`): Whether choices are drawn at random in evaluation too, as in the released code, so that the same
+            input can get different answers. Defaults to `False`: the likeliest choice. In training, choices are drawn while
+            dropout is on; a trainer that sets every dropout to 0 gets the likeliest choice there, too.
+        prompt_position (`str`, *optional*): The place of the vectors that do not stand behind the instance: `"before"` the first
+            token or `"after_first"`. Filled in when the adapter is made: `"after_first"`, which disturbs a causal model less (the
+            paper has `"before"`), or `"before"` if the text does not begin with a special token (T5).
 
-    The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them, and
-    `bottleneck_dim` is not used.
+    All fields of [`InstancePromptConfig`] but `layers_to_transform` are inherited; `bottleneck_dim` has no effect.
     """
 
     paper = ("Dynamic Prompting: A Unified Framework for Prompt Tuning", "2303.02909")
@@ -101,27 +100,30 @@ class DynamicPromptConfig(InstanceVectorConfig):
     prompt_position: Optional[Literal["before", "after_first"]] = field(
         default=None,
         metadata={
-            "help": "The part before the instance: 'before' or 'after_first'; None: 'after_first' if that is special."
+            "help": "Vectors before the instance: 'before' or 'after_first' token; None: 'after_first' if it is special."
         },
     )
     position: Union[Literal["off", "task", "instance"], int, list[int]] = field(
         default="instance",
-        metadata={"help": "What the prompt's split around the instance is chosen per, or the split."},
+        metadata={"help": "Vectors behind the text, per 'task' or 'instance', a fixed number, or none ('off')."},
     )
     length: Literal["off", "task", "instance"] = field(
-        default="off", metadata={"help": "What the prompt's length is chosen per."}
+        default="off", metadata={"help": "Vectors in use, per 'task' or 'instance', or all ('off')."}
     )
     representation: Literal["off", "task", "instance"] = field(
-        default="off", metadata={"help": "What the weights of a mixture of `num_pool` prompts are chosen per."}
+        default="off",
+        metadata={
+            "help": "A mixture of `num_pool` prompts, weighted per 'task' or 'instance', or one prompt ('off')."
+        },
     )
-    num_pool: int = field(default=4, metadata={"help": "The number of prompts that are mixed."})
+    num_pool: int = field(default=4, metadata={"help": "The number of prompts in the mixture."})
     order: Literal["paper", "dpt"] = field(
         default="paper", metadata={"help": "Behind the instance go the last ('paper') or the first ('dpt') vectors."}
     )
     relu_logits: bool = field(default=False, metadata={"help": "Whether logits per instance go through a ReLU."})
     tanh_logits: bool = field(default=False, metadata={"help": "Whether logits of the mixture go through a tanh."})
     init: Literal["random", "embeddings"] = field(
-        default="random", metadata={"help": "What the prompts start from: 'random', or the first 'embeddings'."}
+        default="random", metadata={"help": "The prompts' start: 'random', or the vocabulary's first 'embeddings'."}
     )
     num_tasks: Optional[int] = field(default=None, metadata={"help": "The number of tasks that share the prompts."})
     temperature: float = field(default=1.0, metadata={"help": "The Gumbel-softmax' temperature at the start."})
@@ -131,8 +133,7 @@ class DynamicPromptConfig(InstanceVectorConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_tasks is not None:
-            check_int(self, "num_tasks", minimum=1)
+        check_int(self, "num_tasks", minimum=1, optional=True)
         self._check_position()
         for name in ("length", "representation"):
             check_choice(self, name, ("off", "task", "instance"))
@@ -142,7 +143,7 @@ class DynamicPromptConfig(InstanceVectorConfig):
             raise ValueError(
                 f"`instruction_length` must be None, got {self.instruction_length}: the prompt is split around the instance, and the "
                 "part before it would let the first tokens of plain text be predicted from a prompt that has read them. Give rows "
-                "with labels or a `response_template`, or use another method."
+                "with labels or a `response_template`, or use a different method."
             )
         check_choice(self, "prompt_position", (None, "before", "after_first"))
         for name in ("relu_logits", "tanh_logits", "sample_at_eval"):
@@ -173,7 +174,7 @@ class DynamicPromptConfig(InstanceVectorConfig):
             )
 
     def _check_position(self) -> None:
-        """Raise a ValueError if `position` is neither a choice nor fixed numbers from 0 to l, one for each task."""
+        """Raise a ValueError if `position` is neither a choice nor a fixed number from 0 to l for each task."""
         fixed = self.position
         if isinstance(fixed, str) or fixed is None:
             return check_choice(self, "position", ("off", "task", "instance"))
@@ -196,10 +197,10 @@ class DynamicPromptConfig(InstanceVectorConfig):
                 `"adap_ins_vec_pos"` or `"adap_pos_ins_vec"`. The last learns position and mixture together, as the released
                 code does. The paper has two stages: train `"adap_pos"`, then `"adap_pos_ins_vec"` with
                 `position=`[`learned_position`]`(model)`.
-            **overrides: Fields to set otherwise, and `task_type`.
+            **overrides: Other values for the preset's fields, and any further fields, such as `task_type`.
 
         Raises:
-            ValueError: There is no such preset.
+            ValueError: No preset has this name.
 
         Example:
 
@@ -215,13 +216,13 @@ class DynamicPromptConfig(InstanceVectorConfig):
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices of one adapter for its instances in one forward pass. G instances, l prompt vectors, k prompts in the pool.
+    """An adapter's choices for its G instances in one forward pass. A choice that the config switches off is None.
 
     Attributes:
-        rows (`torch.LongTensor`): Shape (G,). The rows of the batch that these instances are.
+        rows (`torch.LongTensor`): Shape (G,). The instances' rows in the batch.
         positions (`torch.LongTensor`, *optional*): Shape (G,). How many of the l prompt vectors stand behind the instance.
-        lengths (`torch.LongTensor`, *optional*): Shape (G,). How many of them are used.
-        mixture (`torch.Tensor`, *optional*): Shape (G, k). The weights of the prompts that are mixed.
+        lengths (`torch.LongTensor`, *optional*): Shape (G,). How many of the l prompt vectors are used.
+        mixture (`torch.Tensor`, *optional*): Shape (G, k). The weights of the k prompts in the mixture.
     """
 
     rows: torch.Tensor
@@ -233,19 +234,21 @@ class Choices:
 class DynamicPromptGenerator(PromptGenerator):
     """The generator of dynamic prompting (https://arxiv.org/abs/2303.02909).
 
-    With P (l, e) a row's prompt and X (n, e) its text, the input is `[P[:l - j]; X; P[l - j:]]`; of l vectors the first i are used;
-    and `P = sum_k beta_k P_k` with `beta = softmax(head(x))`, x the instance vector. All choices are made in `encode`, once per forward pass. Its output (G, K) holds side by side the weights of the
-    candidates of each choice: one-hot in value, and with the gradient of the Gumbel-softmax, for position and length (l + 1
-    each); the softmax for the mixture (k). A choice per task has as many logits as candidates, one per instance a linear head
-    on the instance vector, `(d + 1) * (l + 1)` or `(d + 1) * k` weights; the prompts have `l * e` or `k * l * e`. With T tasks a
-    choice per task has T times its logits.
+    With P (l, e) a row's prompt and X (n, e) its text, the input is `[P[:l - j]; X; P[l - j:]]`, of whose l prompt vectors the first i
+    are used. The prompt is `P = sum_k beta_k P_k` with `beta = softmax(head(x))`, x the instance vector.
+
+    `encode` makes all choices, once per forward pass. Its output (G, K) holds the weights of each choice's candidates side by side: of
+    position and length (l + 1 candidates each), one-hot values with the gradient of the Gumbel-softmax; of the mixture (k candidates),
+    the softmax. A choice per task has a logit for each candidate and task; a choice per instance has a linear head on the instance
+    vector, with `(d + 1) * (l + 1)` or `(d + 1) * k` weights. The prompts have `l * e` or `k * l * e` weights.
 
     Attributes:
-        prompts (`nn.Parameter`): Shape (1, k, l*e), k being 1 where no prompts are mixed.
-        heads (`nn.ModuleDict`), logits (`nn.ParameterDict`): By choice, `"position"`, `"length"` or `"representation"`: linear
-            layers of the choices per instance; of the choices per task, shape (candidates,) or, with `num_tasks`, (T, candidates).
-        constant (`nn.Parameter`): Shape (1, width). With `condition="constant"`: the instance vector that the heads read.
-        step (`torch.LongTensor`): How many forward passes in training there were, a buffer, for the temperature.
+        prompts (`nn.Parameter`): Shape (1, k, l*e); k is 1 without a mixture.
+        heads (`nn.ModuleDict`): The linear layers of the choices per instance, by name: `"position"`, `"length"`, `"representation"`.
+        logits (`nn.ParameterDict`): Those of the choices per task, by name. Shape (candidates,) or, with `num_tasks`,
+            (T, candidates).
+        constant (`nn.Parameter`): Shape (1, width). With `condition="constant"`: the vector that the heads read.
+        step (`torch.LongTensor`): A buffer: the number of forward passes in training, which sets the temperature.
         sampling (`SamplingSwitch`): Whether choices are drawn at random.
     """
 
@@ -278,9 +281,9 @@ class DynamicPromptGenerator(PromptGenerator):
 
     @torch.no_grad()
     def _start_at_no_choice(self) -> None:
-        """Let the plain prompt, none of it behind the instance and all of it used, begin as the likeliest choice.
+        """Make the plain prompt, with no vector behind the instance and all vectors used, the likeliest choice at the start.
 
-        One half of the draws take it, the others are spread evenly; evaluation takes it until training changes that.
+        Half of the draws take it, the others are spread evenly over the other candidates; evaluation always takes it.
         """
         for name, plain in (("position", 0), ("length", self.num_slots)):
             if name in self.heads:
@@ -349,21 +352,21 @@ class DynamicPromptGenerator(PromptGenerator):
         return check_task_ids(source.task_ids, len(source.mask), self.config.num_tasks).to(self.prompts.device)
 
     def _of_tasks(self, values: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
-        """What `values`, one or with a first dimension over tasks, hold for each of the tasks (G,): (G, ...)."""
+        """The rows (G, ...) of `values` for the instances' tasks (G,). Without a dimension over tasks, all instances share `values`."""
         shared = self.config.num_tasks is None or values.dim() == 0
         return values.expand(len(tasks), *values.shape) if shared else values[tasks]  # (G, ...)
 
     def _vector(self, source: Source) -> torch.Tensor:
-        """The vector of each instance that the heads read, (G, width)."""
+        """The vectors (G, width) that the heads read."""
         if self.constant_condition:
             return self.constant.expand(len(source.mask), -1)  # (G, width)
         vector = instance_vector(self.config, source)  # (G, width)
-        # Normalise the input. Otherwise one head update moves a choice about d times as far as one prompt update, and choices
+        # Normalised: otherwise an update of a head moves a choice about d times as far as an update of the prompts, and choices
         # freeze in the first steps.
         return vector if self.paper else F.normalize(vector.float(), dim=-1).to(vector.dtype)
 
     def _weights(self, vector: torch.Tensor | None, name: str) -> torch.Tensor | None:
-        """The weights (G, candidates) of a choice in the output of `encode`, None if there is no such choice."""
+        """A choice's weights (G, candidates) in the output of `encode`; None if the config switches it off."""
         if name not in self.sizes:
             return None
         return vector.split(list(self.sizes.values()), dim=-1)[list(self.sizes).index(name)]
@@ -373,7 +376,7 @@ class DynamicPromptGenerator(PromptGenerator):
 
         Args:
             vector (`torch.Tensor`): Shape (G, K). The output of `encode`.
-            rows (`torch.LongTensor`, *optional*): Shape (G,). The rows of the batch. Default: the first G.
+            rows (`torch.LongTensor`, *optional*): Shape (G,). The instances' rows in the batch. Defaults to the first G.
         """
         position, length, mixture = (self._weights(vector, n) for n in ("position", "length", "representation"))
         return Choices(
@@ -395,8 +398,8 @@ class DynamicPromptGenerator(PromptGenerator):
         return Placement(behind, slot < length.argmax(dim=-1, keepdim=True).to(slot.device))  # (G, l) each
 
     def start(self, instances: Instances, depth: int) -> torch.Tensor | None:
-        # The opposite of the first token, which is the attention sink: a query that turns to the sink turns away from these.
-        # Copies of it, as in the other methods, take too much attention where there are many.
+        # The opposite of the first token, the attention sink: a query that attends to the sink does not attend to its opposite.
+        # Copies of the sink, as in the other methods, would take too much attention: there are many vectors here.
         return None if self.paper else -instances.base_state
 
     def index_at(self, depth: int) -> dict[str, int]:
@@ -431,7 +434,7 @@ class DynamicPromptGenerator(PromptGenerator):
         known = (weights.to(widened.device), prompts.detach(), embeds.detach(), *places)
         if layout.all_used:
             return attach_position_gradient(widened, *known)
-        # The slots that are not used stand at an edge of the row, whatever the position is. Move them to its end.
+        # Unused slots stand at an edge of the row, whatever the position. Move them to its end.
         unused = torch.zeros_like(layout.order, dtype=torch.bool).scatter(1, layout.slot_index, ~layout.used)  # (B, N)
         index = unused.int().argsort(dim=1, stable=True)  # (B, N)
         attached = attach_position_gradient(take(widened, index), *known, layout.used.sum(dim=1))  # (B, N, e)
@@ -442,6 +445,6 @@ DynamicPromptModel = register_method(
     "dynamic_prompt",
     DynamicPromptConfig,
     DynamicPromptGenerator,
-    doc="""Dynamic prompting (https://arxiv.org/abs/2303.02909): a soft prompt at the input whose split around the instance, length
-    and content are chosen per task or per instance.""",
+    doc="""Dynamic prompting (https://arxiv.org/abs/2303.02909): a soft prompt at the input. How it is split around the instance, its
+    length and its content are chosen per task or per instance.""",
 )

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""IAPT (https://arxiv.org/abs/2405.18203): at every layer the prompt is generated from that layer's own input."""
+"""IAPT (https://arxiv.org/abs/2405.18203): each layer's prompt is generated from that layer's own input."""
 
 from __future__ import annotations
 
@@ -28,25 +28,24 @@ if TYPE_CHECKING:
 class IAPTConfig(InstancePromptConfig):
     """Configuration of [`IAPTModel`], instruction-aware prompt tuning (https://arxiv.org/abs/2405.18203).
 
-    At every layer the prompt vectors are generated anew from that layer's own input, over the instruction's tokens:
+    At every layer the prompt vectors are generated anew from that layer's own input at the instruction's tokens:
     down-projection, self-attention pooling to `num_virtual_tokens` vectors, learned activation, up-projection.
 
-    Deviations from the paper: by default the adapter starts as a near no-op (`init_weights`). `bottleneck_dim` and the
-    scheme by which layers share their projections could not be recovered from public sources, so they are options with
-    defaults of our own.
+    Deviations from the paper: by default the adapter starts as a near no-op (`init_weights`). No public source gives
+    `bottleneck_dim` and which layers share their projections, so both are options with defaults of our own.
 
     Args:
-        num_virtual_tokens (`int`): The number of prompt vectors per layer. Defaults to 4, the paper's.
-        bottleneck_dim (`int`): The width m of the generator. Defaults to 16. With m = 320, 2 * d * m * L comes to the
-            84 M parameters that are reported for LLaMA-2 7B.
-        activation (`str`): `"rational"`, the default, has 12 learned coefficients per layer and starts at GELU; or a fixed
+        num_virtual_tokens (`int`): The number l of prompt vectors per layer. Defaults to 4, the paper's.
+        bottleneck_dim (`int`): The width m of the generator. Defaults to 16. With m = 320, 2 * d * m * L is the 84 M
+            parameters that the paper reports for LLaMA-2 7B.
+        activation (`str`): `"rational"`, the default, has 12 learned coefficients per layer and starts as GELU; or a fixed
             one: `"gelu"`, `"relu"`, `"silu"`, `"tanh"`.
-        activation_fit (`str`): Which fit of GELU a rational activation starts from: `"wide"`, the default, is within 4.9e-3
-            of it on [-10, 10]; `"tight"` within 1.2e-4 on [-3, 3].
-        share_layers (`int`): How many consecutive layers share their two projections; pooling and activation stay each
-            layer's own. Defaults to 1: none.
+        activation_fit (`str`): The fit of GELU that a rational activation starts from: `"wide"`, the default, is within 4.9e-3
+            of GELU on [-10, 10]; `"tight"` within 1.2e-4 on [-3, 3].
+        share_layers (`int`): The number of consecutive layers that share their two projections; each layer has its own
+            pooling and activation. Defaults to 1: no sharing.
 
-    The fields that all methods have are those of [`InstancePromptConfig`].
+    All fields of [`InstancePromptConfig`] are inherited.
     """
 
     paper = ("IAPT: Instruction-Aware Prompt Tuning for Large Language Models", "2405.18203")
@@ -75,10 +74,10 @@ class IAPTGenerator(PromptGenerator):
     `p = g(A^T z) W_up`. It has 2*d*m*L weights in its projections, l*m*L in its pools and 12*L in its activations.
 
     Attributes:
-        down, up (`nn.Parameter`): Shapes (Lg, d, m) and (Lg, m, d), Lg the number of groups of layers that share them.
+        down, up (`nn.Parameter`): Shapes (Lg, d, m) and (Lg, m, d), with a row for each group of layers that share them.
         pool (`nn.Parameter`): Shape (L, m, l).
         activation (`nn.Parameter`): Shape (L, 1, 12), the coefficients of [`rational`]. A fixed activation has none.
-        constant (`nn.Parameter`): Shape (L, l, m). With `condition="constant"`, in place of `down` and `pool`.
+        constant (`nn.Parameter`): Shape (L, l, m). With `condition="constant"`, instead of `down` and `pool`.
     """
 
     feeds_constant = False
@@ -130,7 +129,7 @@ class IAPTGenerator(PromptGenerator):
         """z (G, n, m) of the states (G, n, d)."""
         dtype = weights["down"].dtype
         z = states.to(dtype) @ weights["down"]  # (G, n, m)
-        # Residual streams hold huge activations. Division after the projection saves a copy of the states.
+        # Residual streams hold huge activations, so states are normalised; after the projection, which saves a copy of them.
         return z if self.paper else z / rms(states).to(dtype)
 
 

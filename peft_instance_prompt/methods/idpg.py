@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""IDPG (https://arxiv.org/abs/2204.04497): a vector of the instance goes through a bottleneck to the prompt of each depth."""
+"""IDPG (https://arxiv.org/abs/2204.04497): a bottleneck turns a vector of the instance into the prompt of each depth."""
 
 from __future__ import annotations
 
@@ -47,49 +47,49 @@ PRESETS: dict[str, dict[str, Any]] = {
 class IDPGConfig(InstanceVectorConfig):
     """Configuration of [`IDPGModel`], instance-dependent prompt generation (NAACL 2022, https://arxiv.org/abs/2204.04497).
 
-    A vector M(x) of the instance goes through a bottleneck to `num_virtual_tokens` prompt vectors:
-    `u = dropout(gelu(M(x) W1 + b1))`, `p = u W2 + b2`. S-IDPG does so at the input; M-IDPG (the default) also adds such
-    vectors to the prompt's states between the layers. [`IDPGConfig.preset`] gives the settings of the paper's tables.
+    A bottleneck turns a vector M(x) of the instance into `num_virtual_tokens` prompt vectors:
+    `u = dropout(gelu(M(x) W1 + b1))`, `p = u W2 + b2`. S-IDPG does so at the input; M-IDPG, the default, also adds such vectors to
+    the prompt's states at the input of each further layer. [`IDPGConfig.preset`] gives the settings of the paper's tables.
 
     Deviations from the paper: by default the adapter starts as a near no-op, and the generator's input is divided by its
-    root mean square (`init_weights`; `"paper"` does neither). M(x) is computed without dropout, also in training. Causal
-    models, which the paper does not have, take the last instruction token where the paper takes the first token.
+    root mean square (`init_weights`; `"paper"` does neither). M(x) is computed without dropout, in training too. The paper has no
+    causal models; in these, the last instruction token takes the place of the paper's first token.
 
     Args:
         num_virtual_tokens (`int`): The number l of prompt vectors. Defaults to 5, the paper's.
-        multi_layer (`bool`): `True`, the default, is M-IDPG: the prompt at the input and an addition to it at the input of
+        multi_layer (`bool`): `True`, the default, is M-IDPG: the prompt at the input, and an addition to it at the input of
             every further layer (in `layers_to_transform`, 0 stands for the prompt at the input). `False` is S-IDPG: the
             input only.
-        bottleneck_dim (`int`, *optional*): The width m. Defaults to the paper's, 16 if `multi_layer`, else 256.
+        bottleneck_dim (`int`, *optional*): The width m. Defaults to the paper's: 16 if `multi_layer`, otherwise 256.
         projection (`str`): `"phm"`, the default: W1 and W2 are sums of Kronecker products; or `"dense"`, the paper's DNN.
-        phm_n (`int`): The number n of Kronecker products. It must divide the widths of all vectors that are multiplied.
-            Defaults to 16.
+        phm_n (`int`): The number n of Kronecker products. It must divide the widths of all vectors that W1 and W2 multiply
+            or make. Defaults to 16.
         phm_share_A (`bool`, *optional*): Whether W1 and W2 have the same left factors. Defaults to the values that give the
-            paper's parameter counts: `False` if `multi_layer`, else `True`.
+            paper's parameter counts: `False` if `multi_layer`, otherwise `True`.
         layer_sharing (`str`): What the depths of M-IDPG share: `"bias"`, the default, everything but the output bias b2;
-            `"all"` everything; `"none"` nothing. Depths at which the vectors have other widths (the input of a model with
-            projected embeddings, or with `instance_embeds` of another width) have matrices of their own.
-        depth_input (`str`): What the generator reads between the layers: `"previous"`, the default, the instance's state
+            `"all"` everything; `"none"` nothing. A depth at which vectors have different widths (the input of a model with
+            projected embeddings, or with `instance_embeds` of a different width) has matrices of its own.
+        depth_input (`str`): What the generator reads between the layers: `"previous"`, the default, the instance's states
             there, pooled as M(x) is; or `"instance"`, M(x) again.
-        instance_source (`str`): The source of M(x): `"frozen"`, the default, the last hidden states of a pass of the base model
-            without prompts, gradient and dropout, before the actual one; `"embeddings"`, the mean of the input embeddings,
-            which costs nothing; or `"instance_embeds"`, a vector that is given to `forward` and `generate` under this name.
-        instance_pooling (`str`): Which of the states: the `"first"` or the `"last"` instruction token's, or the `"mean"`.
-            Defaults to `"auto"`: the last in a causal model, the mean in the encoder of an encoder-decoder model (not all
-            of which have a first token of their own), else the first.
-        instance_embeds_dim (`int`, *optional*): The width k of the given vectors, for `instance_source="instance_embeds"`.
-        generator_residual (`bool`): An ablation of the paper: the prompt at the input is M(x) plus the layer norm of p, which needs
-            an M(x) of the embeddings' width. It is there from the start, so a fresh adapter is no near no-op. Defaults to `False`.
-        generator_layer_norm (`bool`): Another: the prompt at the input is what the generator makes, residual and all, after
-            a layer norm. Defaults to `False`.
-        dropout (`float`): The dropout on u, in training only. Defaults to 0.1.
-        prompt_position (`str`, *optional*): Defaults to `"after_first"`, the paper's, or to `"before"` where the text does not begin
-            with a special token (T5). Filled in when the adapter is made. In its appendix the paper finds `"before_separator"`
-            best for pairs of sentences.
-        condition (`str`): As for all methods, or `"bias"`: the control with W1 = W2 = 0. The prompt is the output bias b2, which the
-            paper calls the task prompt, and nothing else is there to be trained.
+        instance_source (`str`): Where M(x) comes from. `"frozen"`, the default: pooled last hidden states of a plain pass of the
+            base model, without prompts, gradient and dropout. `"embeddings"`: the mean of the input embeddings, which costs
+            next to nothing. `"instance_embeds"`: the argument of this name of `forward` and `generate`.
+        instance_pooling (`str`): How the states are pooled: the `"first"` or the `"last"` instruction token's, or the `"mean"`.
+            Defaults to `"auto"`: the last in a causal model, the mean in the encoder of an encoder-decoder model (not all of
+            these begin with a special token), otherwise the first.
+        instance_embeds_dim (`int`, *optional*): The width k of `instance_embeds`, for `instance_source="instance_embeds"`.
+        generator_residual (`bool`): An ablation of the paper: the prompt at the input is M(x) plus the layer norm of p. M(x) must
+            have the embeddings' width, and a fresh adapter is no near no-op. Defaults to `False`.
+        generator_layer_norm (`bool`): A second ablation: a layer norm ends the generator at the input, behind the residual.
+            Defaults to `False`.
+        dropout (`float`): The dropout on u, in training only, from 0 to below 1. Defaults to 0.1.
+        prompt_position (`str`, *optional*): Filled in when the adapter is made: `"after_first"`, the paper's, or `"before"` if
+            the text does not begin with a special token (T5). In its appendix the paper finds `"before_separator"` best for pairs
+            of sentences.
+        condition (`str`): As for all methods, or `"bias"`, the control with W1 = W2 = 0: the prompt is the output bias b2, which
+            the paper calls the task prompt and which is the only parameter.
 
-    The fields that all methods have are those of [`InstancePromptConfig`].
+    All fields of [`InstancePromptConfig`] are inherited.
     """
 
     conditions = ("instance", "constant", "bias")
@@ -106,7 +106,7 @@ class IDPGConfig(InstanceVectorConfig):
             "'after_first' if it is a special token."
         },
     )
-    condition: Literal["instance", "constant", "bias"] = field(  # type: ignore[assignment]  # one more than the others have
+    condition: Literal["instance", "constant", "bias"] = field(  # type: ignore[assignment]  # one more than other methods
         default="instance",
         metadata={"help": "'instance', or a control: 'constant', or 'bias' for output biases only."},
     )
@@ -173,12 +173,12 @@ class IDPGConfig(InstanceVectorConfig):
         """A setting of the paper.
 
         Args:
-            name (`str`): `"s-phm"`, `"s-dnn"`, `"m-phm"`, `"m-dnn"`, or `"m-phm-glove"`, which wants `instance_embeds` of
+            name (`str`): `"s-phm"`, `"s-dnn"`, `"m-phm"`, `"m-dnn"`, or `"m-phm-glove"`, which needs `instance_embeds` of
                 width 300.
-            **overrides: Fields to set otherwise, and `task_type`.
+            **overrides: Other values for the preset's fields, and any further fields, such as `task_type`.
 
         Raises:
-            ValueError: There is no such preset.
+            ValueError: No preset has this name.
 
         Example:
 
@@ -195,18 +195,18 @@ class IDPGConfig(InstanceVectorConfig):
 class IDPGGenerator(PromptGenerator):
     """The generator of IDPG, for all depths (https://arxiv.org/abs/2204.04497).
 
-    With M(x) (k) the vector of the instance: `u = dropout(gelu(M(x) W1 + b1))`, `p = u W2 + b2`, reshaped to (l, d). With D
-    depths it has, dense, `k m + m + m l d` weights and `D l d` output biases; PHM divides `k m` and `m l d` by n and
-    adds `n^3` for each set of left factors. With `condition="bias"`, the control with W1 = W2 = 0, p is b2 and the biases are all.
+    With M(x) (k) the vector of the instance: `u = dropout(gelu(M(x) W1 + b1))`, `p = u W2 + b2`, reshaped to (l, d). Over D depths
+    it has, dense, `k m + m + m l d` weights and `D l d` output biases; PHM divides `k m` and `m l d` by n and adds `n^3` for each set
+    of left factors. With `condition="bias"`, p is b2, the only parameter.
 
-    The ablations act on the prompt at the input, with layer norms N: `p <- M(x) + N(p)` with `generator_residual`, then `p <- N'(p)`
-    with `generator_layer_norm`.
+    The ablations act on the prompt at the input, with layer norms N and N': `p <- M(x) + N(p)` with `generator_residual`, then
+    `p <- N'(p)` with `generator_layer_norm`.
 
     Attributes:
         W1, b1, W2, b2 (`nn.Parameter`): Shapes (R, k, m), (R, 1, m), (R, m, l d) and (D, 1, l d), with a row for each group of
             depths that share it. With PHM, the left factors `A1` and `A2` (R, n, n, n) and the right ones `B1` (R, n, k/n, m/n) and
-            `B2` (R, n, m/n, l d/n) in place of the matrices; where these share their left factors, there is no `A2`.
-            At the input, where widths may differ from those between the layers, tensors of other shapes have the suffix `_input`.
+            `B2` (R, n, m/n, l d/n) instead of the matrices; with shared left factors there is no `A2`. Tensors of the input whose
+            shapes differ from those between the layers have the suffix `_input`.
         constant (`nn.Parameter`): Shape (R, 1, k). With `condition="constant"`: M(x).
         residual_norm, residual_norm_bias, norm, norm_bias (`nn.Parameter`): Shape (1, 1, e). Weight and bias of N and N'.
     """
@@ -247,7 +247,7 @@ class IDPGGenerator(PromptGenerator):
     def _add_matrices(
         self, config: IDPGConfig, widths: Mapping[int, tuple[int, int]], keys: Mapping[int, Hashable]
     ) -> None:
-        """Add what turns x (k) into p without its bias: W1, b1 and W2."""
+        """Add the parameters from x (k) to p but its bias: W1, b1 and W2."""
         m, n = config.bottleneck_dim, config.phm_n
         if config.projection == "phm":
             self._add("A1", {depth: (n, n, n) for depth in widths}, keys, std=0.05)
@@ -261,7 +261,7 @@ class IDPGGenerator(PromptGenerator):
         self._add("b1", {depth: (1, m) for depth in widths}, keys, std=0.05 if config.projection == "phm" else 0.0)
 
     def _add(self, role: str, shapes: Mapping[int, tuple[int, ...]], keys: Mapping[int, Hashable], std: float) -> None:
-        """Add a role's parameters ~ N(0, std^2): a tensor for each shape among the depths, with a row for each key among those."""
+        """Add a role's parameters ~ N(0, std^2): a tensor for each shape that depths have, with a row for each of their keys."""
         for shape in dict.fromkeys(shapes.values()):
             depths = [depth for depth in self.depths if shapes[depth] == shape]
             rows = list(dict.fromkeys(keys[depth] for depth in depths))
@@ -282,8 +282,8 @@ class IDPGGenerator(PromptGenerator):
             common = math.gcd(config.bottleneck_dim, *widths)
             if common % config.phm_n:
                 raise ValueError(
-                    f"`phm_n` must divide `bottleneck_dim` {config.bottleneck_dim} and the widths {sorted(widths)} of what "
-                    f"the generator reads and writes for {info.layers_name!r}, got {config.phm_n}; these do: "
+                    f"`phm_n` must divide `bottleneck_dim` {config.bottleneck_dim} and the widths {sorted(widths)} of the vectors "
+                    f"that the generator reads and writes in {info.layers_name!r}, got {config.phm_n}; these do: "
                     f"{[n for n in range(1, common + 1) if common % n == 0]}."
                 )
 
@@ -307,7 +307,7 @@ class IDPGGenerator(PromptGenerator):
         return p
 
     def _read(self, instances: Instances, depth: int, W: Weights) -> torch.Tensor:
-        """What the bottleneck reads at a depth, (G, 1, k)."""
+        """The bottleneck's input (G, 1, k) at a depth."""
         if self.constant_condition:
             x = W["constant"].expand(len(instances.mask), -1, -1)  # (G, 1, k)
         elif depth == INPUT or self.config.depth_input == "instance":
@@ -325,13 +325,13 @@ class IDPGGenerator(PromptGenerator):
 
 
 def depths_of(config: IDPGConfig, info: StackInfo) -> list[int]:
-    """Where prompts are generated: the input of the first layer is the input embeddings."""
+    """The depths at which prompts are generated. Layer 0 stands for the input embeddings."""
     layers = chosen_layers(config, info) if config.multi_layer else [0]
     return [INPUT if layer == 0 else layer for layer in layers]
 
 
 def widths_of(config: IDPGConfig, info: StackInfo, depth: int) -> tuple[int, int]:
-    """The width of the generator's input at a depth, and that of its l vectors together."""
+    """At a depth: the width of the generator's input, and that of its l vectors together."""
     previous = depth != INPUT and config.depth_input == "previous"
     read = info.hidden_size if previous else vector_width(config, info)
     return read, config.num_virtual_tokens * (info.embedding_size if depth == INPUT else info.hidden_size)
@@ -342,5 +342,5 @@ IDPGModel = register_method(
     IDPGConfig,
     IDPGGenerator,
     doc="""Instance-dependent prompt generation (NAACL 2022, https://arxiv.org/abs/2204.04497): a bottleneck turns a vector of the
-    instance into the prompt at the input and, in the multi-layer variant, into additions to it between the layers.""",
+    instance into the prompt at the input and, in the multi-layer variant, into additions to it at the further layers.""",
 )

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""ID-SPAM (https://arxiv.org/abs/2506.05629): self-attention over the token embeddings gives a prompt that enters at one layer."""
+"""ID-SPAM (https://arxiv.org/abs/2506.05629): self-attention over the token embeddings generates a prompt that enters at one layer."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ class IDSPAMConfig(LatePromptConfig):
     """Configuration of [`IDSPAMModel`], input-dependent soft prompting with self-attention (ACL 2025,
     https://arxiv.org/abs/2506.05629).
 
-    One head of self-attention runs over the token embeddings E of the instance; the mean A of its outputs goes through a
-    bottleneck to `num_virtual_tokens` prompt vectors. These enter at the input of one layer in the middle of the model and stay
-    in the stream. The layers below run as if there were no prompt, so that training builds no autograd graph for them.
+    One head of self-attention runs over the token embeddings E of the instance; a bottleneck turns the mean A of its outputs into
+    `num_virtual_tokens` prompt vectors. These enter at the input of one layer in the middle of the model and stay in the residual
+    stream. The layers below run as if there were no prompt, so training builds no autograd graph for them.
 
     Deviations from the paper: by default the adapter starts as a near no-op, the embeddings are divided by their root mean
-    square, and the vectors have no ReLU of their own, which would let them add to the state that they start from but not take
-    from it (`init_weights`; `"paper"` has the paper's form).
+    square, and the vectors have no ReLU of their own, under which they could add to their start state but not subtract from it
+    (`init_weights`; `"paper"` has the paper's form).
 
     Args:
         num_virtual_tokens (`int`): The number l of prompt vectors. Defaults to 10, the paper's.
-        attention_dim (`int`, *optional*): The width d_k of queries and keys. Defaults to the width of the embeddings, which is
-            what the paper's parameter counts say.
-        bottleneck_dim (`int`): The width m of the bottleneck. The paper does not give it; the default of 34 comes closest to its
-            parameter counts.
+        attention_dim (`int`, *optional*): The width d_k of queries and keys. Defaults to the width of the embeddings, which
+            follows from the paper's parameter counts.
+        bottleneck_dim (`int`): The width m of the bottleneck. Defaults to 34, which comes closest to the paper's parameter
+            counts; the paper does not give it.
         insertion_layer (`int`, *optional*): The layer k, counted from 0, at whose input the prompt enters. Defaults to half
-            the number of layers; the paper finds 11 to 13 of 24 best. With 0 it enters at the first layer: then its positions
-            are counted and the tokens' move; otherwise the tokens keep the positions of the base model.
-        dropout (`float`): The rate of the dropout in the bottleneck in training, from 0 to below 1. The paper tunes a rate of
-            0.1 to 0.3 without saying of what. Defaults to 0.1.
-        prompt_position (`str`): As for all methods. Where a model reads distances off the columns of its input (ALiBi, tables of
-            relative distances, sliding windows) and the prompt is late, it must be `"before"`, the paper's.
+            the number of layers; the paper finds 11 to 13 of 24 best. With 0 its slots take positions and shift those of the
+            tokens; otherwise the tokens keep the positions that they have in the base model.
+        dropout (`float`): The rate of the dropout in the bottleneck in training, from 0 to below 1. Defaults to 0.1. The paper
+            tunes a dropout of 0.1 to 0.3 and does not say where.
+        prompt_position (`str`): As for all methods. It must be `"before"`, the paper's, if the prompt is late and the model
+            measures distances by column (ALiBi, tables of relative distances, sliding windows).
 
-    The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them.
+    All fields of [`InstancePromptConfig`] but `layers_to_transform` are inherited.
     """
 
     paper = ("Leveraging Self-Attention for Input-Dependent Soft Prompting in LLMs", "2506.05629")
@@ -64,8 +64,7 @@ class IDSPAMConfig(LatePromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.attention_dim is not None:
-            check_int(self, "attention_dim", minimum=1)
+        check_int(self, "attention_dim", minimum=1, optional=True)
         check_dropout(self)
 
 
@@ -82,10 +81,10 @@ class TokenAttention(nn.Module):
         self.value = fan_in_uniform(width, width)
 
     def forward(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """A (G, e) of the embeddings (G, n, e), of which those count that `mask` (G, n) shows."""
+        """A (G, e), from the embeddings (G, n, e) of the tokens in `mask` (G, n)."""
         embeds = embeds.to(self.query.device, self.query.dtype)
         shares = mean_attention(embeds @ self.query, embeds @ self.key, mask.to(embeds.device))  # (G, n)
-        # The mean of the outputs is the mean of the tokens in these shares, so W_V multiplies one vector and not n.
+        # The mean of the outputs is the sum of the tokens' embeddings in these shares, times W_V: one product and not n.
         kept = embeds.masked_fill(~mask.to(embeds.device)[..., None], 0.0)  # (G, n, e)
         return (shares[:, None] @ kept @ self.value)[:, 0]  # (G, e)
 
@@ -96,7 +95,7 @@ class IDSPAMGenerator(LatePromptGenerator):
     With E (n, e) the token embeddings of the instance, equations 1 and 2 of the paper:
 
     - `A = mean over tokens of softmax(E W_Q (E W_K)^T / sqrt(d_k)) E W_V`, (e,);
-    - `p = relu(relu(A W_down + b_down) W_up + b_up)`, reshaped to (l, d). The outer relu is there with `init_weights="paper"`.
+    - `p = relu(relu(A W_down + b_down) W_up + b_up)`, reshaped to (l, d). Only `init_weights="paper"` has the outer relu.
 
     It has `2 e d_k + e^2` weights in its attention and `e m + m + m l d + l d` in its bottleneck.
 
@@ -104,7 +103,7 @@ class IDSPAMGenerator(LatePromptGenerator):
         attention (`TokenAttention`): W_Q, W_K and W_V.
         down, down_bias (`nn.Parameter`): Shapes (1, e, m) and (1, 1, m): W_down and b_down.
         up, up_bias (`nn.Parameter`): Shapes (1, m, l*d) and (1, 1, l*d): W_up and b_up.
-        constant (`nn.Parameter`): Shape (1, 1, e). With `condition="constant"`, in place of `attention`: A.
+        constant (`nn.Parameter`): Shape (1, 1, e). With `condition="constant"`, instead of `attention`: A.
     """
 
     def __init__(self, config: IDSPAMConfig, info: StackInfo):
@@ -137,5 +136,5 @@ IDSPAMModel = register_method(
     IDSPAMConfig,
     IDSPAMGenerator,
     doc="""ID-SPAM (ACL 2025, https://arxiv.org/abs/2506.05629): one head of self-attention over the token embeddings of the
-    instance, averaged over the tokens, goes through a bottleneck to a prompt that enters at one layer and stays in the stream.""",
+    instance, averaged over the tokens, and a bottleneck generate a prompt that enters at one layer and stays in the residual stream.""",
 )

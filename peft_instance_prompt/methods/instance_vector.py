@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The vector of an instance, for methods that read one: where it comes from, and its checks."""
+"""The instance vector that IDPG and dynamic prompting read: the config's fields for it, its sources and its checks."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ class InstanceVectorConfig(InstancePromptConfig):
     """Base class of the configs of methods that read a vector of the instance.
 
     Args:
-        instance_source (`str`): The source of the vector: `"frozen"`, the default, the last hidden states of a pass of the base
-            model without prompts, gradient and dropout, before the actual one; `"embeddings"`, the mean of the input embeddings,
-            which costs next to nothing; or `"instance_embeds"`, a vector that is given to `forward` and `generate` under this name.
-        instance_embeds_dim (`int`, *optional*): The width of the given vectors, for `instance_source="instance_embeds"`.
+        instance_source (`str`): Where the vector comes from. `"frozen"`, the default: pooled last hidden states of a plain pass of
+            the base model, without prompts, gradient and dropout. `"embeddings"`: the mean of the input embeddings, which costs
+            next to nothing. `"instance_embeds"`: the argument of this name of `forward` and `generate`.
+        instance_embeds_dim (`int`, *optional*): The width of `instance_embeds`, for `instance_source="instance_embeds"`.
+
+    Raises:
+        ValueError: `instance_embeds_dim` is set without `instance_source="instance_embeds"`, or missing with it.
     """
 
     instance_source: Literal["frozen", "embeddings", "instance_embeds"] = field(
@@ -41,8 +44,7 @@ class InstanceVectorConfig(InstancePromptConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choice(self, "instance_source", ("frozen", "embeddings", "instance_embeds"))
-        if self.instance_embeds_dim is not None:
-            check_int(self, "instance_embeds_dim", minimum=1)
+        check_int(self, "instance_embeds_dim", minimum=1, optional=True)
         if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):
             raise ValueError(
                 "`instance_embeds_dim` must be the width of the given vectors with `instance_source='instance_embeds'` and "
@@ -66,11 +68,12 @@ def instance_vector(
     Args:
         config (`InstanceVectorConfig`): The config.
         source (`Source`): The input of the generator's `encode`.
-        pool (`Callable`): From the frozen states (G, n, d) and the mask (G, n) to (G, d). Defaults to the mean.
+        pool (`Callable`): From the plain pass's last hidden states (G, n, d) and the mask (G, n) to (G, d). Defaults to the
+            mean.
 
     Raises:
-        TypeError: `instance_embeds` are no tensor of floats.
-        ValueError: `instance_embeds` are missing or have another shape.
+        TypeError: `instance_embeds` is no tensor of floats.
+        ValueError: `instance_embeds` is missing or has a shape other than (G, k).
     """
     kind = config.instance_source
     if kind == "instance_embeds":
@@ -87,11 +90,16 @@ def instance_vector(
 
 
 def check_instance_embeds(given: torch.Tensor | None, num_instances: int, width: int) -> torch.Tensor:
-    """`instance_embeds` if they are there and have the shape (G, k).
+    """`instance_embeds`, checked.
+
+    Args:
+        given (`torch.Tensor`, *optional*): The argument of the call, floats of shape (G, k).
+        num_instances (`int`): The number G of instances.
+        width (`int`): The width k.
 
     Raises:
-        TypeError: They are no tensor of floats.
-        ValueError: They are missing or have another shape.
+        TypeError: `instance_embeds` is no tensor of floats.
+        ValueError: `instance_embeds` is missing or has a shape other than (G, k).
     """
     if given is None:
         raise ValueError(

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""IPT, instance-wise prompt tuning (https://arxiv.org/abs/2206.01958): the token ids look the prompt up in a second table."""
+"""IPT, instance-wise prompt tuning (https://arxiv.org/abs/2206.01958): the token ids look up the prompt in a second embedding table."""
 
 from __future__ import annotations
 
@@ -33,49 +33,48 @@ if TYPE_CHECKING:
 class IPTConfig(InstancePromptConfig):
     """Configuration of [`IPTModel`], instance-wise prompt tuning (https://arxiv.org/abs/2206.01958).
 
-    The prompt is made from the instance's token ids by a second embedding table, of shape (vocab_size, width): either each
-    of the first P instruction tokens looks up its prompt vector, P being `num_virtual_tokens` (`strategy="lookup"`), or a
-    small network turns the vectors of the first tokens into P prompt vectors (`strategy="encoder"`).
+    A second embedding table, of shape (vocab_size, width), turns the instance's token ids into the prompt. With `strategy="lookup"`,
+    each of the first P instruction tokens looks up a prompt vector, P being `num_virtual_tokens`; with `strategy="encoder"`, a small
+    network turns the looked-up vectors of the first tokens into P prompt vectors.
 
-    The table makes up nearly all of the adapter. In full it is 14 to 29 % of a model, though the paper states 0.5 to 1.5 %,
-    so by default it is the product of a (vocab_size, 64) and a (64, width) matrix. With the vocabulary of 128,256 and the
+    The table is nearly all of the adapter. A full table has 14 to 29 % of a model's parameters, though the paper states 0.5 to
+    1.5 %, so by default it is the product of a (vocab_size, 64) and a (64, width) matrix. With the vocabulary of 128,256 and the
     width of 2,048 of a Llama 3.2 1B, that is 8.3 M parameters, 0.67 % of the model: 33 MB in float32 and 133 MB in training
     with AdamW (weight, gradient and two moments); the full table is 263 M, 1.05 GB and 4.2 GB. The rest is small there
     (the CNN 0.4 M and 0.1 M per prompt vector), so that any strategy with P up to 20 stays between 0.5 and 1.5 %.
 
-    Deviations from the paper: by default the adapter starts as a near no-op, and what is looked up is divided by its root
-    mean square (`init_weights`; `"paper"` does neither); fewer prompt vectors (5 and not 100); the low-rank table; the
-    encoders' inner width is `bottleneck_dim` (the released CNN has 1, the LSTM 64, and the MLP is one matrix from the mean to
-    all prompt vectors, 105 M weights); padding is never looked up; dropout is active in training only.
+    Deviations from the paper: by default the adapter starts as a near no-op, and looked-up vectors are divided by their root mean
+    square (`init_weights`; `"paper"` does neither); fewer prompt vectors (5 and not 100); the low-rank table; the encoders' inner
+    width is `bottleneck_dim` (the released CNN has 1, the LSTM 64, and the MLP is one matrix from the mean to all prompt vectors,
+    105 M weights); padding is never looked up; dropout is active in training only.
 
     Args:
-        num_virtual_tokens (`int`): The number P of prompt vectors. Defaults to 5. With `strategy="lookup"`, a row with fewer
-            instruction tokens gets as many prompt vectors as it has tokens (but all, if there is a task prompt).
+        num_virtual_tokens (`int`): The number P of prompt vectors. Defaults to 5. With `strategy="lookup"` and without a task
+            prompt, a row with fewer instruction tokens uses as many prompt vectors as it has tokens.
         strategy (`str`): `"lookup"` (the default) or `"encoder"`.
         encoder (`str`): The network of `strategy="encoder"`: `"cnn"`, the default, a TextCNN with kernels 3, 4 and 5 and the
             maximum over time; `"mlp"`, on the mean over tokens; `"lstm"`, a bidirectional LSTM of two layers.
         bottleneck_dim (`int`): The inner width m of the encoder: features per kernel, hidden units, or units per direction.
             Defaults to 16.
         max_instance_tokens (`int`): How many instruction tokens the encoder reads. Defaults to 100, the paper's.
-        host (`str`): `"prompt"`, the default: the prompt stands at the input. `"deep"`: a learned task prompt at every layer,
-            and the instance's part is added to the one at the first layer.
-        task_prompt (`bool`, *optional*): Whether there is a learned task prompt that the instance's part is added to.
-            Defaults to the paper's: `False` for `host="prompt"`, `True` for `"deep"`. A `"deep"` host without one writes to the
-            first layer only.
+        host (`str`): `"prompt"`, the default: the prompt stands at the input. `"deep"`: each layer has a learned task prompt, and
+            the instance's part is added to that of the first layer.
+        task_prompt (`bool`, *optional*): Whether there is a learned task prompt, to which the instance's part is added.
+            Defaults to the paper's: `False` for `host="prompt"`, `True` for `"deep"`. A `"deep"` host without a task prompt
+            writes to the first layer only.
         instance_scale (`float`): The factor of the instance's part with `host="deep"`. Defaults to 0.05.
         table_rank (`int`, `None` or `"auto"`): The rank of the table; `None` for a full one. Defaults to `"auto"`: 64, and a
             full table with `init="embeddings"`.
-        init (`str`): The start of the table: `"random"`, the default, uniform in [-0.5, 0.5] (of a
-            low-rank table, the first factor); `"pretrained"`, the table (and the encoder) in `init_file`; `"embeddings"`, a
-            copy of the base model's input embeddings. With the last and `trainable=False`, the base model's embeddings are
-            read and no copy is made.
+        init (`str`): The start of the table. `"random"`, the default: uniform in [-0.5, 0.5], in a low-rank table the first
+            factor. `"pretrained"`: the table (and the encoder) in `init_file`. `"embeddings"`: a copy of the base model's input
+            embeddings; with `trainable=False`, no copy is made and the base model's own are read.
         init_file (`str`, *optional*): A safetensors file with `table.*` (and `encoder_*`), as `examples/methods/pretrain_ipt.py` in
-            the project's repository writes it. It is not needed any more to load the saved adapter, and not kept in it.
+            the project's repository writes it. Saved adapters do not name it: loading them does not need it.
         trainable (`bool`): Whether the table is trained. Defaults to `True`.
-        dropout (`float`): The dropout on the encoder's features, in training only. Defaults to 0.1.
+        dropout (`float`): The dropout on the encoder's features, in training only, from 0 to below 1. Defaults to 0.1.
         vocab_size (`int`, *optional*): The number of the base model's embeddings. Filled in; a later base model must agree.
 
-    The fields that all methods have are those of [`InstancePromptConfig`].
+    All fields of [`InstancePromptConfig`] are inherited.
     """
 
     paper = ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958")
@@ -121,8 +120,7 @@ class IPTConfig(InstancePromptConfig):
         check_int(self, "max_instance_tokens", minimum=1)
         check_number(self, "instance_scale")
         for name in ("table_rank", "vocab_size"):
-            if getattr(self, name) is not None:
-                check_int(self, name, minimum=1)
+            check_int(self, name, minimum=1, optional=True)
         check_dropout(self)
         if self.init == "embeddings" and self.table_rank is not None:
             raise ValueError(f"`table_rank` must be None with `init='embeddings'`, got {self.table_rank}.")
@@ -145,13 +143,13 @@ class IPTConfig(InstancePromptConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        # The adapter's weights are beside it; where it once started from may not exist where it is loaded.
+        # The saved weights replace the file, which may not exist where the adapter is loaded.
         saved = copy.copy(self)
         saved.init_file = None
         super(IPTConfig, saved).save_pretrained(save_directory, **kwargs)
 
 
-# A full table of a vocabulary of this size is more than most people expect of an adapter.
+# From this vocabulary on, a full table is larger than most users expect of an adapter, and a warning says so.
 LARGE_VOCABULARY = 50_000
 
 
@@ -159,16 +157,16 @@ class IPTGenerator(PromptGenerator):
     """The generator of IPT (https://arxiv.org/abs/2206.01958).
 
     With E the table and x_1..x_T the first instruction tokens, the instance's part S (P, w) is `E[x_1]..E[x_P]`, or
-    `W encoder(E[x_1]..E[x_T]) + b`. The prompt at the input is S (plus a task prompt); in the deep host it is a task prompt
-    at every layer, plus 0.05 S at the first.
+    `W encoder(E[x_1]..E[x_T]) + b`. The prompt at the input is S, plus a task prompt if there is one. With the deep host, each layer's
+    prompt is a task prompt, at the first layer plus `instance_scale` times S.
 
     Attributes:
-        table (`Table`, *optional*): The table. None if the base model's embeddings are read, or a constant is.
-        gate (`nn.Parameter`): Shape (1, 1, w). The factor of the looked-up vectors; none with `init_weights="paper"`.
+        table (`Table`, *optional*): The table. None if the generator reads the base model's embeddings or a constant.
+        gate (`nn.Parameter`): Shape (1, 1, w). The factor of the looked-up vectors. `init_weights="paper"` has none.
         encoder_... (`nn.Parameter`): The parameters of the encoder, see `nn/encoders.py`.
         out, out_bias (`nn.Parameter`): Shapes (1, f, P*w) and (1, 1, P*w): W and b behind the encoder.
         task (`nn.Parameter`): Shape (D, P, w). The task prompts.
-        constant (`nn.Parameter`): Shape (1, T, w). With `condition="constant"`: in place of the looked-up vectors.
+        constant (`nn.Parameter`): Shape (1, T, w). With `condition="constant"`, instead of the looked-up vectors.
     """
 
     feeds_constant = False
@@ -200,7 +198,7 @@ class IPTGenerator(PromptGenerator):
             self.out, self.out_bias = fan_in_uniform(1, f, P * width), fan_in_uniform(1, 1, P * width, fan_in=f)
             last = [self.out, self.out_bias]
         elif not self.paper:
-            # The zero at the start is a gate behind the table: a table of zeros would be the same for all tokens.
+            # A gate of zeros behind the table makes a near no-op. A table of zeros could not tell tokens apart.
             self.gate = nn.Parameter(torch.zeros(1, 1, width))
             last = [self.gate]
         if config.task_prompt:
@@ -238,7 +236,7 @@ class IPTGenerator(PromptGenerator):
             check_file(config.init_file, wanted)
 
     def _pretrained(self) -> dict[str, torch.Tensor]:
-        """The tensors that an `init_file` holds."""
+        """The tensors that an `init_file` must hold, by name."""
         return {name: x for name, x in self.state_dict().items() if name.startswith(("table.", "encoder_"))}
 
     @torch.no_grad()
@@ -257,9 +255,8 @@ class IPTGenerator(PromptGenerator):
             warnings.warn("`instance_embeds` are not used by IPT adapters, which make the prompt from the tokens.")
         if self.constant_condition:
             return None
-        order = (
-            (~source.mask).int().argsort(dim=1, stable=True)[:, : self.num_read]
-        )  # (G, T), instruction tokens first
+        first = (~source.mask).int().argsort(dim=1, stable=True)  # (G, n), instruction tokens first
+        order = first[:, : self.num_read]  # (G, T)
         if self.table is None:
             vectors = source.embeds.detach().gather(1, order[..., None].expand(-1, -1, source.embeds.shape[-1]))
         else:
@@ -278,7 +275,7 @@ class IPTGenerator(PromptGenerator):
         counts = source.mask.sum(dim=1, keepdim=True)  # (G, 1)
         counted = torch.arange(order.shape[1], device=counts.device) < counts  # (G, T)
         vectors = vectors.masked_fill(~counted[..., None].to(vectors.device), 0.0)
-        if self.looks_up:  # a batch of short instructions
+        if self.looks_up:  # a batch of short instructions has T < P
             vectors = nn.functional.pad(vectors, (0, 0, 0, self.num_read - vectors.shape[1]))  # (G, P, w)
         return vectors
 
@@ -300,14 +297,14 @@ class IPTGenerator(PromptGenerator):
         return weights["task"] + generated if self.config.task_prompt else generated
 
     def _instance_part(self, instances: Instances, weights: Weights) -> torch.Tensor:
-        """S, (G, P, w)."""
+        """The instance's part S (G, P, w)."""
         counts = instances.mask.sum(dim=1)  # (G,)
         if self.constant_condition:
             vectors = weights["constant"].expand(len(counts), -1, -1)  # (G, T, w)
             counts = torch.full_like(counts, self.num_read)
         else:
             vectors = instances.vector  # (G, T, w)
-            counts = counts.clamp(max=vectors.shape[1])  # (G,), those that were read
+            counts = counts.clamp(max=vectors.shape[1])  # (G,), the tokens that are read
         vectors = vectors if self.paper else rms_norm(vectors)
         if self.looks_up:
             return vectors if self.paper else vectors * weights["gate"]  # (G, P, w)
@@ -317,7 +314,7 @@ class IPTGenerator(PromptGenerator):
 
 
 def check_file(file: str, wanted: dict[str, torch.Tensor]) -> None:
-    """Raise a ValueError if a safetensors file cannot be read or does not hold tensors of the wanted names and shapes."""
+    """Raise a ValueError if a safetensors file cannot be read, or lacks a tensor of a wanted name and shape."""
     try:
         with safe_open(file, framework="pt") as tensors:
             found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
@@ -336,6 +333,6 @@ IPTModel = register_method(
     "ipt",
     IPTConfig,
     IPTGenerator,
-    doc="""Instance-wise prompt tuning (https://arxiv.org/abs/2206.01958): the prompt is made from the instance's token ids, by
-    a second embedding table and, if wanted, a small network.""",
+    doc="""Instance-wise prompt tuning (https://arxiv.org/abs/2206.01958): a second embedding table and, as an option, a small network
+    turn the instance's token ids into the prompt.""",
 )

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prompts that enter at one layer and stay in the stream from there on; the layers below run as if there were none."""
+"""Late prompts: they enter at the input of one layer and stay in the residual stream; the layers below run as if there were none."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ class LatePromptConfig(InstancePromptConfig):
 
     Args:
         insertion_layer (`int`, *optional*): The layer k, counted from 0, at whose input the prompt enters. Defaults to half
-            the number of layers. With 0 it enters at the first layer: then its positions are counted and the tokens' move;
-            otherwise the tokens keep the positions of the base model.
+            the number of layers. With 0 its slots take positions and shift those of the tokens; otherwise the tokens keep the
+            positions that they have in the base model.
+
+    Raises:
+        ValueError: `layers_to_transform` is set, which late prompts do not have.
     """
 
     insertion_layer: Optional[int] = field(
@@ -33,8 +36,7 @@ class LatePromptConfig(InstancePromptConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.insertion_layer is not None:
-            check_int(self, "insertion_layer", minimum=0)
+        check_int(self, "insertion_layer", minimum=0, optional=True)
         if self.layers_to_transform is not None:
             raise ValueError(
                 f"`layers_to_transform` must be None, as late prompts enter at one layer, `insertion_layer`; got "
@@ -43,7 +45,7 @@ class LatePromptConfig(InstancePromptConfig):
 
 
 class LatePromptGenerator(PromptGenerator):
-    """Base class of the generators of late prompts: it has one depth, the layer k, which is the first that sees the slots."""
+    """Base class of the generators of late prompts. Its one depth is the layer k, the first layer that sees the slots."""
 
     feeds_constant = False
 
@@ -54,7 +56,7 @@ class LatePromptGenerator(PromptGenerator):
 
     @classmethod
     def check(cls, config: Any, info: StackInfo) -> None:
-        """Refuse a layer that is not there, and what would let the layers below k notice the slots."""
+        """Raise a ValueError if there is no such layer, or if the slots would change what the layers below it compute."""
         start = insertion_layer(config, info)
         if start >= info.num_layers:
             raise ValueError(
@@ -63,8 +65,8 @@ class LatePromptGenerator(PromptGenerator):
             )
         if below := [number for number in info.recurrent_layers if number < start]:
             raise ValueError(
-                f"Late prompts cannot be hidden from the layers {below} of {info.layers_name!r}, which have a state and no "
-                f"attention: choose an `insertion_layer` that is not above them, got {start}, or another method."
+                f"`insertion_layer` must not lie above the layers {below} of {info.layers_name!r}, got {start}: they have a state and "
+                "no attention, so late prompts cannot be hidden from them."
             )
         if start > 0 and info.twin_layers is not None:
             raise ValueError(
@@ -73,17 +75,17 @@ class LatePromptGenerator(PromptGenerator):
             )
         if start > 0 and info.causal and info.absolute_column_positions:
             raise ValueError(
-                f"`insertion_layer` must be 0 in {info.layers_name!r}, got {start}: it gives each column of its input a learned "
-                "position, so the slots would move the text in the layers below, which are to run as if there were no prompt."
+                f"`insertion_layer` must be 0 in {info.layers_name!r}, got {start}: its learned positions are those of the columns, "
+                "so the slots would shift the text's positions in the layers below, which must run as if there were no prompt."
             )
         if start > 0 and info.distance_by_column and config.prompt_position != "before":
             raise ValueError(
                 f"`prompt_position` must be 'before' for late prompts in {info.layers_name!r}, got {config.prompt_position!r}: it "
-                "reads distances off the columns of its input, so slots that stand among the tokens would move these in the layers "
-                "below, which are to run as if there were no prompt."
+                "measures distances by column, so slots among the tokens would change these distances in the layers below, which "
+                "must run as if there were no prompt."
             )
 
 
 def insertion_layer(config: Any, info: StackInfo) -> int:
-    """The layer at which the prompt enters; by default the middle."""
+    """The layer at whose input the prompt enters: the config's, or the middle one."""
     return info.num_layers // 2 if config.insertion_layer is None else config.insertion_layer

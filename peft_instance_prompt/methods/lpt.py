@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""LPT, late prompt tuning (https://arxiv.org/abs/2210.11292): the states in the middle of the model give a prompt that enters there."""
+"""LPT, late prompt tuning (https://arxiv.org/abs/2210.11292): a layer's states generate a prompt that enters at this layer."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
 class LPTConfig(LatePromptConfig):
     """Configuration of [`LPTModel`], late prompt tuning (https://arxiv.org/abs/2210.11292).
 
-    The prompt enters at the input of one layer in the middle of the model and stays in the stream from there on. The layers
-    below run as if there were no prompt, so that training builds no autograd graph for them.
+    The prompt is generated from the states at the input of one layer in the middle of the model, enters there, and stays in the
+    residual stream. The layers below run as if there were no prompt, so training builds no autograd graph for them.
 
-    Deviations from the paper: by default the adapter starts as a near no-op and the generator reads the layer's states
-    divided by their root mean square (`init_weights`).
+    Deviations from the paper: by default the adapter starts as a near no-op, and the generator reads the layer's states divided by
+    their root mean square (`init_weights`).
 
     Args:
-        num_virtual_tokens (`int`): The number of prompt vectors. Defaults to 5, the paper's; for `generator_type="none"`
+        num_virtual_tokens (`int`): The number l of prompt vectors. Defaults to 5, the paper's; with `generator_type="none"`
             the paper has 20.
         bottleneck_dim (`int`): The width m of the generator. Defaults to 128, the paper's.
-        generator_type (`str`): `"npg"`, the default, makes all prompt vectors from the state of the first token (encoders)
-            or of the last instruction token (causal models); `"appg"` and `"mppg"` make each from the average or the
-            maximum of the projected states over its part of the instruction; `"none"` has learned vectors that are the same
-            for all instances.
+        generator_type (`str`): `"npg"`, the default: all prompt vectors are generated from the state of one token, the first
+            (encoders) or the last of the instruction (causal models). `"appg"` and `"mppg"`: the instruction is cut into l bins,
+            and each vector is generated from the average or the maximum of its bin's projected states. `"none"`: learned vectors,
+            the same for all instances.
         insertion_layer (`int`, *optional*): The layer k, counted from 0, at whose input the prompt enters. Defaults to half
-            the number of layers, as in the paper. With 0 it enters at the first layer, which is prompt tuning: then its
-            positions are counted and the tokens' move; otherwise the tokens keep the positions of the base model.
+            the number of layers, as in the paper. With 0, which is prompt tuning, its slots take positions and shift those of
+            the tokens; otherwise the tokens keep the positions that they have in the base model.
         dropout (`float`): The rate of the dropout on the generated vectors in training, from 0 to below 1. Defaults to
             0.1, the paper's.
-        prompt_position (`str`): As for all methods. Where a model reads distances off the columns of its input (ALiBi, tables of
-            relative distances) and the prompt is late, it must be `"before"`.
+        prompt_position (`str`): As for all methods. It must be `"before"` if the prompt is late and the model measures distances
+            by column (ALiBi, tables of relative distances).
 
-    The fields that all methods have are those of [`InstancePromptConfig`]; `layers_to_transform` is not one of them.
+    All fields of [`InstancePromptConfig`] but `layers_to_transform` are inherited.
     """
 
     paper = ("Late Prompt Tuning: A Late Prompt Could Be Better Than Many Prompts", "2210.11292")
@@ -74,13 +74,13 @@ class LPTGenerator(LatePromptGenerator):
 
     - `npg`: `p = relu(h W1 + b1) W2 + b2`, reshaped to (l, d); d*m + m + m*l*d + l*d weights;
     - `appg`, `mppg`: `p = relu(pool(H W1 + b1)) W2 + b2`, with `pool` to l vectors; 2*d*m + m + d weights;
-    - `none`: `p` itself is learned; l*d weights.
+    - `none`: `p` itself is learned: l*d weights.
 
     Attributes:
         down, down_bias (`nn.Parameter`): Shapes (1, d, m) and (1, 1, m): W1 and b1.
         up, up_bias (`nn.Parameter`): Shapes (1, m, l*d) and (1, 1, l*d); of `appg` and `mppg`, d in place of l*d: W2 and b2.
-        constant (`nn.Parameter`): With `condition="constant"`, in place of `down`: shape (1, 1, m), or (1, l, m).
-        prompt (`nn.Parameter`): Shape (1, l, d). Of `none`, and nothing else.
+        constant (`nn.Parameter`): With `condition="constant"`, instead of `down`: shape (1, 1, m), of `appg` and `mppg` (1, l, m).
+        prompt (`nn.Parameter`): Shape (1, l, d). The only parameter of `none`.
     """
 
     def __init__(self, config: LPTConfig, info: StackInfo):
@@ -120,7 +120,7 @@ class LPTGenerator(LatePromptGenerator):
         one_hot = torch.eye(n, device=instances.mask.device).expand(G, -1, -1)  # (G, n, n)
         if self.kind == "npg":
             return self._choose(one_hot, instances.mask).expand(-1, self.num_slots, -1)  # (G, l, n)
-        # Of `mppg`, each feature has its maximum at another token of the bin, so the whole bins are shown.
+        # With `mppg` each feature may have its maximum at a different token of the bin, so all tokens of a bin count.
         return adaptive_avg_pool(one_hot, instances.mask, self.num_slots)  # (G, l, n)
 
     def _pool(self, instances: Instances, weights: Weights) -> torch.Tensor:
@@ -138,7 +138,7 @@ class LPTGenerator(LatePromptGenerator):
         )  # (G, l, m)
 
     def _choose(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The state (G, 1, w) of the last instruction token in a causal model, of the first in an encoder."""
+        """The state (G, 1, w) of one token: of the last in a causal model, of the first in an encoder."""
         return (last_token if self.causal else first_token)(states, mask)[:, None]
 
 
@@ -146,6 +146,6 @@ LPTModel = register_method(
     "lpt",
     LPTConfig,
     LPTGenerator,
-    doc="""Late prompt tuning (https://arxiv.org/abs/2210.11292): a prompt generated from the states in the middle of the model
-    enters there and stays in the stream. Nothing below is trained, and training builds no autograd graph there.""",
+    doc="""Late prompt tuning (https://arxiv.org/abs/2210.11292): a prompt is generated from the states in the middle of the model,
+    enters there and stays in the residual stream. Training builds no autograd graph for the layers below.""",
 )

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Python reads this file at its start where this folder is on PYTHONPATH, and at no other time: see commands.py.
+"""Imports `peft_instance_prompt` right after PEFT, in each Python whose PYTHONPATH holds this folder: see commands.py.
 
-It imports nothing. It waits until the process imports PEFT, if ever, and then imports `peft_instance_prompt`, so that what a
-script sets before its imports still counts, and a process without PEFT loses no time.
+Python reads this file at its start. The file imports nothing until the process imports PEFT, so that a script's settings before its
+imports still count, and a process without PEFT loses no time.
 """
 
 import os
@@ -15,10 +15,10 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
 class Companion:
-    """An import finder: it lets the other finders find a package, and has `peft_instance_prompt` follow it."""
+    """An import finder. It lets the other finders find a package, and calls a function right after the package is imported."""
 
     def __init__(self, follow):
-        self.follow = follow  # {name of a package: function that is called when the package has been imported}
+        self.follow = follow  # {name of a package: function to call after its import}
 
     def find_spec(self, name, path=None, target=None):
         if name not in self.follow:
@@ -29,20 +29,21 @@ class Companion:
                 break
         else:
             return None
-        if spec.loader is None:  # a folder of that name, which holds no package
+        if spec.loader is None:  # a folder of that name without a package in it
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
             self.follow[name]()
-            del self.follow[name]  # not before: after an error, the next attempt must not pass without us
+            del self.follow[name]  # last: after an error, the next import must call the function again
 
         spec.loader.exec_module = exec_module
         return spec
 
 
 def follow_peft():
+    """Import `peft_instance_prompt` and the modules of `run --import`; print a line if it is not installed for this Python."""
     try:
         from peft_instance_prompt import commands
     except ModuleNotFoundError as error:
@@ -58,13 +59,14 @@ def follow_peft():
 
 
 def follow_trl():
+    """Put the config of `run --peft-config` behind `trl.get_peft_config`."""
     from peft_instance_prompt import commands
 
     commands.choose_config()
 
 
 def run_hidden():
-    """This file hides the `sitecustomize` that the environment may have: run that, too."""
+    """Run the environment's own `sitecustomize`, if there is one: this file hides it."""
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != FOLDER]
     for finder in list(sys.meta_path):
         spec = finder.find_spec("sitecustomize", None)

@@ -3,10 +3,9 @@
 
 """Bi-level learning of activations: weights on training data, activation coefficients on held-out data, in turns.
 
-With weights W and coefficients c, the papers (https://arxiv.org/abs/2405.18203, and https://arxiv.org/abs/2410.18035, which
-spells it out) minimise over c the held-out loss at `argmin_W` of the training loss, by first-order steps in turns: an
-ordinary optimiser step on W with a training batch, then one on c with a held-out batch. Without this module both are learned
-together on the training data, as everything else.
+With weights W and coefficients c, the papers (https://arxiv.org/abs/2405.18203 and, in detail, https://arxiv.org/abs/2410.18035)
+minimise over c the held-out loss at `argmin_W` of the training loss, by first-order steps in turns: an optimiser step on W with a
+training batch, then one on c with a held-out batch. Without this module, W and c are learned together on the training data.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..generator import PromptGenerator
 if TYPE_CHECKING:
     from transformers import Trainer
 
-# Under this name the callback's state lies in a checkpoint's trainer_state.json.
+# The key of the callback's state in a checkpoint's trainer_state.json.
 _STATE = "peft_instance_prompt.bilevel"
 
 
@@ -35,21 +34,25 @@ def learn_activations(
 ) -> BilevelCallback:
     """Make a trainer learn the coefficients of rational activations on held-out data. Call it once, before `train`.
 
-    From then on the trainer's own optimiser steps on everything but the coefficients, and after each of its steps a step on
-    the coefficients is taken with a held-out batch.
+    The trainer's optimiser then steps on everything but the coefficients; after each of its steps, the callback steps on the
+    coefficients with a held-out batch.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer, or a subclass such as TRL's `SFTTrainer`. Its model must have an
             active, trainable adapter with `activation="rational"`.
-        dataset (`Dataset` or `str`, *optional*): The held-out data, in the form in which `trainer.get_eval_dataloader` takes
-            it: a map-style data set ready for the collator, or the name of one of several evaluation data sets. Defaults to
-            the trainer's `eval_dataset`, as in the paper; report results on other data.
-        learning_rate (`float`): The learning rate of the coefficients. Defaults to 1e-6, reported by the same authors for
+        dataset (`Dataset` or `str`, *optional*): The held-out data, as `trainer.get_eval_dataloader` takes it: a map-style data
+            set ready for the collator, or the name of one of several evaluation data sets. Defaults to the trainer's
+            `eval_dataset`, as in the paper; then report results on data of their own.
+        learning_rate (`float`): The learning rate of the coefficients. Defaults to 1e-6, which the same authors report for
             MiLoRA.
-        kwargs: The other arguments of [`BilevelCallback`].
+        kwargs: Further arguments of [`BilevelCallback`].
 
     Returns:
-        [`BilevelCallback`]: The callback, which has been added to the trainer.
+        [`BilevelCallback`]: The callback, added to the trainer.
+
+    Raises:
+        ValueError: As [`BilevelCallback`].
+        TypeError: As [`BilevelCallback`].
 
     Example:
 
@@ -65,30 +68,31 @@ def learn_activations(
 
 
 class BilevelCallback(TrainerCallback):
-    """Takes the held-out steps; see [`learn_activations`], which makes and adds it.
+    """Takes the held-out steps; [`learn_activations`] makes it and adds it to the trainer.
 
-    Its optimiser's state and its position in the held-out data are kept in the `trainer_state.json` of each checkpoint.
-    Held-out batches are drawn in an order that is shuffled anew in each round, alike in each process; with several processes
-    each has batches of its own, and the coefficients' gradients are averaged.
+    Each checkpoint's `trainer_state.json` keeps the state of its optimiser and its position in the held-out data. The order of the
+    held-out data is shuffled anew in each round and is the same in all processes; each process draws batches of its own from it, and
+    the coefficients' gradients are averaged over processes.
 
     Args:
         trainer ([`~transformers.Trainer`]): See [`learn_activations`].
         dataset (`Dataset` or `str`, *optional*): See [`learn_activations`].
         learning_rate (`float`): See [`learn_activations`].
-        every (`int`): How many steps on the weights there are to one on the coefficients. Defaults to 1.
+        every (`int`): The number of steps on the weights for each step on the coefficients. Defaults to 1.
         batch_size (`int`, *optional*): Held-out examples per process and step. Defaults to the trainer's
             `per_device_train_batch_size`.
-        optimizer_cls (`type`): The optimiser of the coefficients. Defaults to `torch.optim.AdamW`, without weight decay.
-        optimizer_kwargs (`dict`, *optional*): Its other arguments.
+        optimizer_cls (`type`): The class of the coefficients' optimiser. Defaults to `torch.optim.AdamW`, without weight decay.
+        optimizer_kwargs (`dict`, *optional*): Its further arguments.
 
     Attributes:
         coefficients (`list[nn.Parameter]`): The parameters that are learned on held-out data.
-        num_steps (`int`): How many steps have been taken.
-        loss (`float`, *optional*): The held-out loss at the last of them, of this process.
+        num_steps (`int`): The number of steps taken.
+        loss (`float`, *optional*): This process's held-out loss at the last step.
 
     Raises:
-        ValueError: There is nothing to learn, or no way to do it: the message says what and why.
-        TypeError: The data set has no length.
+        ValueError: The model has no trainable rational activation, its coefficients are in half precision, the trainer cannot
+            take held-out steps (DeepSpeed, FSDP, an optimiser that holds the coefficients), or an argument is out of range.
+        TypeError: The held-out data has no length.
     """
 
     def __init__(
@@ -134,7 +138,7 @@ class BilevelCallback(TrainerCallback):
             self._restore(state.stateful_callbacks[_STATE])
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._freeze()  # leaving PEFT's `disable_adapter` makes every weight of the adapter trainable
+        self._freeze()  # again: leaving PEFT's `disable_adapter` makes every weight of the adapter trainable
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
@@ -152,7 +156,7 @@ class BilevelCallback(TrainerCallback):
 
     def _step(self) -> None:
         """One step on the coefficients, with everything else frozen."""
-        trainer, model = self.trainer, self.trainer.model  # not wrapped: its gradients are averaged below
+        trainer, model = self.trainer, self.trainer.model  # unwrapped: the gradients are averaged below
         self._freeze()
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in weights:
@@ -165,7 +169,7 @@ class BilevelCallback(TrainerCallback):
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, batch)
             loss.backward()  # not autograd.grad, which re-entrant gradient checkpointing refuses
-            # A coefficient that had no part in the loss has no gradient.
+            # A coefficient on which the loss does not depend has no gradient.
             each = [torch.zeros_like(c) if c.grad is None else c.grad for c in self.coefficients]
             gradient = torch.cat([grad.flatten() for grad in each])  # (numbers,)
             gradient = trainer.accelerator.reduce(gradient, "mean")
@@ -180,7 +184,7 @@ class BilevelCallback(TrainerCallback):
         self.num_steps += 1
 
     def _batch(self) -> Any:
-        """The batch of the next step, a function of the number of steps taken."""
+        """The batch of the next step; it depends on the number of steps taken only, so that training can be resumed."""
         size, rank, world = self.batch_size, self.trainer.args.process_index, self.trainer.args.world_size
         start = (self.num_steps * world + rank) * size
         rounds = [divmod(place, len(self.dataset)) for place in range(start, start + size)]
@@ -188,7 +192,7 @@ class BilevelCallback(TrainerCallback):
         return self.collate([self.dataset[_order(len(self.dataset), seed + turn)[place]] for turn, place in rounds])
 
     def _state(self) -> dict[str, Any]:
-        """The state that a checkpoint holds, as JSON: a dozen numbers per layer and moment."""
+        """The state for a checkpoint, in JSON's types: a dozen numbers per layer and moment."""
         state = self.optimizer.state_dict()["state"]
         moments = {
             str(number): {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
@@ -214,7 +218,7 @@ def find_coefficients(model: nn.Module) -> list[nn.Parameter]:
     """The trainable coefficients of a model's rational activations.
 
     Raises:
-        ValueError: There are none, or their type is too coarse for the steps that are taken.
+        ValueError: There are none, or they are in half precision, where a step of 1e-6 is lost to rounding.
     """
     generators = [module for module in model.modules() if isinstance(module, PromptGenerator)]
     found = [p for g in generators if (p := g.activation_coefficients) is not None and p.requires_grad]
@@ -232,7 +236,7 @@ def find_coefficients(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_trainer(trainer: Trainer, coefficients: list[nn.Parameter]) -> None:
-    """Raise a ValueError if held-out steps cannot be put between the steps of a trainer."""
+    """Raise a ValueError if a trainer cannot take held-out steps between its own."""
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError(
             "Bi-level learning needs the whole adapter in each process, which DeepSpeed and FSDP do not leave there. Use "

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Look at the choices of dynamic prompting for each instance."""
+"""The choices that dynamic prompting makes for each instance."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .inspection import active_generator
 
 
 def learned_position(model: nn.Module) -> int | list[int]:
-    """How many prompt vectors stand behind the instance, in the active adapter whose `position` was learned per `"task"`.
+    """The likeliest number of prompt vectors behind the instance, from an adapter that learned its `position` per `"task"`.
 
-    For the second stage of `adap_pos_ins_vec`, in which the position is fixed.
+    The second stage of `adap_pos_ins_vec` takes it as its fixed `position`.
 
     Args:
         model (`nn.Module`): The model with the adapter.
 
     Returns:
-        `int`: The likeliest number; with `num_tasks`, a list with the one of each task.
+        `int` or `list[int]`: The number, 0 to l; with `num_tasks`, a list with the number of each task.
 
     Raises:
-        ValueError: The active adapter is none of dynamic prompting with `position="task"`, or there is none.
+        ValueError: There is no active adapter of dynamic prompting with `position="task"`.
 
     Example:
 
@@ -52,10 +52,10 @@ def learned_position(model: nn.Module) -> int | list[int]:
 
 @contextmanager
 def record_choices() -> Iterator[list[Choices]]:
-    """Collect the choices of dynamic prompts inside the context, in this thread.
+    """Collect the choices of dynamic prompting inside the context, in this thread.
 
-    Gives a list to which each forward pass that generates prompts adds a [`Choices`] per adapter that has something to choose; in
-    `generate` with a cache that is the pass over the prompt.
+    Yields a list. Each forward pass that generates prompts (in `generate` with a cache, the prefill) adds a [`Choices`] for each
+    adapter that has something to choose.
 
     Example:
 

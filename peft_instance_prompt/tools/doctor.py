@@ -3,16 +3,16 @@
 
 """Does this package work with the libraries that are installed? `python -m peft_instance_prompt doctor`.
 
-Every registered method is put into four tiny models with random weights, and what it promises is checked there:
+Adapters of every registered method are attached to four tiny models with random weights, and their promises are checked:
 
-    inject  the adapter can be put into the model
-    effect  the adapter changes the logits; without an effect, the other checks would hold of themselves
-    batch   a row of a padded batch has the logits that it has alone: in a forward pass, and of new tokens in `generate`
+    inject  the adapter can be attached to the model
+    effect  the adapter changes the logits; without an effect, all other checks would hold
+    batch   a row of a padded batch has the same logits as alone, in a forward pass and for new tokens in `generate`
     cache   `generate` has the same logits with a cache and without
-    save    an adapter that is loaded under another name has the logits of the adapter that was saved
-    leak    the logits do not depend on later tokens of a response that the labels mark
+    save    an adapter that is loaded under a different name has the logits of the saved adapter
+    leak    the logits do not depend on later tokens of the response, which the labels mark
 
-Exits with 0 if all checks hold and with 1 if one fails.
+The exit status is 0 if all checks hold, and 1 if one fails.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VOCAB = 96
 _common = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
 _llama = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-# One model for each way of telling positions. The width is a multiple of 16, which the defaults of all methods fit.
+# One model for each kind of positions. Its width is a multiple of 16, as the defaults of all methods need.
 MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("RoPE", _llama),
     "bloom": ("ALiBi", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
@@ -54,9 +54,9 @@ MODELS: dict[str, tuple[str, dict]] = {
     "t5": ("encoder-decoder", _t5),
 }
 
-# The rows of a batch that stands for all instances. A method's discrete choices are the same for most of a few.
+# The rows of a batch that stands for all instances. With few rows, a method's discrete choices could be the same for all.
 MANY = 64
-# In units of the largest logit: rounding in float32 comes to some 1e-6, the effect of random adapters to 0.01 and more.
+# In units of the largest logit. Rounding in float32 is about 1e-6, the effect of a random adapter 0.01 and more.
 TOLERANCE, LEAST_EFFECT = 1e-4, 1e-3
 
 
@@ -67,7 +67,7 @@ class Result(NamedTuple):
         method (`str`): The method's name, as PEFT has it, e.g. `"IAPT"`.
         model (`str`): The model's type, a key of `MODELS`.
         check (`str`): The name of the check.
-        error (`str`, *optional*): The largest difference or the exception in one line; None if the check holds.
+        error (`str`, *optional*): The largest difference or the exception, in one line; None if the check holds.
     """
 
     method: str
@@ -81,13 +81,13 @@ class Broken(Exception):
 
 
 def registered_methods() -> dict[str, type[InstancePromptConfig]]:
-    """The config classes of the methods that are registered with PEFT and generate prompts, by the methods' names."""
+    """The config classes of all methods that were registered with `register_method`, by `peft_type`."""
     methods = PEFT_TYPE_TO_CONFIG_MAPPING.items()
     return {peft_type.value: cls for peft_type, cls in methods if issubclass(cls, InstancePromptConfig)}
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
-    """A model in eval mode, the same one at each call, with weights that are large enough for prompts to matter."""
+    """A model in evaluation mode, the same at each call, with weights so large that prompts change its logits."""
     config = AutoConfig.for_model(model_type, **_common, **MODELS[model_type][1])
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     torch.manual_seed(0)
@@ -100,56 +100,58 @@ def tiny_model(model_type: str) -> PreTrainedModel:
 
 
 def adapted(model_type: str, config_cls: type[InstancePromptConfig]) -> PeftModel:
-    """The tiny model with an adapter of the method's default settings, whose weights are far from their start."""
+    """The tiny model with an adapter in the method's default settings, whose weights are moved far from their start."""
     base = tiny_model(model_type)
     task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
     model = get_peft_model(base, config_cls(task_type=task, num_virtual_tokens=4))
     for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
-        # Vectors may be coefficients of an activation, which explodes far from its start.
+        # Vectors move less: they may be coefficients of an activation, which explodes far from its start.
         parameter.data.add_(torch.randn_like(parameter), alpha=1.0 if parameter.dim() > 1 else 0.05)
     return model.eval()
 
 
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Token ids of a shape, none of them special."""
+    """Token ids of a shape, without special tokens."""
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def padded_batch(side: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Rows of 7, 4 and 1 tokens, and their ids and mask (3, 7)."""
+    """Rows of 7, 4 and 1 tokens, and the padded batch of them: ids and padding mask (3, 7)."""
     rows = [random_tokens(n, seed=n) for n in (7, 4, 1)]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0, padding_side=side)  # (3, 7)
     return rows, {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
 def is_pair(model: PeftModel) -> bool:
+    """Whether the base model is an encoder-decoder model."""
     return model.get_base_model().config.is_encoder_decoder
 
 
 def logits(model: PeftModel, input_ids: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-    """The logits (B, S, V); those of an encoder-decoder model (B, 3, V) are of the same three tokens for all rows."""
+    """The logits (B, S, V); of an encoder-decoder model (B, 3, V), of the same three decoder tokens for all rows."""
     if is_pair(model):
         kwargs["decoder_input_ids"] = torch.tensor([[0, 5, 6]]).expand(input_ids.shape[0], -1)  # (B, 3)
     return model(input_ids=input_ids, **kwargs).logits
 
 
 def new_token_logits(model: PeftModel, use_cache: bool = False, **inputs: torch.Tensor) -> torch.Tensor:
-    """The logits (B, 4, V) of four tokens that `generate` adds."""
+    """The logits (B, 4, V) of the four tokens that `generate` adds."""
     how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
     output = model.generate(**inputs, **how, return_dict_in_generate=True, output_logits=True)
     return torch.stack(output.logits, dim=1)  # (B, 4, V)
 
 
 def largest_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """In units of the largest expected number, if that is above 1; raises [`Broken`] if the shapes differ."""
+    """The largest difference, in units of the largest expected number if that is above 1. Raises [`Broken`] if shapes differ."""
     if actual.shape != expected.shape:
         raise Broken(f"the logits have the shape {tuple(actual.shape)} and not {tuple(expected.shape)}")
     return float((actual - expected).abs().max()) / max(1.0, float(expected.abs().max()))
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Raise [`Broken`] if the numbers differ by more than rounding."""
     difference = largest_difference(actual, expected)
-    if not difference <= TOLERANCE:  # NaN is no difference that is allowed
+    if not difference <= TOLERANCE:  # NaN fails, too
         raise Broken(f"{what}: the largest difference is {difference:.2g}, allowed is {TOLERANCE:g}")
 
 
@@ -191,8 +193,8 @@ def check_save(model: PeftModel) -> None:
 
 
 def check_leak(model: PeftModel) -> None:
-    # Pairs of rows that are the same up to the first token of the response. The instruction is shorter than the prompt: a
-    # method that reads a token for each vector would read on.
+    # Pairs of rows that agree up to the first token of the response. The instruction has fewer tokens than the prompt has vectors: a
+    # method that reads a token for each vector would otherwise read the response.
     instruction = random_tokens(MANY, 2).repeat(2, 1)  # (2 * MANY, 2)
     first = random_tokens(MANY, 1, seed=1).repeat(2, 1)  # (2 * MANY, 1)
     response = torch.cat([first, random_tokens(2 * MANY, 6, seed=2)], dim=1)  # (2 * MANY, 7)
@@ -213,7 +215,7 @@ CHECKS: dict[str, Callable[[PeftModel], None]] = {
 
 
 def attempt(function: Callable, *args: Any) -> tuple[Any, str | None]:
-    """What the function returns, and what went wrong in one line; one of the two is None."""
+    """The function's result and None, or None and its error in one line."""
     try:
         return function(*args), None
     except Exception as error:
@@ -223,17 +225,16 @@ def attempt(function: Callable, *args: Any) -> tuple[Any, str | None]:
 
 @torch.no_grad()
 def run_doctor(methods: Sequence[str] | None = None) -> list[Result]:
-    """Run all checks of all methods on all models, whatever fails on the way.
+    """Run all checks of all methods on all models; a check that fails stops none of the others.
 
     Args:
         methods (`list[str]`, *optional*): Names of registered methods. Defaults to all.
 
     Returns:
-        `list[Result]`: One per method, model and check. Where the adapter cannot be put into the model, the only one is that
-        of `"inject"`.
+        `list[Result]`: One per method, model and check; only that of `"inject"` if the adapter cannot be attached.
 
     Raises:
-        ValueError: A method is not registered.
+        ValueError: `methods` holds a name that is not registered.
     """
     known = registered_methods()
     if unknown := sorted(set(methods or ()) - known.keys()):
@@ -241,7 +242,7 @@ def run_doctor(methods: Sequence[str] | None = None) -> list[Result]:
     results = []
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
-        # The models are so small that threads wait for each other longer than they work.
+        # The models are so small that threads would cost more than they give.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         for method in known if methods is None else methods:
@@ -255,7 +256,7 @@ def run_doctor(methods: Sequence[str] | None = None) -> list[Result]:
 
 
 def versions() -> list[str]:
-    """The versions of Python, this package and its libraries, a line each, with what the package asks for."""
+    """A line for Python, this package and each of its libraries: the installed version and the required range."""
     try:
         wanted = [Requirement(text) for text in metadata.requires(PACKAGE)]
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed
@@ -271,7 +272,7 @@ def versions() -> list[str]:
 
 
 def as_table(results: Sequence[Result]) -> list[str]:
-    """A line per method with the outcome of each check over all models, then a line per failure."""
+    """A line per method with each check's outcome over all models, then a line per failure."""
     columns = ("inject", *CHECKS)
     rows = [("method", *columns)]
     for method in dict.fromkeys(result.method for result in results):
@@ -286,7 +287,7 @@ def as_table(results: Sequence[Result]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: prints versions, the table and what failed; returns 1 if a check failed, else 0."""
+    """The command: print versions, the table and the failures; return 1 if a check failed, otherwise 0."""
     parser = argparse.ArgumentParser("python -m peft_instance_prompt doctor", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.parse_args(arguments)

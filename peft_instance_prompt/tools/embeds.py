@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Compute the instance vectors of a data set once, store them with it and hand them to the model in training."""
+"""Compute the instance vectors of a data set once, store them as a column, and pass them to the model in training."""
 
 from __future__ import annotations
 
@@ -30,28 +30,31 @@ def add_instance_embeds(
     batch_size: int = 64,
     pooling: str = "auto",
 ) -> Any:
-    """Store a vector for each text of a data set, so that training with `instance_source="instance_embeds"` (IDPG) pays no
-    second pass through a model.
+    """Store a vector of each text of a data set as a column.
+
+    Training with `instance_source="instance_embeds"` (IDPG, dynamic prompting) then needs no plain pass of the base model.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.DatasetDict`): The data.
-        encoder: What makes the vectors: a callable from a list of N texts to an array or tensor (N, k); an object with a
-            method `encode` of that kind, as sentence-transformers have it; or a pair `(model, tokenizer)` of
-            transformers. The model may be a `PeftModel`, and be the one that is trained: prompts are left out, and with
-            `pooling="auto"` the vectors are what `instance_source="frozen"` would compute.
-        text_column (`str`): The column with the texts. For `(model, tokenizer)`, it should hold the whole instruction, as
-            it will stand before the response.
-        column (`str`): The new column.
-        batch_size (`int`): How many texts are encoded at a time.
-        pooling (`str`): For `(model, tokenizer)`: the `"first"` or the `"last"` token's last hidden state, their `"mean"`, or
-            `"auto"`: the last of a causal model, the mean of the encoder of an encoder-decoder model, else the first.
+        encoder: A callable from a list of N texts to an array or tensor (N, k); an object with a method `encode` of that
+            kind, such as a `SentenceTransformer`; or a pair `(model, tokenizer)` of transformers. The model may be the
+            `PeftModel` that is trained: it runs without prompts, and with `pooling="auto"` the vectors are those that
+            `instance_source="frozen"` computes.
+        text_column (`str`): The column with the texts. Defaults to `"text"`. For `(model, tokenizer)` it should hold the
+            whole instruction, as it will stand before the response.
+        column (`str`): The new column. Defaults to `"instance_embeds"`.
+        batch_size (`int`): How many texts are encoded at a time. Defaults to 64.
+        pooling (`str`): For `(model, tokenizer)`: the `"first"` or the `"last"` token's last hidden state, the `"mean"` over
+            the tokens, or `"auto"`, the default: the last in a causal model, the mean in the encoder of an encoder-decoder
+            model, otherwise the first.
 
     Returns:
         `datasets.Dataset` or `datasets.DatasetDict`: The data with the new column, lists of k 32-bit floats.
 
     Raises:
-        TypeError: The data set or the encoder is of another type.
-        ValueError: A column is missing or there already, or the encoder gives something of another shape.
+        TypeError: The data set or the encoder is of none of these types.
+        ValueError: `text_column` is missing, `column` exists already, `pooling` is none of these, or the encoder returns a
+            shape other than (N, k).
 
     Example:
 
@@ -66,24 +69,31 @@ def add_instance_embeds(
     ... )
     ```
     """
-    if isinstance(dataset, Mapping):  # a DatasetDict
-        known: dict[str, Any] = {
-            "text_column": text_column,
-            "column": column,
-            "batch_size": batch_size,
-            "pooling": pooling,
-        }
-        kind: Any = type(dataset)
-        return kind({name: add_instance_embeds(part, encoder, **known) for name, part in dataset.items()})
+    if pooling not in ("auto", *POOLINGS):
+        raise ValueError(f"`pooling` must be one of {['auto', *POOLINGS]}, got {pooling!r}.")
+    parts = dataset if isinstance(dataset, Mapping) else {"": dataset}  # of a DatasetDict, or the data set
+    for part in parts.values():
+        check_columns(part, text_column, column)
+    encode = as_function(encoder, pooling)
+    done = {name: add_column(part, encode, text_column, column, batch_size) for name, part in parts.items()}
+    kind: Any = type(dataset)
+    return kind(done) if isinstance(dataset, Mapping) else done[""]
+
+
+def check_columns(dataset: Any, text_column: str, column: str) -> None:
+    """Raise a TypeError if this is no `datasets.Dataset`, a ValueError if it lacks the texts or has the new column already."""
     if not hasattr(dataset, "map") or not hasattr(dataset, "column_names"):
         raise TypeError(f"`dataset` must be a `datasets.Dataset` or a `DatasetDict`, got {type(dataset).__name__}.")
     if text_column not in dataset.column_names:
         raise ValueError(f"`text_column` {text_column!r} is not in the data set, which has {dataset.column_names}.")
     if column in dataset.column_names:
         raise ValueError(f"`column` {column!r} is in the data set already; remove it first or choose another name.")
-    if pooling not in ("auto", *POOLINGS):
-        raise ValueError(f"`pooling` must be one of {['auto', *POOLINGS]}, got {pooling!r}.")
-    encode = as_function(encoder, pooling)
+
+
+def add_column(
+    dataset: Any, encode: Callable[[list[str]], Any], text_column: str, column: str, batch_size: int
+) -> Any:
+    """A `datasets.Dataset` with the vectors that `encode` makes of its texts, as a new column."""
 
     def of_batch(texts: list[str]) -> dict[str, Any]:
         vectors = torch.as_tensor(encode(texts)).detach().to("cpu", torch.float32)  # (N, k)
@@ -94,15 +104,14 @@ def add_instance_embeds(
         return {column: vectors.numpy()}
 
     options: dict[str, Any] = {"batched": True, "batch_size": batch_size, "input_columns": text_column}
-    names = inspect.signature(dataset.map).parameters
     # A fingerprint of our own: otherwise `datasets` pickles the encoder with all its weights to compute one.
-    options.update({"new_fingerprint": uuid.uuid4().hex[:16]} if "new_fingerprint" in names else {})
-    options.update({"desc": f"Computing {column}"} if "desc" in names else {})
-    return dataset.map(of_batch, **options)
+    extra = {"new_fingerprint": uuid.uuid4().hex[:16], "desc": f"Computing {column}"}
+    taken = inspect.signature(dataset.map).parameters  # an IterableDataset's `map` takes neither
+    return dataset.map(of_batch, **options, **{name: value for name, value in extra.items() if name in taken})
 
 
 def as_function(encoder: Any, pooling: str) -> Callable[[list[str]], Any]:
-    """An encoder of any of the kinds that [`add_instance_embeds`] takes, as a function from texts to vectors."""
+    """Each kind of encoder that [`add_instance_embeds`] takes, as a function from N texts to vectors (N, k)."""
     if isinstance(encoder, (tuple, list)) and len(encoder) == 2 and isinstance(encoder[0], nn.Module):
         model, tokenizer = encoder
         return lambda texts: encode_with_model(model, tokenizer, texts, pooling)
@@ -117,14 +126,14 @@ def as_function(encoder: Any, pooling: str) -> Callable[[list[str]], Any]:
 
 
 def encode_with_model(model: nn.Module, tokenizer: Any, texts: Sequence[str], pooling: str = "auto") -> torch.Tensor:
-    """The vectors (N, d) of N texts from a model's last hidden states, without prompts, gradient and dropout."""
+    """The vectors (N, d) of N texts: pooled last hidden states of a plain pass, without prompts, gradient and dropout."""
     info = next((info for info in describe(model) if not info.decoder_of_pair), None)
     if info is None:
         raise ValueError(f"No transformer stack was found in {type(model).__name__}.")
     if pooling == "auto":
         pooling = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
     stack: PreTrainedModel = model.get_submodule(info.name)
-    # Padding on the right: a causal model does not see it, and it moves no position.
+    # Padding on the right: causal tokens do not attend to it, and it shifts no position.
     inputs = tokenizer(list(texts), padding=True, truncation=True, padding_side="right", return_tensors="pt")
     inputs = inputs.to(stack.get_input_embeddings().weight.device)
     wanted = {name: value for name, value in inputs.items() if name in info.forward_args}
@@ -133,13 +142,13 @@ def encode_with_model(model: nn.Module, tokenizer: Any, texts: Sequence[str], po
 
 
 class InstanceEmbedsCollator:
-    """A data collator that takes the stored vectors along: it stacks them and leaves the rest to another collator.
+    """A data collator that stacks the stored vectors as `instance_embeds` (B, k) and leaves the other columns to `collator`.
 
-    The trainer must not throw the column away: `TrainingArguments(remove_unused_columns=False)`.
+    The trainer must keep the column: `TrainingArguments(remove_unused_columns=False)`.
 
     Args:
-        collator (`Callable`): Makes a batch, a dict of tensors, of a list of examples.
-        column (`str`): The column with the vectors, see [`add_instance_embeds`].
+        collator (`Callable`): From a list of examples to a batch, a dict of tensors.
+        column (`str`): The column with the vectors, see [`add_instance_embeds`]. Defaults to `"instance_embeds"`.
 
     Raises:
         ValueError: When called, if an example has no vector, or they differ in width.

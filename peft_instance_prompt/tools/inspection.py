@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ def active_generator(model: nn.Module) -> tuple[InstancePromptLayer, PromptGener
     """The layer and the generator of a model's active adapter.
 
     Raises:
-        ValueError: There is none, or one on each of several stacks.
+        ValueError: There is no active adapter, or it is on several stacks.
     """
     layers = [
         module for module in model.modules() if isinstance(module, InstancePromptLayer) and not module.disable_adapters
@@ -46,8 +46,8 @@ def active_generator(model: nn.Module) -> tuple[InstancePromptLayer, PromptGener
 
 
 @contextmanager
-def evaluating(model: nn.Module):
-    """No gradient, and the model in evaluation mode; afterwards its modules have their modes back."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without gradients and with the model in evaluation mode; at the end, restore each module's mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -58,37 +58,50 @@ def evaluating(model: nn.Module):
             module.training = True
 
 
+@contextmanager
+def recording() -> Iterator[dict[int | None, Generated]]:
+    """Collect what is generated inside the context, by depth; under None, the output of the method's `encode`."""
+    made: dict[int | None, Generated] = {}
+    with intercept(lambda generated: made.__setitem__(generated.depth, generated)):
+        yield made
+
+
 def record(model: nn.Module, batch: Mapping[str, Any]) -> dict[int | None, Generated]:
-    """Everything that the active adapter generates for a batch, by depth; under None, the output of its `encode`.
+    """Everything that the active adapter generates for a batch, as [`recording`] collects it.
 
     Args:
         model (`nn.Module`): The model with the adapter, e.g. a [`~peft.PeftModel`].
-        batch (`Mapping`): What the model is called with.
+        batch (`Mapping`): The arguments of the model's forward.
+
+    Raises:
+        ValueError: There is no active adapter.
     """
     active_generator(model)
-    made: dict[int | None, Generated] = {}
-    with evaluating(model), intercept(lambda generated: made.__setitem__(generated.depth, generated)):
+    with evaluating(model), recording() as made:
         model(**on_device_of(model, batch))
     return made
 
 
 def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch on the model's device. To an offloaded model accelerate brings it itself."""
+    """A batch on the model's device. For an offloaded model accelerate moves it."""
     device = next(model.parameters()).device
     return dict(batch) if device.type == "meta" else send_to_device(dict(batch), device)
 
 
 def prompt_vectors(model: nn.Module, batches: Iterable[Mapping[str, Any]], depth: int | None = None) -> torch.Tensor:
-    """The prompt vectors of many instances.
+    """The prompt vectors of many instances at one depth.
 
     Args:
         model (`nn.Module`): The model with the adapter.
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
-        depth (`int`, *optional*): The layer, or -1 for the input embeddings. Defaults to the middle one of those at which
-            the method generates.
+        depth (`int`, *optional*): The layer, or -1 for the input embeddings. Defaults to the middle of the depths at which the
+            method generates.
 
     Returns:
         `torch.Tensor`: Shape (instances, l, d), in float32 on the CPU.
+
+    Raises:
+        ValueError: There is no active adapter, or it generates nothing at this depth.
     """
     depth = check_depth(active_generator(model)[1], depth)
     return torch.cat([record(model, batch)[depth].values.float().cpu() for batch in batches])
@@ -97,19 +110,22 @@ def prompt_vectors(model: nn.Module, batches: Iterable[Mapping[str, Any]], depth
 def generated_parts(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], depths: Sequence[int] | None = None
 ) -> dict[int, torch.Tensor]:
-    """The generated part of the prompt vectors of many instances: without the base state, and in units of its size.
+    """The generated part of many instances' prompt vectors: without the start state, in units of its root mean square.
 
     With the default `init_weights=True` a prompt vector is `p = start + rms(start) * generated` (see
     [`PromptGenerator.forward`]). In a causal model the start is an attention sink, hundreds of times as large as other states and
-    often the same for all instances, so that instances are compared by the generated part alone.
+    often the same for all instances, so only the generated parts of instances can be compared.
 
     Args:
         model (`nn.Module`): The model with the adapter.
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
-        depths (`Sequence[int]`, *optional*): The layers. Defaults to all at which the method generates.
+        depths (`Sequence[int]`, *optional*): The depths. Defaults to all at which the method generates.
 
     Returns:
         `dict[int, torch.Tensor]`: By depth, shape (instances, l, d), in float32 on the CPU.
+
+    Raises:
+        ValueError: There is no active adapter, or it generates nothing at one of the depths.
     """
     generator = active_generator(model)[1]
     depths = generator.depths if depths is None else [check_depth(generator, depth) for depth in depths]
@@ -122,7 +138,7 @@ def generated_parts(
 
 
 def generated_part(generator: PromptGenerator, made: Generated) -> torch.Tensor:
-    """As [`generated_parts`], of one depth of a batch: shape (B, l, d)."""
+    """The generated part (B, l, d) of one depth of a batch; see [`generated_parts`]."""
     values = made.values.detach().float()  # (B, l, d)
     with in_place(generator):
         text = generator.text_state(generator.weights(made.depth))  # (l, d) or None
@@ -136,18 +152,19 @@ def generated_part(generator: PromptGenerator, made: Generated) -> torch.Tensor:
 
 
 def token_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None = None) -> torch.Tensor:
-    """How much each prompt vector reads of each token: the pooling weights of IAPT, the pooling bins of LPT.
+    """Each token's share in each prompt vector: the pooling weights of IAPT, the pooling bins of LPT.
 
     Args:
         model (`nn.Module`): The model with the adapter.
-        batch (`Mapping`): What the model is called with.
+        batch (`Mapping`): The arguments of the model's forward.
         depth (`int`, *optional*): As for [`prompt_vectors`].
 
     Returns:
-        `torch.Tensor`: Shape (B, l, S), in float32 on the CPU. Each row sums to 1; it is 0 outside the instruction.
+        `torch.Tensor`: Shape (B, l, S), in float32 on the CPU. The S shares of a vector sum to 1, and are 0 outside the
+            instruction.
 
     Raises:
-        ValueError: The method has no such weights.
+        ValueError: The method's prompt vectors are no weighted means over tokens, or it generates nothing at this depth.
     """
     generator = active_generator(model)[1]
     weights = _token_weights(generator, record(model, batch)[check_depth(generator, depth)])
@@ -164,8 +181,8 @@ def _token_weights(generator: PromptGenerator, made: Generated) -> torch.Tensor 
 
 
 def _at_tokens(made: Generated, values: torch.Tensor) -> torch.Tensor:
-    """`values` (B, l, n) of the instruction's tokens, at the columns of the batch: (B, l, S), 0 elsewhere."""
-    columns = made.selection.columns  # a range of the stack's positions, or of tokens at the input
+    """The instruction's `values` (B, l, n), moved to the columns of the batch: (B, l, S), 0 elsewhere."""
+    columns = made.selection.columns  # of the stack's positions; at the input, of the tokens
     num_columns = made.layout.num_tokens + (0 if made.depth == INPUT else made.layout.num_slots)
     whole = values.new_zeros(*values.shape[:2], num_columns)  # (B, l, N)
     whole[:, :, columns] = values
@@ -176,12 +193,12 @@ def _at_tokens(made: Generated, values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the prompt vectors read of the text of one instance. S tokens, without padding; l prompt vectors.
+    """The shares of one row's S tokens, without padding, in its l prompt vectors.
 
     Attributes:
-        tokens (`list[str]`): The text of each token; joined, that of the instance.
-        columns (`torch.LongTensor`): Shape (S,). The column of the batch in which each token stands.
-        inside (`torch.BoolTensor`): Shape (S,). The tokens of the instruction.
+        tokens (`list[str]`): The text of each token; joined, they are the text of the row.
+        columns (`torch.LongTensor`): Shape (S,). Each token's column in the batch.
+        inside (`torch.BoolTensor`): Shape (S,). Whether a token belongs to the instruction.
         weights (`dict[int, torch.Tensor]`): By depth, shape (l, S): the share of each token in each prompt vector. Empty if the
             method's vectors are no weighted means over tokens.
     """
@@ -192,21 +209,24 @@ class Reading:
     weights: dict[int, torch.Tensor]
 
     def ratios(self, depth: int) -> torch.Tensor:
-        """How many times its share in a uniform reading each token has: shape (l, S), 1 everywhere if all are read alike."""
+        """Each token's share over its share in a uniform reading: shape (l, S); 1 everywhere in a uniform reading."""
         return self.weights[depth] * self.inside.sum()
 
     def tokens_read(self, depth: int) -> torch.Tensor:
-        """How many tokens each vector reads, as the exponential of the entropy of its weights: shape (l,), from 1 to all."""
+        """The number of tokens that each vector reads, the exponential of its weights' entropy: shape (l,), from 1 to S."""
         return torch.special.entr(self.weights[depth]).sum(dim=-1).exp()  # (l,)
 
 
 def readings(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any) -> list[Reading]:
-    """What the prompt vectors of each depth read of each row of a batch.
+    """A [`Reading`] of each row of a batch.
 
     Args:
         model (`nn.Module`): The model with the adapter.
-        batch (`Mapping`): What the model is called with, `input_ids` among it.
-        tokenizer: Has `decode`, which turns a list of ids into text. None: the ids are the text.
+        batch (`Mapping`): The arguments of the model's forward, `input_ids` among them.
+        tokenizer: An object whose `decode` turns a list of ids into text. None shows the ids.
+
+    Raises:
+        ValueError: There is no active adapter, or rows hold several sequences.
     """
     generator = active_generator(model)[1]
     made = {depth: m for depth, m in record(model, batch).items() if depth is not None}
@@ -228,7 +248,7 @@ def readings(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any) -> list
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text of each token with its spaces, which some tokenizers leave out before a token that stands alone."""
+    """The text of each token with the spaces before it, which some tokenizers drop when they decode a token alone."""
     if tokenizer is None:
         return [str(token) for token in ids]
     texts, before = [], ""
@@ -240,15 +260,18 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many prompt vectors each instance has, and how many of them stand behind its text.
+    """The number of each instance's used prompt vectors, and how many of them stand behind its text.
 
     Args:
         model (`nn.Module`): The model with the adapter.
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
 
     Returns:
-        `tuple[torch.LongTensor, torch.LongTensor]`: Each of shape (instances,). A vector stands behind the text if more than
+        `tuple[torch.LongTensor, torch.LongTensor]`: Both of shape (instances,). A vector stands behind the text if more than
             half of the instruction's tokens stand before it.
+
+    Raises:
+        ValueError: There is no active adapter, or rows hold several sequences.
     """
     lengths, behind = [], []
     for batch in batches:
@@ -256,12 +279,9 @@ def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[
         check_rows(made)
         layout, instances = made.layout, made.instances.mask.sum(dim=1, keepdim=True)  # (B, 1)
         column = made.selection.last[:, None]  # (B, 1)
-        last = (
-            column if made.depth == INPUT else (layout.token_index == column).int().argmax(dim=1, keepdim=True)
-        )  # (B, 1)
-        after = (last + 1 - layout.before_token).clamp(
-            min=0
-        )  # (B, L) tokens up to the last that stand behind each slot
+        at_layer = (layout.token_index == column).int().argmax(dim=1, keepdim=True)  # (B, 1)
+        last = column if made.depth == INPUT else at_layer  # (B, 1)
+        after = (last + 1 - layout.before_token).clamp(min=0)  # (B, L), the instruction's tokens behind each slot
         later = layout.used & (2 * after < instances)  # (B, L)
         lengths.append(layout.used.sum(dim=1).cpu())
         behind.append(later.sum(dim=1).cpu())
@@ -269,13 +289,13 @@ def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[
 
 
 def check_rows(made: Generated) -> None:
-    """Raise a ValueError if the rows of a batch hold several sequences: what is said of rows would not be of instances."""
+    """Raise a ValueError if rows of a batch hold several sequences: a row would then be several instances."""
     if made.layout is not None and made.layout.seats is not None:
         raise ValueError("The rows of this batch hold several sequences: give it padded, with a row per sequence.")
 
 
 def check_depth(generator: PromptGenerator, depth: int | None) -> int:
-    """`depth`, or the middle one of a generator's; a ValueError if nothing is generated there."""
+    """`depth`, or the middle of a generator's depths. Raises a ValueError if it generates nothing at `depth`."""
     if depth is None:
         return generator.depths[len(generator.depths) // 2]
     if depth not in generator.depths:

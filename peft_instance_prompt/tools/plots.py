@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of what an adapter does, each in one call, light or dark. They need matplotlib: `pip install peft-instance-prompt[plots]`.
+"""Pictures of what an adapter does, one function each. They need matplotlib, which is imported when the first one is drawn:
+`pip install peft-instance-prompt[plots]`.
 
-All take `theme`, `"light"` (the default) or `"dark"`, and `ax`, matplotlib axes to draw into in place of a new figure; all return
-the `Figure` that was drawn in.
+Each takes `theme`, `"light"` (the default) or `"dark"`, and `ax`, matplotlib axes to draw into instead of a new figure. Each returns
+the `Figure` that it drew into.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from torch import nn
 
 from ..nn.rational import rational
 from ..nn.ridge import leave_one_out
-from .canvas import dress, new_axes, ramp, reading_colours
 from .inspection import active_generator, check_depth, generated_parts, placements, readings
 from .report import PROMPTS, InstanceReport
-from .themes import check_theme
+from .themes import Theme, check_theme
 
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 def plot_report(report: InstanceReport, measure: str = "loss", theme: str = "light", ax: Axes | None = None) -> Figure:
-    """What it costs to exchange the prompts: the paired differences between own and shuffled or mean prompts, with their intervals.
+    """The paired differences between own and shuffled or mean prompts, with their intervals.
 
     Args:
         report (`InstanceReport`): The result of [`instance_report`].
-        measure (`str`): One of its measures. Defaults to `"loss"`.
+        measure (`str`): One of the report's measures. Defaults to `"loss"`.
 
     Raises:
         ValueError: The report has no such measure.
@@ -64,17 +64,17 @@ def plot_reading(
     theme: str = "light",
     ax: Axes | None = None,
 ) -> Figure:
-    """Which instruction tokens each prompt vector reads more or less than if it read all alike, as a heat map over the text.
+    """A heat map: each instruction token's share in each prompt vector, over its share in a uniform reading.
 
     Args:
         model (`nn.Module`): The model with the adapter, e.g. a [`~peft.PeftModel`].
-        batch (`Mapping`): What the model is called with, `input_ids` among it.
-        tokens (tokenizer or `Sequence[str]`): A tokenizer, to turn ids into text, or the text of each column of the row.
-        depth (`int`, *optional*): The layer. Defaults to the middle one of those at which vectors are generated.
+        batch (`Mapping`): The arguments of the model's forward, `input_ids` among them.
+        tokens (tokenizer or `Sequence[str]`): A tokenizer that decodes the ids, or the text of each column of the row.
+        depth (`int`, *optional*): The layer. Defaults to the middle of the layers at which vectors are generated.
         row (`int`): The row of the batch. Defaults to 0.
 
     Raises:
-        ValueError: The prompt vectors of the method are no weighted means over tokens, or `tokens` does not fit the batch.
+        ValueError: The method's prompt vectors are no weighted means over tokens, or `tokens` does not fit the batch.
     """
     colours, generator = check_theme(theme), active_generator(model)[1]
     depth, columns = check_depth(generator, depth), batch["input_ids"].shape[1]
@@ -104,16 +104,16 @@ def plot_reading(
 def plot_tokens_read(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], theme: str = "light", ax: Axes | None = None
 ) -> Figure:
-    """How much of the text each prompt vector reads at each layer: the number of tokens that it reads (see [`Reading`]) per token.
+    """A line for each prompt vector: the share of the text that it reads at each layer, the mean over instances.
 
-    1 if all tokens are read alike; the mean over instances, and a line for each vector.
+    The share is the number of tokens read (see [`Reading.tokens_read`]) over the number of tokens: 1 in a uniform reading.
 
     Args:
         model (`nn.Module`): The model with the adapter.
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
 
     Raises:
-        ValueError: The prompt vectors of the method are no weighted means over tokens.
+        ValueError: The method's prompt vectors are no weighted means over tokens.
     """
     colours, generator = check_theme(theme), active_generator(model)[1]
     found = [reading for batch in batches for reading in readings(model, batch, None)]
@@ -134,11 +134,11 @@ def plot_tokens_read(
 def plot_activations(
     model: nn.Module, span: tuple[float, float] = (-3.0, 3.0), theme: str = "light", ax: Axes | None = None
 ) -> Figure:
-    """The learned activation of each layer, and the GELU that it started from.
+    """The learned activation of each layer, and the GELU that it started as.
 
     Args:
         model (`nn.Module`): The model with the adapter.
-        span (`tuple[float, float]`): The range of inputs.
+        span (`tuple[float, float]`): The range of inputs. Defaults to -3 to 3.
 
     Raises:
         ValueError: The adapter has no learned activation.
@@ -166,12 +166,15 @@ def plot_placements(
     theme: str = "light",
     ax: Axes | None = None,
 ) -> Figure:
-    """How instances differ in where their prompt vectors stand, or in how many they have, as a histogram.
+    """A histogram over instances: how many of their prompt vectors stand behind the text, or are used.
 
     Args:
         model (`nn.Module`): The model with the adapter.
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
-        what (`str`): `"position"`, how many of its vectors stand behind an instance's text, or `"length"`, how many it has.
+        what (`str`): `"position"`, the default, the number of vectors behind the text; or `"length"`, the number of used vectors.
+
+    Raises:
+        ValueError: `what` is neither.
     """
     labels = {"position": "prompt vectors behind the text", "length": "prompt vectors in use"}
     colours = check_theme(theme)
@@ -197,13 +200,16 @@ def plot_prompt_map(
     theme: str = "light",
     ax: Axes | None = None,
 ) -> Figure:
-    """The generated parts of the prompts of many instances (see [`generated_parts`]), by their two principal components.
+    """A scatter plot of many instances: the two principal components of the generated parts of their prompts ([`generated_parts`]).
 
     Args:
         model (`nn.Module`): The model with the adapter.
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
-        labels (`Sequence`, *optional*): One for each instance, for the colours.
-        depth (`int`, *optional*): The layer. Defaults to the middle one of those at which vectors are generated.
+        labels (`Sequence`, *optional*): A label for each instance, shown as its colour.
+        depth (`int`, *optional*): The layer. Defaults to the middle of the layers at which vectors are generated.
+
+    Raises:
+        ValueError: There are fewer than 3 instances, or not as many labels as instances.
     """
     colours, depth = check_theme(theme), check_depth(active_generator(model)[1], depth)
     points = generated_parts(model, batches, [depth])[depth].flatten(1)  # (n, l * d)
@@ -233,15 +239,18 @@ def plot_separation(
     theme: str = "light",
     ax: Axes | None = None,
 ) -> Figure:
-    """At each layer, how often the label of an instance can be told from the generated part of its prompt.
+    """The accuracy, layer by layer, of a linear classifier that reads the generated part of an instance's prompt.
 
-    A linear rule (ridge regression on the classes, see [`leave_one_out`]) is fitted on all other instances. A dashed line shows the
-    share of the commonest label, which a rule that knows nothing of the instance gets.
+    The classifier (ridge regression on the classes, see [`leave_one_out`]) is fitted on all other instances. A dashed line shows the
+    accuracy without reading the prompt, the share of the commonest label.
 
     Args:
         model (`nn.Module`): The model with the adapter.
         batches (`Iterable`): Batches, e.g. a `DataLoader`.
-        labels (`Sequence`): One for each instance.
+        labels (`Sequence`): A label for each instance.
+
+    Raises:
+        ValueError: There are not as many labels as instances.
     """
     colours = check_theme(theme)
     parts = generated_parts(model, batches)
@@ -281,5 +290,60 @@ def _place(depth: int) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token as it can be read below a column; a dollar sign would begin a formula."""
+    """A token as a label of a column. The dollar sign is escaped, since it would begin a formula."""
     return token.strip(" ").replace("\n", "↵").replace("$", r"\$") or "␣"
+
+
+# ------------------------------------------------------------------------------------------- what the pictures share
+
+
+def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+    """The figure and the axes to draw into; new ones, `width` and `height` inches, if `ax` is None.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if ax is not None:
+        return ax.figure, ax
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: `pip install peft-instance-prompt[plots]`.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")  # not pyplot's, which keeps every figure alive
+    return figure, figure.subplots()
+
+
+def dress(ax: Axes, theme: Theme) -> Figure:
+    """Give everything around the data a theme's colours, after drawing; axes that the caller gave, too."""
+    ax.figure.set_facecolor(theme.paper)
+    ax.set_facecolor(theme.paper)
+    ax.tick_params(which="both", color=theme.line, labelcolor=theme.ink)
+    for name, spine in ax.spines.items():
+        spine.set_color(theme.line)
+        if name in ("top", "right"):
+            spine.set_visible(False)
+    for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
+        text.set_color(theme.ink)
+    ax.title.set_fontsize("medium")
+    for text in getattr(ax.get_legend(), "texts", ()):
+        text.set_color(theme.ink)
+    return ax.figure
+
+
+def ramp(number: int, theme: Theme) -> list:
+    """As many colours in an order, such as that of the layers."""
+    from matplotlib import colormaps
+
+    low, high = theme.ramp
+    return [colormaps["viridis"](low + (high - low) * n / max(number - 1, 1)) for n in range(number)]
+
+
+def reading_colours(theme: Theme) -> tuple[Any, Any, tuple[float, ...]]:
+    """Scale, colours and ticks for shares over the uniform share: logarithmic, with the background's colour at 1."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+    ticks = (0.125, 0.25, 0.5, 1, 2, 4, 8)
+    ends = [theme.less, theme.paper, theme.more]
+    colours = LinearSegmentedColormap.from_list("reading", ends, N=257)  # an odd number has a middle
+    bad = theme.less  # a share of 0 has no logarithm
+    return LogNorm(vmin=ticks[0], vmax=ticks[-1]), colours.with_extremes(bad=bad), ticks

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prompts for engines that know nothing of adapters but take prompt embeddings, such as vLLM's `prompt_embeds`."""
+"""Prompts for engines that cannot run adapters but take prompt embeddings, such as vLLM's `prompt_embeds`."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from .inspection import active_generator
 
 
 class _Opened(Exception):
-    """Ends a forward pass where the stack would begin its work."""
+    """Ends a forward pass before the stack's layers run."""
 
 
 def to_prompt_embeds(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
 ) -> list[torch.Tensor]:
-    """The input embeddings of each request, with the generated prompt vectors in their places and without padding.
+    """The input embeddings of each row with the generated prompt vectors in their slots, without padding.
 
-    The bare base model continues them as the model with the adapter continues the tokens. The stack runs only if the
-    method itself needs a pass.
+    The bare base model continues them as the model with the adapter continues the tokens. The layers run only if the method needs a
+    plain pass.
 
     Args:
         model (`nn.Module`): The model with the active adapter, in evaluation mode.
         input_ids (`torch.LongTensor`): Shape (B, S). The whole prompts, as `generate` takes them.
-        attention_mask (`torch.Tensor`, *optional*): Shape (B, S). 0 where there is padding.
-        kwargs: Other arguments of the model that bear on the prompts: `instruction_mask`, `instance_embeds`, `task_ids`.
+        attention_mask (`torch.Tensor`, *optional*): Shape (B, S). The padding mask, 0 at padding.
+        kwargs: Other arguments of `forward` that the prompts depend on: `instruction_mask`, `instance_embeds`, `task_ids`.
 
     Returns:
-        `list[torch.Tensor]`: One of shape (positions, e) for each row, in the dtype of the base model.
+        `list[torch.Tensor]`: For each row a tensor (positions, e) in the dtype of the base model.
 
     Raises:
-        ValueError: The adapter's vectors do not enter at the input alone, or the model is in training mode.
+        ValueError: The adapter generates vectors elsewhere than at the input, or the model is in training mode.
 
     Example:
 
@@ -51,11 +51,11 @@ def to_prompt_embeds(
     """
     generator = active_generator(model)[1]
     if generator.depths != (INPUT,) or generator.first_visible_layer > 0:
-        where = ", ".join("the input" if depth == INPUT else f"layer {depth}" for depth in generator.depths)
+        places = ["the input" if depth == INPUT else f"layer {depth}" for depth in generator.depths]
+        where = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
         raise ValueError(
-            f"{type(generator).__name__} generates prompt vectors at {where}, from what the layers below have made of the "
-            "text; an engine that takes prompt embeddings gives access to the input only. Methods that can be served so are "
-            "those that enter at the input: dynamic prompting, IPT with the host `prompt`, IDPG with `multi_layer=False`."
+            f"{type(generator).__name__} generates prompt vectors at {where}, and prompt embeddings reach the input only. Use a "
+            "method that generates at the input: dynamic prompting, IPT with `host='prompt'`, IDPG with `multi_layer=False`."
         )
     if model.training:
         raise ValueError("The model is in training mode, in which prompts may be sampled; call `model.eval()` first.")
@@ -76,7 +76,7 @@ def to_prompt_embeds(
 
 
 def encode_prompt_embeds(embeds: torch.Tensor) -> str:
-    """Prompt embeddings as vLLM's server takes them in `prompt_embeds`.
+    """Prompt embeddings in the form that vLLM's server takes as `prompt_embeds`.
 
     Args:
         embeds (`torch.Tensor`): Shape (positions, e), as [`to_prompt_embeds`] returns them.
@@ -85,7 +85,7 @@ def encode_prompt_embeds(embeds: torch.Tensor) -> str:
         `str`: The tensor as `torch.save` writes it, in base64.
 
     Raises:
-        ValueError: The tensor has another shape.
+        ValueError: The tensor has a different number of dimensions, or no floats.
 
     Example:
 
@@ -100,5 +100,5 @@ def encode_prompt_embeds(embeds: torch.Tensor) -> str:
             f"{tuple(embeds.shape)}."
         )
     buffer = io.BytesIO()
-    torch.save(embeds.detach().cpu().clone(), buffer)  # a view would be saved with all that it is a view of
+    torch.save(embeds.detach().cpu().clone(), buffer)  # a copy: a view would be saved with its whole base tensor
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Did the instance matter? The same data with each instance's own prompt, another's, the mean of all, and none."""
+"""Did the instance matter? The same data with each instance's own prompt, a different instance's, the mean of all, and none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ from ..engine.intercept import Generated, intercept
 from ..engine.request import note
 from ..generator import INPUT, PromptGenerator
 from . import report_html
-from .inspection import Reading, active_generator, evaluating, generated_part, on_device_of, readings, record
+from .inspection import (
+    Reading,
+    active_generator,
+    evaluating,
+    generated_part,
+    on_device_of,
+    readings,
+    record,
+    recording,
+)
 
 
 PROMPTS = ("own", "shuffled", "mean", "none")
@@ -35,14 +44,14 @@ class InstanceReport:
 
     Attributes:
         values (`dict[str, dict[str, torch.Tensor]]`): By measure (`"loss"`, `"accuracy"` or the metric's name) and prompt
-            (`"own"`, `"shuffled"`, `"mean"`, `"none"`): one number per instance.
+            (`"own"`, `"shuffled"`, `"mean"`, `"none"`): a tensor (instances,).
         level (`float`): The share of resamples that an interval covers.
         resamples (`int`): The number of bootstrap resamples.
         seed (`int`): The seed of the resampling.
-        subject (`str`): What was measured, in words.
-        readings (`list[Reading]`): What the prompt vectors read of the first instances, if there was a tokenizer.
-        spread (`dict[int, float]`): By depth, how far the generated parts of the prompts lie from their mean, over their
-            size (both root mean squares over instances): 0 if they are the same for all instances, 1 if they have nothing in common.
+        subject (`str`): The adapter in words, e.g. "IAPT, 4 prompt vectors at each of 30 layers".
+        readings (`list[Reading]`): Those of the first instances, if a tokenizer was given.
+        spread (`dict[int, float]`): By depth, the distance of the generated parts from their mean, over their size (both are
+            root mean squares over instances): 0 if all instances have the same generated part, 1 if its mean is 0.
     """
 
     values: dict[str, dict[str, torch.Tensor]]
@@ -57,7 +66,7 @@ class InstanceReport:
         return len(self.values["loss"]["own"])
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By measure and prompt, or difference of prompts such as `"own - none"`: mean, and ends of its interval."""
+        """By measure and by prompt, or difference such as `"own - none"`: the mean and the `low` and `high` end of its interval."""
         return {
             measure: {
                 name: {"mean": mean, "low": low, "high": high}
@@ -71,7 +80,7 @@ class InstanceReport:
         series = {**by_prompt, **pairs}
         table = torch.stack(list(series.values()), dim=1)  # (n, 7)
         generator = torch.Generator().manual_seed(self.seed)
-        # All columns take the same instances, so the differences are paired.
+        # All columns of a resample are of the same instances, so the differences are paired.
         picks = (torch.randint(len(table), (len(table),), generator=generator) for _ in range(self.resamples))
         means = torch.stack([table[pick].mean(dim=0) for pick in picks])  # (resamples, 7)
         tail = (1 - self.level) / 2
@@ -79,22 +88,25 @@ class InstanceReport:
         return dict(zip(series, torch.stack([table.mean(dim=0), low, high], dim=1).tolist()))
 
     def to_json(self) -> str:
-        """The summary, the setting and the value of each instance, as JSON."""
+        """The setting, the summary, the spread and the values of all instances, as JSON."""
         setting = {"instances": len(self), "level": self.level, "resamples": self.resamples, "seed": self.seed}
         values = {m: {p: value.tolist() for p, value in by_prompt.items()} for m, by_prompt in self.values.items()}
         return json.dumps({**setting, "summary": self.summary(), "spread": self.spread, "values": values}, indent=2)
 
     def spread_in_words(self) -> str:
-        """How much the generated vectors differ between instances, in a sentence."""
+        """The spread, in a sentence."""
         shares = sorted(self.spread.values())
         span = f"{shares[0]:.1%}" if shares[0] == shares[-1] else f"{shares[0]:.1%} to {shares[-1]:.1%}, by layer,"
         return f"The generated vectors differ between instances by {span} of their size."
 
     def to_html(self, path: str | os.PathLike | None = None) -> str:
-        """The report as a page that needs nothing else: table, chart, and what the prompt vectors read of some texts.
+        """The report as an HTML page that needs no other file: findings, charts, table, and each token's share in the first texts.
 
         Args:
-            path (`str`, *optional*): A file to write it to.
+            path (`str`, *optional*): A file to write the page to.
+
+        Returns:
+            `str`: The page.
         """
         page = report_html.make_page(self)
         if path is not None:
@@ -130,36 +142,33 @@ def instance_report(
 ) -> InstanceReport:
     """Measure whether prompts that are generated from the instance do more than prompts that are not.
 
-    Four times over the same data, the model gets
-    - `own`: each instance's own prompt;
-    - `shuffled`: that of another instance of the same batch, never its own. All of it is the other's: every vector at
-      every depth as it stood in the slots (base state included, see `init_weights`) when the other instance was run with its own
-      prompt, and the output of the method's `encode`, which decides places and lengths;
-    - `mean`: the mean over all instances of these vectors, the same for each;
-    - `none`: no prompt. Everything else that was trained, such as a classification head, stays.
+    The model runs on the same data with four kinds of prompts:
+    - `own`: each instance's own;
+    - `shuffled`: that of a different instance of the same batch, exactly as it stood in the slots at every depth when that
+      instance ran with its own prompt, together with its output of the method's `encode`, which decides places and lengths;
+    - `mean`: the mean of all instances' vectors, the same for each;
+    - `none`: no prompt. Whatever else was trained, such as a classification head, stays.
 
     If `own` is no better than `shuffled` and `mean`, the adapter has learned a prompt for the task and not for the instance. The
     report's `spread` says whether the prompts differ at all.
 
     Args:
         model (`nn.Module`): The model with an active adapter, e.g. a [`~peft.PeftModel`].
-        data (`DataLoader` or `Dataset`): Batches, or examples. They must have `labels`, which in a causal model are -100 on
-            the instruction: from these, or from the other means that [`InstancePromptConfig`] names, the model knows what the
-            prompt may be generated from.
+        data (`DataLoader` or `Dataset`): Batches, or examples, with `labels`. In a causal model these are -100 on the instruction,
+            unless the config or the batch says otherwise where it ends.
         batch_size (`int`): For a data set. Defaults to 8; at least 2.
         collate_fn (`Callable`, *optional*): For a data set. Defaults to transformers' `default_data_collator`.
-        metric (`Callable`, *optional*): Takes logits and batch, returns a number for each row. Defaults to accuracy: whether
-            the likeliest class is the label; for labels per token, the share of a row's labelled tokens that are the
-            likeliest, given what stands before them; nothing for regression.
+        metric (`Callable`, *optional*): From logits and batch to a number for each row. Defaults to accuracy: of classes, 1 if
+            the likeliest is the label; of tokens, the share of a row's labelled tokens that are the likeliest; of regression,
+            nothing.
         level (`float`): The share of bootstrap resamples that an interval covers. Defaults to 0.95.
         resamples (`int`): The number of bootstrap resamples over instances. Defaults to 1000.
-        seed (`int`): For the exchange of prompts and for the resampling. Defaults to 0.
-        tokenizer (*optional*): To show, in `to_html`, what the prompt vectors read of the first texts.
-        texts (`int`): How many texts that are. Defaults to 4.
+        seed (`int`): The seed of the exchange of prompts and of the resampling. Defaults to 0.
+        tokenizer (*optional*): Lets `to_html` show what the prompt vectors read of the first `texts` texts.
+        texts (`int`): Defaults to 4.
 
     Returns:
-        [`InstanceReport`]: Means over instances (an instance's loss is that of its labelled tokens' mean), their intervals,
-            and those of the paired differences to `own`.
+        [`InstanceReport`]: Means over instances (an instance's loss is its labelled tokens' mean), and intervals.
 
     Raises:
         ValueError: There is no active adapter, no pair of instances, no label, or an argument is out of range.
@@ -168,56 +177,74 @@ def instance_report(
         raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
     if resamples < 1:
         raise ValueError(f"`resamples` must be at least 1, got {resamples}.")
-    layer, generator = active_generator(model)
+    generator = active_generator(model)[1]
     if not isinstance(data, DataLoader):
         data = DataLoader(data, batch_size=batch_size, collate_fn=collate_fn or default_data_collator)
-    batches = [on_device_of(model, batch) for batch in data]  # the same order each time
+    batches = list(data)  # on the host, and in one order for all passes
     if len(batches) < 2 and (not batches or count_rows(batches[0]) < 2):
         raise ValueError("At least two instances are needed for one to get the prompt of another.")
+    with evaluating(model):
+        values, spread = compare_prompts(model, batches, metric, torch.Generator().manual_seed(seed))
+        shown = read_first(model, batches, tokenizer, texts) if tokenizer is not None else []
+    return InstanceReport(values, level, resamples, seed, describe(generator), shown, spread)
 
+
+def compare_prompts(
+    model: nn.Module, batches: list[Mapping[str, Any]], metric: Callable | None, picks: torch.Generator
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[int, float]]:
+    """`values` and `spread` of an [`InstanceReport`]: one pass over the batches with each kind of prompt.
+
+    A batch is on the model's device only while it runs. `picks` decides who lends whom its prompt.
+    """
+    layer, generator = active_generator(model)
     found: dict[str, dict[str, list[torch.Tensor]]] = {}
 
     def measure(prompts: str, batch: dict[str, Any]) -> None:
         for name, values in evaluate(model, batch, layer.info.causal_lm, metric).items():
             found.setdefault(name, {}).setdefault(prompts, []).append(values.double().cpu())
 
-    shown: list[Reading] = []
-    picks = torch.Generator().manual_seed(seed)
     total: dict[int | None, torch.Tensor] = {}
     spread = Spread(generator)
-    with evaluating(model):
-        for number, batch in enumerate(batches):
-            rows = count_rows(batch)
-            made = record(model, batch)
-            own = exchangeable(made)
-            spread.add(made)
-            for depth, values in own.items():
-                total[depth] = total.get(depth, 0) + values.double().sum(dim=0)
+    for number, batch in enumerate(batches):
+        batch, rows = on_device_of(model, batch), count_rows(batch)
+        with recording() as made:
             measure("own", batch)
-            if tokenizer is not None and len(shown) < texts:
-                shown += readings(model, batch, tokenizer)[: texts - len(shown)]
-            order = torch.randperm(rows, generator=picks)
-            donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: none gets its own
-            others = own
-            if rows == 1:  # the batch before it lends its first row
-                others, donors = exchangeable(record(model, batches[number - 1])), torch.tensor([0])
-            with intercept(partial(lent, others, donors=donors)):
-                measure("shuffled", batch)
-            with note(adapters={layer: ([], {})}):  # not by `adapter_names`, which name trained heads, too
-                measure("none", batch)
-        n = sum(map(count_rows, batches))
-        mean = {depth: values / n for depth, values in total.items()}
-        with intercept(
-            lambda made: mean[made.depth].to(made.values).expand_as(made.values) if made.depth in mean else None
-        ):
-            for batch in batches:
-                measure("mean", batch)
-    by_measure = {m: {name: torch.cat(lists[name]) for name in PROMPTS} for m, lists in found.items()}
-    return InstanceReport(by_measure, level, resamples, seed, describe(generator), shown, spread.shares())
+        own = exchangeable(made)
+        spread.add(made)
+        for depth, values in own.items():
+            total[depth] = total.get(depth, 0) + values.double().sum(dim=0)
+        order = torch.randperm(rows, generator=picks)
+        donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: no row gets its own
+        lenders = own
+        if rows == 1:  # the first row of the batch before it lends its prompt
+            lenders, donors = exchangeable(record(model, batches[number - 1])), torch.tensor([0])
+        with intercept(partial(lent, lenders, donors=donors)):
+            measure("shuffled", batch)
+        with note(adapters={layer: ([], {})}):  # not by `adapter_names`, which name trained heads, too
+            measure("none", batch)
+    mean = {depth: values / spread.count for depth, values in total.items()}  # (l, d) each, or (k)
+
+    def common(made: Generated) -> torch.Tensor | None:
+        return mean[made.depth].to(made.values).expand_as(made.values) if made.depth in mean else None
+
+    with intercept(common):
+        for batch in batches:
+            measure("mean", on_device_of(model, batch))
+    values = {measure: {name: torch.cat(lists[name]) for name in PROMPTS} for measure, lists in found.items()}
+    return values, spread.shares()
+
+
+def read_first(model: nn.Module, batches: list[Mapping[str, Any]], tokenizer: Any, number: int) -> list[Reading]:
+    """What the prompt vectors read of the first `number` instances."""
+    found: list[Reading] = []
+    for batch in batches:
+        if len(found) < number:
+            found += readings(model, batch, tokenizer)
+    return found[:number]
 
 
 class Spread:
-    """Sums over instances, from which the spread of what is generated follows (see [`InstanceReport`])."""
+    """Sums over instances, from which `spread` of an [`InstanceReport`] is computed."""
 
     def __init__(self, generator: PromptGenerator):
         self.generator = generator
@@ -242,7 +269,7 @@ class Spread:
 
 
 def describe(generator: PromptGenerator) -> str:
-    """An adapter in words, such as "IAPT, 4 prompt vectors at each of 30 layers"."""
+    """An adapter in words, e.g. "IAPT, 4 prompt vectors at each of 30 layers"."""
     depths = generator.depths
     places = f"each of {len(depths)} layers" if len(depths) > 1 else f"layer {depths[0]}"
     places = "the input" if depths == (INPUT,) else places
@@ -250,16 +277,18 @@ def describe(generator: PromptGenerator) -> str:
 
 
 def exchangeable(made: Mapping[int | None, Generated]) -> dict[int | None, torch.Tensor]:
-    # The input of IPT's encoders is as long as the batch's longest row. Their prompt vectors are exchanged anyway.
+    """The values by depth that instances can exchange: all but an `encode` output with a dimension over tokens, as IPT's."""
+    # That dimension is as long as the batch's longest row. The vectors made of it are exchanged anyway.
     return {depth: m.values for depth, m in made.items() if depth is not None or m.values.dim() == 2}
 
 
 def lent(others: Mapping[int | None, torch.Tensor], made: Generated, donors: torch.Tensor) -> torch.Tensor | None:
-    """What was generated for the donors (B,); None, which changes nothing, if it is not exchanged."""
+    """What was generated for the donors (B,), in place of the row's own; None, for no change, if it is not exchanged."""
     return others[made.depth][donors.to(made.values.device)] if made.depth in others else None
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:
+    """The number of rows. Raises a ValueError if the batch has no labels."""
     if batch.get("labels") is None:
         raise ValueError(f"Each batch must have `labels`, got {sorted(batch)}.")
     return len(batch["labels"])

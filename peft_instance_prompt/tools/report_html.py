@@ -1,18 +1,22 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""An [`InstanceReport`] as a page: what was found in sentences, a chart, a table, and what was read of some texts.
+"""An [`InstanceReport`] as a page: the findings in sentences, charts, a table, and the first texts with each token shaded by its share.
 
-The page needs no other file, no network and no script. It is light or dark as the reader's system is.
+The page needs no other file, no network and no script, and is light or dark as the reader's system is. Radio buttons choose a layer;
+a rule of the style for each layer shows its texts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
-from . import reading_html
+import torch
+
+from .inspection import Reading
 from .themes import THEMES
 
 
@@ -23,14 +27,16 @@ Cell = dict[str, float]  # mean, low, high
 
 MEANING = {
     "own": "The prompt that is generated from the instance itself.",
-    "shuffled": "The prompt of another instance of the same batch. As good as own: it does not matter which instance a prompt is from.",
-    "mean": "The mean of all instances' prompts, the same for each. As good as own: one prompt for all would do.",
-    "none": "No prompt. What else was trained, such as a classification head, stays.",
+    "shuffled": "The prompt of a different instance of the same batch. If it is as good as own, it does not matter which instance a "
+    "prompt is from.",
+    "mean": "The mean of all instances' prompts, the same for each. If it is as good as own, one prompt for all would do.",
+    "none": "No prompt. Whatever else was trained, such as a classification head, stays.",
 }
-BETTER = {
-    "loss": -1,
-    "accuracy": 1,
-}  # the sign of a difference that is an improvement; of other measures it is not known
+# The sign of a difference that is an improvement; of other measures it is not known.
+BETTER = {"loss": -1, "accuracy": 1}
+
+MOST_TOKENS = 300  # of a text, which the page holds once for each layer and vector
+STEPS = 4  # shades on either side of a uniform reading, each half a power of two
 
 STYLE = """
 :root { color-scheme: light dark; LIGHT }
@@ -55,7 +61,18 @@ svg { display: block; width: 100%; max-width: 40rem; overflow: visible; font-siz
 svg text { fill: var(--ink); stroke: var(--paper); stroke-width: 4px; paint-order: stroke; }
 svg .axis text { fill: var(--soft); font-size: 12px; }
 svg .axis line { stroke: var(--line); }
-COLOURS
+.pick { position: absolute; opacity: 0; pointer-events: none; }
+.layers { display: flex; flex-wrap: wrap; gap: .25rem; align-items: center; margin: .75rem 0; }
+.layers label { min-width: 2.4rem; padding: .3rem .4rem; text-align: center; border: 1px solid var(--line); border-radius: .3rem;
+  cursor: pointer; font-variant-numeric: tabular-nums; }
+.layers span, .scale span { margin-right: .4rem; }
+.scale { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem; font-size: .9rem; margin: .5rem 0; }
+.scale i { padding: .1rem .45rem; }
+.layer { display: none; }
+.vector { margin: .6rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.vector b { display: block; font-size: .85rem; font-weight: 600; }
+i { font-style: normal; border-radius: .2rem; }
+.out { color: var(--soft); }
 """
 
 
@@ -77,43 +94,52 @@ def make_page(report: InstanceReport) -> str:
         '<p class="soft">The last three rows are paired differences: each resample takes the same instances for both prompts. Where '
         "such an interval holds 0, the data show no difference.</p>",
         "<h2>What the prompt vectors read</h2>",
-        reading_html.make_section(report.readings, report.values),
+        make_section(report.readings, report.values),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Did the instance matter?</title>\n'
-        f"<style>{make_style()}{reading_html.make_style(report.readings)}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
+        f"<style>{make_style(report.readings)}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
 
 
 def make_frame(report: InstanceReport) -> str:
-    """The page in a frame of its own, for notebooks: its style and the notebook's do not meet."""
+    """The page in an iframe, for notebooks: the page's style and the notebook's do not mix."""
     page = escape(make_page(report), quote=True)
     return f'<iframe srcdoc="{page}" style="width: 100%; height: 40rem; border: 0" title="Did the instance matter?"></iframe>'
 
 
-def make_style() -> str:
+def make_style(readings: list[Reading]) -> str:
+    """The page's style sheet: the themes' colours, a rule for each kind of prompt, shade and layer."""
     style = STYLE
     for name, theme in THEMES.items():
         names = {"paper": theme.paper, "ink": theme.ink, "soft": theme.soft, "line": theme.line}
         names |= {"more": theme.more, "less": theme.less}
         names |= dict(zip(MEANING, theme.series))
         style = style.replace(name.upper(), " ".join(f"--{key}: {colour};" for key, colour in names.items()))
-    rules = (f"svg .{name} {{ stroke: var(--{name}); fill: var(--{name}); }}" for name in MEANING)
-    return style.replace("COLOURS", "\n".join(rules))
+    rules = [f"svg .{name} {{ stroke: var(--{name}); fill: var(--{name}); }}" for name in MEANING]
+    for step in range(-STEPS, STEPS + 1):
+        colour, share = ("more", 14 * step) if step > 0 else ("less", -8 * step)  # what is read stands out
+        mixed = f"color-mix(in srgb, var(--{colour}) {share}%, var(--paper))"
+        rules.append(f".{shade_name(step)} {{ background: {mixed}; }}")
+    for depth in readings[0].weights if readings else ():
+        name = layer_name(depth)
+        chosen = "background: var(--ink); color: var(--paper); border-color: var(--ink);"
+        rules.append(f"#{name}:checked ~ .texts .{name} {{ display: block; }}")
+        rules.append(f"#{name}:checked ~ .layers label[for={name}] {{ {chosen} }}")
+        rules.append(f"#{name}:focus-visible ~ .layers label[for={name}] {{ outline: 3px solid var(--more); }}")
+    return "\n".join([style, *rules])
 
 
 # ------------------------------------------------------------------------------------------------------- in sentences
 
 
 def answer(summary: dict[str, dict[str, Cell]]) -> list[str]:
-    """What the differences say, a sentence for each measure and kind of prompt; first, the answer by the first measure, the loss."""
+    """The answer by the first measure, which is the loss, and for each measure a sentence with its three differences."""
     first = next(iter(summary))
     wins = [verdict(first, summary[first][f"own - {other}"]) for other in ("shuffled", "mean")]
     if all(win == "better" for win in wins):
-        head = "Yes: by the loss, its own prompt serves an instance better than another's, and better than the mean of all."
+        head = "Yes: by the loss, its own prompt serves an instance better than a different instance's, and better than the mean of all."
     elif "worse" in wins:
         head = "No: by the loss, its own prompt serves an instance worse than one that is not its own."
     else:
@@ -137,7 +163,7 @@ def answer(summary: dict[str, dict[str, Cell]]) -> list[str]:
 
 
 def verdict(measure: str, difference: Cell) -> str:
-    """Of own minus another prompt: "better", "worse", "same" if the interval holds 0, or "differs" if better is not known."""
+    """Of a difference to own: "better" or "worse"; "same" if the interval holds 0; "differs" if the better sign is not known."""
     if difference["low"] <= 0 <= difference["high"]:
         return "same"
     sign = BETTER.get(measure)
@@ -145,13 +171,14 @@ def verdict(measure: str, difference: Cell) -> str:
 
 
 def lost_share(by_name: dict[str, Cell]) -> float | None:
-    """Which share of the gain of own prompts over none is lost with others' prompts. None if there is no such gain or loss."""
+    """The share of own prompts' gain over none that shuffled prompts lose. None if the data show no such gain or loss."""
     if any(verdict("loss", by_name[f"own - {other}"]) != "better" for other in ("none", "shuffled")):
         return None
     return by_name["own - shuffled"]["mean"] / by_name["own - none"]["mean"]
 
 
 def table(summary: dict[str, dict[str, Cell]]) -> str:
+    """A row for each prompt and difference, a column for each measure: mean and interval."""
     head = "".join(f"<th>{escape(measure)}</th>" for measure in summary)
     rows = []
     for name in next(iter(summary.values())):
@@ -165,7 +192,7 @@ def table(summary: dict[str, dict[str, Cell]]) -> str:
 
 
 def chart(measure: str, by_name: dict[str, Cell]) -> str:
-    """Means and intervals of the four prompts. One that lies far off the others (mostly `none`) is an arrow at the edge."""
+    """Means and intervals of the four prompts. One that lies far from the others (mostly `none`) is an arrow at the edge."""
     cells = {name: by_name[name] for name in MEANING}
     title = f"<h3>{escape(measure)}</h3>"
     if not all(math.isfinite(value) for cell in cells.values() for value in cell.values()):
@@ -200,7 +227,7 @@ def chart(measure: str, by_name: dict[str, Cell]) -> str:
 
 
 def axis_ends(cells: dict[str, Cell]) -> tuple[float, float]:
-    """The ends of the axis: all intervals, but for `none` where it would press the others into a fifth of the axis."""
+    """The ends of the axis: all intervals fit, but that of `none` only if it leaves the others a fifth of the axis or more."""
     near = [cell for name, cell in cells.items() if name != "none"]
     spans = [(min(c["low"] for c in some), max(c["high"] for c in some)) for some in (near, list(cells.values()))]
     widths = [high - low for low, high in spans]
@@ -210,10 +237,108 @@ def axis_ends(cells: dict[str, Cell]) -> tuple[float, float]:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Two to six round numbers within a range, and not at its very ends, where their text would leave the chart."""
+    """Two to six round numbers within a range, and not at its ends, where their labels would leave the chart."""
     rough = (high - low) / 6
     step = 10.0 ** math.floor(math.log10(rough))
     step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= rough)
     margin = 0.04 * (high - low)
     numbers = range(math.ceil((low + margin) / step), math.floor((high - margin) / step) + 1)
     return [round(number * step, 10) for number in numbers]
+
+
+# ------------------------------------------------------------------------------------------------------------ the texts
+
+
+def make_section(readings: list[Reading], values: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    """The texts with their shades; a sentence where there is nothing to show.
+
+    Args:
+        readings (`list[Reading]`): Those of the first instances.
+        values (`dict`): Those of all instances, as in [`InstanceReport`].
+    """
+    if not readings:
+        return "<p>Give <code>instance_report</code> a <code>tokenizer</code>, and the first texts are shown here, shaded.</p>"
+    depths = list(readings[0].weights)
+    if not depths:
+        return "<p>The prompt vectors of this method are no weighted means over tokens: there are no shares of tokens to show.</p>"
+    most = most_selective(readings)
+    picks = "".join(
+        f'<input class="pick" type="radio" name="layer" id="{layer_name(depth)}"{" checked" if depth == most else ""}>'
+        for depth in depths
+    )
+    labels = "".join(
+        f'<label for="{layer_name(depth)}" title="reads {share_read(readings, depth):.0%} of the tokens">{"input" if depth < 0 else depth}</label>'
+        for depth in depths
+    )
+    steps = range(-STEPS, STEPS + 1)
+    scale = "".join(f'<i class="{shade_name(step)}">{2 ** (step / 2):.2g}</i>' for step in steps)
+    texts = "".join(
+        f"<h3>Text {number + 1}</h3><p class=soft>{losses(values, number)}</p>{make_text(reading)}"
+        for number, reading in enumerate(readings)
+    )
+    return (
+        "<p>A prompt vector is a weighted mean over the tokens of the instruction. Its shade says how many times its share in a "
+        "uniform reading a token has; pointing at a token shows the numbers. The layer that is shown first is the one that chooses "
+        "most among tokens.</p>"
+        f'{picks}<div class="layers"><span>Layer</span>{labels}</div>'
+        f'<div class="scale"><span>times the uniform share</span>{scale}</div><div class="texts">{texts}</div>'
+    )
+
+
+def make_text(reading: Reading) -> str:
+    """One text, once for each layer and prompt vector."""
+    parts = []
+    for depth in reading.weights:
+        ratios, shares = reading.ratios(depth).tolist(), reading.weights[depth].tolist()  # (l, S) each
+        lines = []
+        for number, count in enumerate(reading.tokens_read(depth).tolist()):
+            head = f"vector {number + 1}: reads {count:.1f} of {int(reading.inside.sum())} tokens"
+            lines.append(
+                f'<div class="vector"><b>{head}</b>{make_line(reading, ratios[number], shares[number])}</div>'
+            )
+        parts.append(f'<div class="layer {layer_name(depth)}">{"".join(lines)}</div>')
+    return "".join(parts)
+
+
+def make_line(reading: Reading, ratios: list[float], shares: list[float]) -> str:
+    """The text as one vector reads it."""
+    tokens = []
+    columns = list(zip(reading.tokens, reading.inside.tolist(), ratios, shares))
+    for token, inside, ratio, share in columns[:MOST_TOKENS]:
+        text = escape(token.replace("\n", "↵\n")) or "␣"
+        if inside:
+            tokens.append(f'<i class="{shade_name(shade(ratio))}" title="×{ratio:.2f}, {share:.1%}">{text}</i>')
+        else:
+            tokens.append(f'<i class="out" title="not in the instruction">{text}</i>')
+    more = len(columns) - MOST_TOKENS
+    return "".join(tokens) + (f' <span class="out">… and {more} more tokens</span>' if more > 0 else "")
+
+
+def shade(ratio: float) -> int:
+    """The shade of a token's share over the uniform share, from -STEPS to STEPS; 0 if it is about uniform."""
+    return -STEPS if ratio <= 0 else max(-STEPS, min(STEPS, round(2 * math.log2(ratio))))
+
+
+def shade_name(step: int) -> str:
+    return f"s{step + STEPS}"
+
+
+def layer_name(depth: int) -> str:
+    return "input" if depth < 0 else f"layer{depth}"
+
+
+def share_read(readings: list[Reading], depth: int) -> float:
+    """The share of its tokens that a vector reads at a depth, the mean over texts and vectors."""
+    shares = [reading.tokens_read(depth).mean() / reading.inside.sum() for reading in readings]
+    return torch.stack(shares).mean().item()
+
+
+def most_selective(readings: list[Reading]) -> int:
+    """The depth at which the fewest tokens are read."""
+    return min(readings[0].weights, key=lambda depth: share_read(readings, depth))
+
+
+def losses(values: Mapping[str, Mapping[str, torch.Tensor]], number: int) -> str:
+    """The loss of an instance with each kind of prompt."""
+    found = ", ".join(f"{name} {by_instance[number]:.3f}" for name, by_instance in values["loss"].items())
+    return f"loss by prompt: {found}"

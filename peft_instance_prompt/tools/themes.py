@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The colours of pictures and of the HTML report, light and dark. People with any of the common colour blindnesses can tell them."""
+"""The colours of the pictures and the HTML report, light and dark. People with a common colour blindness can tell them apart."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Theme:
         ink (`str`): Text.
         soft (`str`): Text and marks that stand back.
         line (`str`): Frames and grids.
-        series (`tuple[str, ...]`): Kinds of things, from Okabe and Ito's palette, darker or lighter where the background wants it.
+        series (`tuple[str, ...]`): Categories, from Okabe and Ito's palette, darkened or lightened for contrast to the background.
         more, less (`str`): The two ends of a scale whose middle is the background.
-        ramp (`tuple[float, float]`): The part of matplotlib's `viridis` that stands out from the background.
+        ramp (`tuple[float, float]`): The range of matplotlib's `viridis` that stands out from the background.
     """
 
     paper: str
@@ -57,7 +57,7 @@ THEMES = {
 
 
 def check_theme(name: str) -> Theme:
-    """The theme of a name; a ValueError if there is none."""
+    """The theme with this name. Raises a ValueError if there is none."""
     if name not in THEMES:
         raise ValueError(f"`theme` must be one of {list(THEMES)}, got {name!r}.")
     return THEMES[name]

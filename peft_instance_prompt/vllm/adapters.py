@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""An adapter's folder becomes a generator, without a base model of transformers around it."""
+"""Read a generator from an adapter's folder, without a base model of transformers around it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Adapter:
     """An adapter that can be served.
 
     Attributes:
-        key (`str`): The digest of its config and weights. Adapters with one key are the same.
+        key (`str`): The digest of its config and weights. Adapters with the same key are the same.
         folder (`Path`): Where it was read from.
         config (`InstancePromptConfig`): Its config.
         generator (`PromptGenerator`): On the CPU, in evaluation mode, without gradients.
@@ -42,15 +42,15 @@ class Adapter:
 
 
 def is_own(kind: str | None) -> bool:
-    """Whether a `peft_type` is that of a method of this package, or of one that was registered with it."""
+    """Whether a `peft_type` is that of a method of this package, or of one that `register_method` registered."""
     return kind is not None and issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, object), InstancePromptConfig)
 
 
 def make_base(hf_config: Any) -> PreTrainedModel:
-    """The base model without weights.
+    """The base model on the meta device, without weights.
 
     Raises:
-        ValueError: transformers cannot make a causal language model of the config.
+        ValueError: transformers cannot make a causal language model from the config.
     """
     try:
         with torch.device("meta"):
@@ -83,7 +83,8 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
         info (`StackInfo`): The base model's stack.
 
     Raises:
-        ValueError: It holds no adapter of this package, it is corrupt, made for another base model, or cannot be served.
+        ValueError: The folder holds no adapter of this package, is corrupt, or its adapter belongs to a different base model or
+            cannot be served.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -97,7 +98,7 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     saved = config.modules_to_save or config.saved_embedding_layers
     if saved:
         raise ValueError(
-            f"{folder} brings modules of the base model along, {saved}: vLLM has one base model for all requests. Train without "
+            f"{folder} brings modules of the base model, {saved}, but vLLM has one base model for all requests. Train without "
             "`modules_to_save` and without new tokens, or serve the adapter with transformers."
         )
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
@@ -123,14 +124,16 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     generator.load_state_dict(state, assign=True)
     generator.eval().requires_grad_(False)
     check_encoding(generator, info)
-    config.weights_digest = None  # of the file; adapters of one shape have one signature, and run together
+    config.weights_digest = (
+        None  # a fact about the file; without it, adapters of one shape have one signature and run together
+    )
     fields = sorted((name, repr(value)) for name, value in config.to_dict().items())
     key = hashlib.sha256(f"{fields} {digest(found)}".encode()).hexdigest()
     return Adapter(key, folder, config, generator)
 
 
 def tensor_prefix(prefix: str, info: StackInfo) -> str:
-    """What stands before a generator's names in the names of its tensors in a file."""
+    """The prefix that the names of a generator's tensors have in a file."""
     stack = f"{info.name}." if info.name else ""
     return f"{stack}{prefix.removesuffix('_')}.{prefix}generator."
 
@@ -139,23 +142,24 @@ def check_servable(generator: PromptGenerator) -> None:
     """Raise a ValueError if the slots are hidden from some layers: vLLM's attention has one mask for all of them."""
     if (first := generator.first_visible_layer) > 0:
         raise ValueError(
-            f"{type(generator).__name__} shows its slots from layer {first} on: vLLM cannot hide them from the layers below. Use a "
-            "method whose slots are there from the first layer, or `insertion_layer=0`, or serve the adapter with transformers."
+            f"{type(generator).__name__} shows its slots from layer {first} on, but vLLM cannot hide them from the layers below. Train "
+            "with `insertion_layer=0` or a method whose slots are there from the first layer, or serve the adapter with transformers."
         )
 
 
 class NeedsPass(Exception):
-    """Raised where a generator asks for a pass without prompts."""
+    """Raised when a generator asks for a plain pass."""
 
 
 def no_pass() -> torch.Tensor:
+    """The `frozen_states` of a [`Source`] in vLLM, which runs the stack once."""
     raise NeedsPass
 
 
 def check_encoding(generator: PromptGenerator, info: StackInfo) -> None:
     """Raise a ValueError if `encode` reads more than the tokens: vLLM runs the stack once, and requests carry no vectors.
 
-    It is tried on an instance of one token.
+    `encode` runs on an instance of one token.
     """
     ids, embeds = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, info.embedding_size)  # (1, 1), (1, 1, e)
     try:
@@ -192,10 +196,10 @@ class Store:
         self.generators: dict[str, PromptGenerator] = {}
 
     def load(self, key: str, folder: str) -> None:
-        """Load an adapter, unless it is there.
+        """Load an adapter that is not loaded yet.
 
         Raises:
-            ValueError: As [`read_adapter`], or the folder has changed since the front end has read it.
+            ValueError: As [`read_adapter`], or the folder has changed since the front end read it.
         """
         if key in self.generators:
             return

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Behind the front end: the engine core, which knows what requests there are, and its workers, which run the model."""
+"""Behind the front end: the engine core, which schedules requests, and its workers, which run the model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Keys:
     """The adapters of an engine core, by key.
 
     Attributes:
-        resident (`set[str]`): Those that the workers have.
-        leaving (`set[str]`): Those among them that are to go when no request has them any more.
+        resident (`set[str]`): Those that the workers have loaded.
+        leaving (`set[str]`): Those that are unloaded when the last request with them ends.
     """
 
     resident: set[str] = field(default_factory=set)
@@ -32,13 +32,14 @@ class Keys:
 
 
 def keys_of(core: Any) -> Keys:
+    """The keys of an engine core, which holds them itself."""
     if not hasattr(core, "instance_prompts"):
         core.instance_prompts = Keys()
     return core.instance_prompts
 
 
 def load_instance_prompt(core: Any, key: str, folder: str) -> str:
-    """Load an adapter into all workers; return why it cannot be, or an empty text."""
+    """Load an adapter into all workers. Returns a complaint, which is empty if all have loaded it."""
     keys = keys_of(core)
     release(core)
     if key not in keys.resident:
@@ -52,13 +53,13 @@ def load_instance_prompt(core: Any, key: str, folder: str) -> str:
 
 
 def remove_instance_prompt(core: Any, key: str) -> None:
-    """Unload an adapter, at once or when no request has it any more."""
+    """Unload an adapter, at once or when the last request with it ends."""
     keys_of(core).leaving.add(key)
     release(core)
 
 
 def release(core: Any) -> None:
-    """Unload the adapters that are to go and that no request has."""
+    """Unload the leaving adapters that no request has."""
     keys = keys_of(core)
     for key in keys.leaving - internals.keys_in_use(core) if keys.leaving else ():
         internals.call_workers(core, drop_from, key)
@@ -67,12 +68,13 @@ def release(core: Any) -> None:
 
 
 def admit(original: Callable, core: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Extends `EngineCore.add_request`: fail a request whose adapter is not resident."""
     placed = internals.placed_of(request)
     if placed is not None:
         if placed.key not in keys_of(core).resident:
             reason = f"The adapter of request {request.request_id} was unloaded before the request came."
             return internals.fail_request(core, request, reason)
-        request.lora_request = None  # to the engine it is a request like any other
+        request.lora_request = None  # the engine then treats it as a request to the base model
     return original(core, request, *args, **kwargs)
 
 
@@ -80,7 +82,7 @@ def admit(original: Callable, core: Any, request: Any, *args: Any, **kwargs: Any
 
 
 def load_into(runner: Any, key: str, folder: str) -> str:
-    """Load an adapter into a worker; return why it cannot be, or an empty text."""
+    """Load an adapter into a worker. Returns a complaint, which is empty if it is loaded."""
     try:
         if not hasattr(runner, "instance_prompts"):
             with internals.known_to_models(runner.vllm_config):
@@ -99,6 +101,7 @@ def drop_from(runner: Any, key: str) -> None:
 
 
 def model_forward(original: Callable, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Extends `GPUModelRunner._model_forward`: run a step that has slots to write eagerly, with hooks."""
     store = getattr(runner, "instance_prompts", None)
     if store is None or not store.generators:
         return original(runner, *args, **kwargs)

@@ -1,10 +1,9 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The front end: which adapter a request names, where its slots stand, and every refusal.
+"""The front end: finds the adapter that a request names, places its slots, and makes every refusal.
 
-What reaches the engine can be served. A worker that has to refuse a request takes the whole engine down, so the worker is asked for
-nothing that was not checked here.
+Whatever reaches the engine can be served. An error in a worker ends the whole engine, so everything is checked here.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from .adapters import Adapter, describe_base, is_own, make_base, no_pass, read_a
 from .plan import Placed
 
 
-# A call of the engine core: its method and arguments. The core is called from asynchronous and from other code.
+# Calls of the engine core, each its method and arguments: a generator, since asynchronous and synchronous code makes them.
 Steps = Generator[tuple, Any, Any]
 
 
@@ -41,9 +40,9 @@ class Resident(NamedTuple):
     """An adapter that the engine has.
 
     Attributes:
-        name (`str`): The name by which requests call it.
-        path (`str`): Where it was loaded from.
-        adapter (`Adapter`): Without its weights, unless the front end needs them.
+        name (`str`): The name that requests use.
+        path (`str`): The folder or repository that it was loaded from.
+        adapter (`Adapter`): The adapter; without weights, unless the front end needs them to place slots.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Resident(NamedTuple):
 
 
 class FrontEnd:
-    """The adapters as requests see them. There is one for each engine, in the front end's process.
+    """The adapters that requests can name. Each engine has one front end, in the server's process.
 
     Args:
         vllm_config: The engine's configuration.
@@ -77,10 +76,10 @@ class FrontEnd:
         """Load the adapter that a `LoRARequest` names.
 
         Returns:
-            `bool`: False if it is a LoRA, which vLLM is to load itself.
+            `bool`: False if it is a LoRA, which vLLM loads itself.
 
         Raises:
-            VLLMValidationError: It cannot be served.
+            VLLMValidationError: The adapter cannot be served.
         """
         folder = Path(internals.local_folder(named.lora_path))
         try:
@@ -89,7 +88,7 @@ class FrontEnd:
                 return False
             if kind is not None and not is_own(kind):
                 raise ValueError(
-                    f"{folder} holds a {kind} adapter. Beside instance-prompt adapters LoRA is off, since it slows every layer down: "
+                    f"{folder} holds a {kind} adapter, and beside instance-prompt adapters LoRA is off, since it slows every layer: "
                     'start the engine with `--additional-config \'{"instance_prompt": {"lora": true}}\'`, or with VLLM_PLUGINS set to '
                     "plugins without this one."
                 )
@@ -115,7 +114,7 @@ class FrontEnd:
         """Unload an adapter. Requests that have it are served to their end.
 
         Returns:
-            `bool`: Whether it was there.
+            `bool`: Whether the engine had it.
         """
         gone = self.residents.pop(lora_int_id, None)
         if gone is not None:
@@ -130,7 +129,7 @@ class FrontEnd:
         """Load the adapter that a request names, if the engine does not have it.
 
         Raises:
-            VLLMValidationError: It cannot be served, or its number belongs to another one.
+            VLLMValidationError: The adapter cannot be served, or a different adapter has its number.
         """
         resident = self.residents.get(named.lora_int_id)
         if resident is not None and (named.lora_name, named.lora_path) == resident[:2]:
@@ -145,10 +144,10 @@ class FrontEnd:
     # ------------------------------------------------------------------------------------------------------- requests
 
     def widen(self, request: Any) -> None:
-        """Give an `EngineCoreRequest` the slots of its adapter, or leave it as it is if it names none of ours.
+        """Give an `EngineCoreRequest` the slots of its adapter. One that names none of our adapters stays as it is.
 
         Raises:
-            VLLMValidationError: It cannot be served with its adapter.
+            VLLMValidationError: The request cannot be served with its adapter.
         """
         named, params = request.lora_request, request.sampling_params
         if params is not None and internals.KEY in (params.extra_args or {}):
@@ -180,8 +179,8 @@ class FrontEnd:
             return
         read = hashlib.sha256(repr((ids[: placed.num_read], placed.slots, placed.vectors)).encode()).hexdigest()
         block = min(self.vllm_config.cache_config.block_size or internals.SMALLEST_BLOCK, internals.SMALLEST_BLOCK)
-        # Slots depend on text behind them, so blocks are shared by equal instructions of one adapter only. If a cached block could
-        # end before the last slot, the states of the text would be missing for the slots behind it.
+        # Slots depend on text behind them, so only equal instructions of the same adapter share blocks. A slot behind a cached block
+        # would lack the states of the text in that block.
         internals.put_slots(
             request,
             widen(ids, placed.slots),
@@ -197,8 +196,8 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
 
     Args:
         adapter (`Adapter`): The adapter.
-        ids (`list[int]`): The prompt.
-        embed (`Callable`): From token ids (n) to the input embeddings (n, e), for adapters that place slots by a vector.
+        ids (`list[int]`): The prompt's S token ids.
+        embed (`Callable`): From n token ids to the input embeddings (n, e), for adapters that place slots by a vector.
 
     Raises:
         ValueError: The prompt has no instruction for this adapter.
@@ -222,19 +221,19 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
 
 
 def widen(ids: list[int], slots: list[int]) -> list[int]:
-    """A prompt with its slots, as copies of its first token: what no generator writes to begins so, and no penalty sees a new token."""
+    """A prompt with its slots, as copies of its first token: slots without a vector begin so, and penalties see no new token."""
     tokens, taken = iter(ids), set(slots)
     return [ids[0] if at in taken else next(tokens) for at in range(len(ids) + len(slots))]
 
 
 class BaseEmbeddings:
-    """The base model's table of input embeddings, of which rows are read from its files.
+    """Reads rows of the base model's input embeddings from its files.
 
     Args:
         vllm_config: The engine's configuration.
 
     Raises:
-        ValueError: The base model has no safetensors file with them.
+        ValueError: The base model has no safetensors files.
     """
 
     def __init__(self, vllm_config: Any):

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Write a plan's prompt vectors between the layers of an engine's model.
+"""Write a plan's prompt vectors into the inputs of an engine's layers.
 
-The hooks are there only while a step with a plan runs, so that decoding is the bare engine's, and no compiled graph has seen them.
+The hooks exist only while a step with a plan runs: decoding is the bare engine's, and compiled graphs hold no hooks.
 
 Shapes: T rows of the flat batch, d the width of the layers, G instances, l prompt vectors each, K slots in all.
 """
@@ -25,14 +25,14 @@ from .plan import Rows
 
 @contextmanager
 def filled(layers: Sequence[nn.Module], plan: list[Rows]) -> Iterator[None]:
-    """Let the layers run with the plan's slots filled.
+    """Fill the plan's slots while the layers run inside the block.
 
     Args:
         layers (`Sequence[nn.Module]`): The model's layers, in order.
         plan (`list[Rows]`): The plan.
 
     Raises:
-        RuntimeError: When the block ends, if not all vectors were written: an answer without its prompt must not leave the engine.
+        RuntimeError: At the end of the block, if vectors were not written: an answer without its prompt must not leave the engine.
     """
     handles = [
         layer.register_forward_pre_hook(Fill(depth, plan), with_kwargs=True) for depth, layer in enumerate(layers)
@@ -73,12 +73,12 @@ class Fill:
 
 
 def flat(states: torch.Tensor | None) -> torch.Tensor | None:
-    """The states as (T, d), in the same memory: layers of the transformers backend take (1, T, d)."""
+    """A view of the states as (T, d): layers of the transformers backend take (1, T, d)."""
     return None if states is None else states.view(-1, states.shape[-1])  # (T, d)
 
 
 def encode(rows: Rows, embeds: torch.Tensor) -> None:
-    """Give the group the output of its adapters' `encode`, from the input embeddings (T, d)."""
+    """Set the group's vector to the output of its adapters' `encode`, from the input embeddings (T, d)."""
     vectors: list[Any] = []
     for generator, own in rows.group:
         selection = rows.selection.pick(own)

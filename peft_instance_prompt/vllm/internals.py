@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""vLLM's names. No other file knows them; a new release is understood here.
+"""vLLM's names. No other file knows them; what a new release changes is handled here.
 
-Tested: 0.32, with its V1 model runner. What is read of it:
+Tested: 0.32, with its V1 model runner. The plugin uses:
 
 - the front end: `InputProcessor.process_inputs` makes an `EngineCoreRequest`; `AsyncLLM` and `LLMEngine` add requests;
 - the engine core: `EngineCore.add_request` gives a request to the scheduler, and utilities are methods that are called by name;
@@ -45,7 +45,7 @@ from .plan import Placed, Prefill
 
 # The minor releases that the tests pass on.
 TESTED = ((0, 32),)
-# The classes of models whose layers were compared with those of transformers; the last is any model of transformers itself.
+# The model classes whose layers were compared with those of transformers. The last runs any of transformers' own models.
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -54,7 +54,7 @@ ARCHITECTURES = (
     "TransformersForCausalLM",
 )
 ENGINE_CALLS = ("add_request", "add_lora", "remove_lora", "list_loras")
-# What is extended: the functions of `registration` and `core` by name, and the methods that each of them stands for.
+# The functions of `registration` and `core`, by name, and the methods that each of them extends.
 POINTS: dict[str, list[tuple[type, str]]] = {
     "create_engine_config": [(EngineArgs, "create_engine_config")],
     "make_client": [(EngineCoreClient, "make_client"), (EngineCoreClient, "make_async_mp_client")],
@@ -68,13 +68,13 @@ POINTS: dict[str, list[tuple[type, str]]] = {
     "model_forward": [(GPUModelRunner, "_model_forward")],
 }
 KEY = "instance_prompt"  # in a request's `extra_args` and in `--additional-config`
-SMALLEST_BLOCK = 16  # of the cache, in tokens; smaller ones are not made for any kernel of attention
+SMALLEST_BLOCK = 16  # of the KV cache, in tokens: no attention kernel takes a smaller one
 
 logger = init_logger(__name__)
 
 
 def untested_release() -> str | None:
-    """A complaint about the installed vLLM; None if it is one of the tested releases, or the user wants to try it."""
+    """A complaint about the installed vLLM; None if it is a tested release, or the environment variable lets it pass."""
     if tuple(vllm.__version_tuple__[:2]) in TESTED or os.environ.get(SWITCH) == "1":
         return None
     tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED)
@@ -88,14 +88,14 @@ def untested_release() -> str | None:
 
 
 def serves_lora(vllm_config: Any) -> bool:
-    """Whether LoRA adapters are served as well: `--additional-config '{"instance_prompt": {"lora": true}}'`."""
+    """Whether the engine serves LoRA, too: `--additional-config '{"instance_prompt": {"lora": true}}'`."""
     extra = vllm_config.additional_config
     own = extra.get(KEY) if isinstance(extra, dict) else None
     return bool(own.get("lora")) if isinstance(own, dict) else False
 
 
 def without_lora(vllm_config: Any) -> Any:
-    """The configuration for the engine behind the front end: without LoRA, which would wrap every linear layer."""
+    """The configuration of the engine behind the front end: without LoRA, which would wrap every linear layer."""
     if vllm_config.lora_config is None or serves_lora(vllm_config):
         return vllm_config
     engine_config = copy.copy(vllm_config)
@@ -104,14 +104,14 @@ def without_lora(vllm_config: Any) -> Any:
 
 
 def set_defaults(engine_args: Any) -> None:
-    """Switch chunked prefill off where adapters are served and the user has not said otherwise."""
+    """Switch chunked prefill off where adapters are served, unless the user has set it."""
     if engine_args.enable_lora and engine_args.enable_chunked_prefill is None:
         logger.info("peft_instance_prompt: chunked prefill is off, since adapters are served.")
         engine_args.enable_chunked_prefill = False
 
 
 def complaints(vllm_config: Any) -> list[str]:
-    """What in the configuration of an engine keeps it from serving adapters, with the cure."""
+    """The settings under which an engine cannot serve adapters, each with its cure."""
     c, parallel, scheduler = vllm_config, vllm_config.parallel_config, vllm_config.scheduler_config
     model, speculation = vllm_config.model_config, vllm_config.speculative_config
     found = {
@@ -145,7 +145,7 @@ def complaints(vllm_config: Any) -> list[str]:
 
 
 def known_to_models(vllm_config: Any) -> AbstractContextManager:
-    """A context in which models can be made: the transformers backend lets transformers' own classes ask for the configuration."""
+    """A context in which models can be made: with the transformers backend, transformers' classes ask for the configuration."""
     return set_current_vllm_config(vllm_config)
 
 
@@ -153,12 +153,12 @@ def known_to_models(vllm_config: Any) -> AbstractContextManager:
 
 
 def local_folder(path: str) -> str:
-    """The folder of an adapter that is named by a folder or by a repository of the Hub."""
+    """The local folder of an adapter, which may be given as a repository of the Hub."""
     return get_adapter_absolute_path(path)
 
 
 def refuse_content(request: Any) -> str | None:
-    """Why a request cannot have a prompt adapter, for what it asks or holds; None if it can."""
+    """A complaint about a request that no instance-prompt adapter can serve; None if one can."""
     params = request.sampling_params
     if params is None:
         return "Adapters generate text: this request is of another kind."
@@ -182,11 +182,11 @@ def put_slots(
     """Give a request its slots.
 
     Args:
-        request: The `EngineCoreRequest`, whose parameters are its own.
+        request: The `EngineCoreRequest`. Its parameters are changed, so they must be its own.
         token_ids (`list[int]`): Its prompt, with the slots.
-        placed (`Placed`): Where they are.
-        salt (`str`): What tells its blocks in the prefix cache from others with the same token ids.
-        max_model_len (`int`): The model's limit.
+        placed (`Placed`): Where instruction and slots stand.
+        salt (`str`): Keeps its blocks in the prefix cache apart from others with the same token ids.
+        max_model_len (`int`): The model's limit, in tokens.
         reads_cache (`bool`): Whether it may take blocks from the prefix cache.
     """
     params = request.sampling_params
@@ -199,14 +199,14 @@ def put_slots(
 
 
 def placed_of(request: Any) -> Placed | None:
-    """The slots of a request of the engine core or of the worker, which both have `sampling_params`."""
+    """The instruction and slots of a request in the engine core or a worker; None for a request without an adapter."""
     params = request.sampling_params
     given = (params.extra_args or {}).get(KEY) if params is not None else None
     return None if given is None else Placed(**given)
 
 
 def refusal(error: Exception) -> Any:
-    """The server's answer to a call that was refused: HTTP 400."""
+    """The server's answer to a refused call: HTTP 400."""
     return create_error_response(error)
 
 
@@ -214,13 +214,13 @@ def refusal(error: Exception) -> Any:
 
 
 def add_utilities(*functions: Any) -> None:
-    """Let the front end call functions of the engine core by their names."""
+    """Make functions methods of the engine core, which the front end can call by name."""
     for function in functions:
         setattr(EngineCore, function.__name__, function)
 
 
 def call_core(client: Any, method: str, *args: Any) -> Any:
-    """Call a method of the engine core; of an asynchronous client, what it returns is to be awaited."""
+    """Call a method of the engine core. An asynchronous client returns an awaitable."""
     if hasattr(client, "call_utility_async"):
         return client.call_utility_async(method, *args)
     if hasattr(client, "call_utility"):
@@ -229,7 +229,7 @@ def call_core(client: Any, method: str, *args: Any) -> Any:
 
 
 def call_workers(core: Any, function: Any, *args: Any) -> list[Any]:
-    """Call a function with each worker's model runner and `args`."""
+    """Call `function(model_runner, *args)` in each worker."""
     return core.model_executor.collective_rpc(with_runner, args=(function, *args))
 
 
@@ -238,7 +238,7 @@ def with_runner(worker: Any, function: Any, *args: Any) -> Any:
 
 
 def keys_in_use(core: Any) -> set[str]:
-    """The adapters of the requests that the scheduler has."""
+    """The keys of the adapters of the scheduler's requests."""
     placed = (placed_of(request) for request in list(core.scheduler.requests.values()))
     return {one.key for one in placed if one is not None}
 
@@ -258,7 +258,7 @@ def find_layers(runner: Any, num_layers: int) -> Sequence[nn.Module]:
     """The decoder's layers.
 
     Raises:
-        ValueError: The model has no list of as many layers that take `hidden_states`.
+        ValueError: The model has no list of `num_layers` layers that take `hidden_states`.
     """
     for module in runner.get_model().modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
@@ -271,7 +271,7 @@ def find_layers(runner: Any, num_layers: int) -> Sequence[nn.Module]:
 
 
 def prefills(runner: Any) -> Iterator[Prefill]:
-    """The requests of the current step that have slots and whose prompt is computed."""
+    """The current step's requests in prefill that have slots."""
     batch = runner.input_batch
     num = batch.num_reqs
     done, prompt = batch.num_computed_tokens_cpu[:num], batch.num_prompt_tokens[:num]
@@ -288,7 +288,7 @@ def prefills(runner: Any) -> Iterator[Prefill]:
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Let a step run without compiled code and graphs, which have no hooks."""
+    """Run a step without compiled code and CUDA graphs, which run no hooks."""
     context = get_forward_context()
     before = context.skip_compiled, context.cudagraph_runtime_mode
     context.skip_compiled, context.cudagraph_runtime_mode = True, CUDAGraphMode.NONE

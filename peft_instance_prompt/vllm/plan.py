@@ -3,8 +3,8 @@
 
 """The plan of one step: which rows of the flat batch are whose instruction and slots.
 
-An engine's step has the tokens of all its requests one behind the other, without padding: new prompts, and one token of each request
-that is decoded. Only requests whose prompt is computed in this step are in the plan.
+The flat batch of a step holds the tokens of all its requests one behind the other, without padding: new prompts, and one token of each
+request in decoding. The plan holds the requests in prefill only.
 
 Shapes: T rows of the flat batch, G instances of up to n instruction tokens, l prompt vectors each, K slots in all.
 """
@@ -24,13 +24,13 @@ from ..generator import PromptGenerator
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a request has its instruction and its slots, in its prompt with the slots in it. The front end decides it.
+    """Where a request's instruction and slots stand in its prompt, slots counted. The front end decides it.
 
     Attributes:
-        key (`str`): The adapter.
-        num_read (`int`): How many text tokens the instruction has. They are the first of the prompt that are no slots.
+        key (`str`): The adapter's key.
+        num_read (`int`): The number of instruction tokens, which are the first tokens of the prompt that are no slots.
         slots (`list[int]`): The positions of the slots, in order.
-        vectors (`list[int]`): Which of the adapter's l vectors each of them gets.
+        vectors (`list[int]`): For each slot, the number of its vector among the adapter's l.
     """
 
     key: str
@@ -49,15 +49,15 @@ class Placed:
 
 
 class Prefill(NamedTuple):
-    """A request in a step that computes some of its prompt.
+    """A request in prefill: a step that computes tokens of its prompt.
 
     Attributes:
         name (`str`): The request's id, for messages.
         placed (`Placed`): Its instruction and its slots.
         token_ids (`list[int]`): Its prompt, with the slots.
         row (`int`): The row of its first token in this step.
-        done (`int`): How many of its tokens are in the cache.
-        length (`int`): How many are computed in this step.
+        done (`int`): The number of its tokens in the cache.
+        length (`int`): The number of its tokens in this step.
     """
 
     name: str
@@ -70,15 +70,15 @@ class Prefill(NamedTuple):
 
 @dataclass
 class Rows:
-    """Requests whose adapters have one signature and run together.
+    """Requests whose adapters have the same signature and run together.
 
     Attributes:
         group (`Group`): The adapters.
         selection (`InstanceTokens`): The instances among the rows of the flat batch.
         token_ids (`torch.LongTensor`): Shape (G, n). The instruction's tokens.
         rows (`torch.LongTensor`): Shape (K,). The slots' rows.
-        instance (`torch.LongTensor`): Shape (K,). Whose slot it is.
-        vector (`torch.LongTensor`): Shape (K,). Which of the l vectors it gets.
+        instance (`torch.LongTensor`): Shape (K,). The instance of each slot.
+        vector (`torch.LongTensor`): Shape (K,). The number of each slot's vector among the l.
         written (`list[int]`): The depths at which vectors were written.
     """
 
@@ -94,7 +94,7 @@ class Rows:
 def make_plan(
     prefills: Iterable[Prefill], generators: Mapping[str, PromptGenerator], device: torch.device
 ) -> list[Rows]:
-    """The plan of a step; empty if no slots are to be written.
+    """The plan of a step; empty if the step has no slots to write.
 
     Args:
         prefills (`Iterable[Prefill]`): The requests with slots.
@@ -102,7 +102,8 @@ def make_plan(
         device (`torch.device`): The device of the flat batch.
 
     Raises:
-        RuntimeError: A request cannot be served as its adapter prescribes. The front end admits no such request.
+        RuntimeError: A request's adapter is not loaded, or its instruction and slots are not all in this step. The front end
+            admits no such request.
     """
     alike: dict[tuple, dict[str, list[Prefill]]] = {}
     for request in prefills:
@@ -115,7 +116,7 @@ def make_plan(
 
 
 def check_whole(request: Prefill, generators: Mapping[str, PromptGenerator]) -> None:
-    """Raise a RuntimeError if the adapter is not there, or the instruction and the slots are not all computed in this step."""
+    """Raise a RuntimeError if the adapter is not loaded, or the instruction and the slots are not all in this step."""
     placed = request.placed
     if placed.key not in generators:
         raise RuntimeError(f"The adapter of request {request.name} is not loaded.")
@@ -130,7 +131,7 @@ def check_whole(request: Prefill, generators: Mapping[str, PromptGenerator]) -> 
 def gather_rows(
     of_adapters: Mapping[str, list[Prefill]], generators: Mapping[str, PromptGenerator], device: torch.device
 ) -> Rows:
-    """The rows of requests whose adapters have one signature, adapter by adapter."""
+    """The rows of requests whose adapters have the same signature, adapter by adapter."""
     requests = [request for each in of_adapters.values() for request in each]
 
     def tensor(values: list) -> torch.Tensor:

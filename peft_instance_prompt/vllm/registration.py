@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What vLLM's entry point calls in each of its processes: a few of its calls are extended, once.
+"""Extend vLLM's calls. vLLM's entry point calls [`register`] in each of its processes.
 
-front end     `--enable-lora` is for adapters of this package: requests that name one get slots, and the engine has no LoRA
-engine core   keeps an adapter while requests have it, and lets no request in whose adapter is gone
-worker        runs steps with a plan with hooks
+front end     `--enable-lora` admits our adapters: requests that name one get slots, and the engine itself has no LoRA
+engine core   keeps an adapter while requests have it, and fails requests whose adapter is gone
+worker        runs steps that have a plan with hooks
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def register() -> None:
 
 
 def extend(owner: type, name: str, function: Callable) -> None:
-    """Let `function(original, *args, **kwargs)` stand for a method; the arguments begin with `self`, unless it is static."""
+    """Replace a method by `function(original, *args, **kwargs)`, whose `args` begin with `self` unless the method is static."""
     original = getattr(owner, name)
     if hasattr(original, MARK):
         return
@@ -76,7 +76,7 @@ def make_client(original: Callable, *args: Any, vllm_config: Any, **kwargs: Any)
 
 def front_end(processor: Any) -> FrontEnd:
     """The front end of an engine, which lives as long as its `InputProcessor`."""
-    # Set at once: requests are processed in several threads.
+    # `setdefault` is atomic: several threads process requests.
     return vars(processor).setdefault("instance_prompts", FrontEnd(processor.vllm_config))
 
 
@@ -87,7 +87,7 @@ def process_inputs(original: Callable, processor: Any, *args: Any, **kwargs: Any
 
 
 def drive(engine: Any, steps: Steps) -> Any:
-    """Call the engine core for each step."""
+    """Make each call of the engine core, and return the generator's result."""
     answer = None
     while True:
         try:
@@ -98,7 +98,7 @@ def drive(engine: Any, steps: Steps) -> Any:
 
 
 async def drive_async(engine: Any, steps: Steps) -> Any:
-    """As [`drive`]."""
+    """As [`drive`], with an asynchronous client."""
     answer = None
     while True:
         try:
@@ -109,6 +109,7 @@ async def drive_async(engine: Any, steps: Steps) -> Any:
 
 
 def own(engine: Any) -> FrontEnd:
+    """The front end of an engine."""
     return front_end(engine.input_processor)
 
 
@@ -161,7 +162,7 @@ async def list_loras_async(original: Callable, engine: Any) -> set[int]:
     return set(own(engine).residents) | set(others)
 
 
-# Why adapters were refused, for the server, which would call any error of `add_lora` its own.
+# The refusals of adapters, for the server: it would report any error of `add_lora` as its own.
 refusals: ContextVar[list[Exception] | None] = ContextVar("instance_prompt_refusals", default=None)
 
 
@@ -184,8 +185,8 @@ async def unload_lora_adapter(original: Callable, models: Any, request: Any) -> 
 
 
 BEAMS = (
-    "Beam search calls the engine with the text so far as the prompt, from which an adapter would make another prompt at each step: "
-    "leave it out, or use transformers' `generate`."
+    "Beam search sends the text so far as the prompt, from which an adapter would make a different prompt at each step: leave it out, "
+    "or use transformers' `generate`."
 )
 
 

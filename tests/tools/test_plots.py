@@ -20,6 +20,8 @@ from peft import get_peft_model
 from peft_instance_prompt.tools import plots
 from peft_instance_prompt.tools.inspection import active_generator, generated_parts, placements, token_weights
 from peft_instance_prompt.tools.plots import (
+    dress,
+    new_axes,
     plot_activations,
     plot_placements,
     plot_prompt_map,
@@ -27,6 +29,8 @@ from peft_instance_prompt.tools.plots import (
     plot_report,
     plot_separation,
     plot_tokens_read,
+    ramp,
+    reading_colours,
 )
 from peft_instance_prompt.tools.report import InstanceReport
 from peft_instance_prompt.tools.themes import THEMES
@@ -212,3 +216,33 @@ def test_without_matplotlib(monkeypatch):
     importlib.reload(plots)
     with pytest.raises(ImportError, match=r"pip install peft-instance-prompt\[plots\]"):
         plots.plot_activations(adapted())
+
+
+def test_everything_around_the_data_has_the_colours():
+    theme = THEMES["dark"]
+    figure, ax = new_axes(None, width=3, height=2)
+    ax.plot([0, 1], [0, 1], label="a line")
+    ax.set(xlabel="x", ylabel="y", title="title")
+    ax.legend()
+    assert dress(ax, theme) is figure
+    figure.canvas.draw()
+    texts = [ax.xaxis.label, ax.yaxis.label, ax.title, *ax.get_legend().texts, *ax.get_xticklabels()]
+    assert {to_hex(text.get_color()) for text in texts} == {theme.ink}
+    assert to_hex(figure.get_facecolor()) == to_hex(ax.get_facecolor()) == theme.paper
+    assert [name for name, spine in ax.spines.items() if spine.get_visible()] == ["left", "bottom"]
+
+
+def test_axes_that_are_given():
+    whole = Figure()
+    part = whole.subfigures(1, 2)[0]
+    ax = part.subplots()
+    assert new_axes(ax, width=3, height=2) == (part, ax)
+    assert dress(ax, THEMES["dark"]) is part and to_hex(part.get_facecolor()) == THEMES["dark"].paper
+
+
+def test_colours_of_an_order_and_of_shares():
+    for theme in THEMES.values():
+        assert len(set(ramp(30, theme))) == 30 and len(ramp(1, theme)) == 1
+        scale, colours, ticks = reading_colours(theme)
+        assert to_hex(colours(scale(1.0))) == theme.paper
+        assert to_hex(colours(scale(ticks[0]))) == theme.less and to_hex(colours(scale(ticks[-1]))) == theme.more
