@@ -10,6 +10,9 @@
 # make test-all   all that is too long for CI, part by part; each is a target of its own:
 #   test-floor      the suite on the oldest supported releases
 #   test-previous   the suite on the newest transformers whose own `add_adapter` takes this PEFT
+#   test-torch      the suite on the newest torch, beside which the newest of the others stay
+#   test-py312      the suite on Python 3.12: `python3.12` on PATH, or PYTHON312=/its/path
+#   test-py313      the suite on Python 3.13: `python3.13` on PATH, or PYTHON313=/its/path
 #   test-rounding   the tests that compare numbers, on kernels that round in other ways than this processor's own
 #   test-machines   `accelerate launch` on one and two machines, DeepSpeed too
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
@@ -21,6 +24,8 @@
 # Nothing has to be installed first but Python >= 3.11.
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
+PYTHON313 ?= python3.13
 VENV ?= .venv
 CONSTRAINTS ?= constraints/newest.txt
 PYTEST_ARGS ?=
@@ -34,11 +39,11 @@ STAMP := $(VENV)/.$(basename $(notdir $(CONSTRAINTS)))
 PINS := $(CONSTRAINTS) constraints/common.txt
 
 # The parts of `make test-all`.
-ALL := test-floor test-previous test test-rounding test-machines test-fresh test-vllm test-sweep test-notebook
+ALL := test-floor test-previous test test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm test-sweep test-notebook
 LOGS := outputs/test-all
 
 .PHONY: test coverage lint format types docs demo bench bench-serving bench-quality test-all test-floor test-previous
-.PHONY: test-rounding test-machines test-fresh test-vllm test-sweep test-notebook release-check clean
+.PHONY: test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm test-sweep test-notebook release-check clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -90,9 +95,18 @@ test-floor:
 test-previous:
 	$(MAKE) test VENV=.venv-previous CONSTRAINTS=constraints/previous.txt
 
+test-torch:
+	$(MAKE) test VENV=.venv-torch CONSTRAINTS=constraints/torch.txt
+
+# Python is asked, not PATH: pyenv puts a `python3.12` on it that only says that it is switched off.
+test-py312 test-py313: test-py3%:
+	@test "$$($(PYTHON3$*) -c 'import sys; print(*sys.version_info[:2])')" = "3 $*" || { \
+	    echo "$@ wants Python 3.$*, which '$(PYTHON3$*)' is not: make $@ PYTHON3$*=/path/to/python3.$*" >&2; exit 1; }
+	$(MAKE) test PYTHON=$(PYTHON3$*) VENV=.venv-py3$*
+
 # The kernels of a processor without vector instructions, in which products are summed in another order, and two threads. Two
 # equal numbers then differ in other last digits, and a bound that only this processor's digits meet is exceeded.
-NUMERIC := tests/engine tests/nn tests/tuners $(filter-out tests/test_trainers% tests/test_machines% tests/test_distributed%, \
+NUMERIC := tests/engine tests/nn tests/methods $(filter-out tests/test_trainers% tests/test_machines% tests/test_distributed%, \
     $(shell grep -lE 'assert_(same|close)|torch\.equal|INVARIANTS' tests/test_*.py))
 test-rounding: $(STAMP)-test
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE TEST_THREADS=2 OMP_WAIT_POLICY=passive \
@@ -106,7 +120,7 @@ test-machines:
 # Anew each time. What is tested is the wheel, not this folder: -P keeps the folder off the path.
 FRESH := .venv-fresh
 FRESH_PYTHON := $(FRESH)/bin/python
-TORCH := $(shell grep ^torch== constraints/common.txt)
+TORCH := $(shell grep ^torch== constraints/newest.txt)
 test-fresh:
 	rm -rf build $(FRESH)
 	$(PYTHON) -m venv $(FRESH)
@@ -171,6 +185,6 @@ $(STAMP)-ruff: $(PINS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-previous .venv-machines $(FRESH) $(VLLM) $(RELEASE) $(VENV)
+	rm -rf .venv .venv-floor .venv-previous .venv-torch .venv-py312 .venv-py313 .venv-machines $(FRESH) $(VLLM) $(RELEASE) $(VENV)
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

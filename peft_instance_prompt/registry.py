@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import is_dataclass
+from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
@@ -105,7 +106,7 @@ def register_method(
     return model_cls
 
 
-def check_classes(name: str, config_cls: type, generator_cls: type) -> None:
+def check_classes(name: str, config_cls: Any, generator_cls: Any) -> None:
     """Raise a TypeError if the classes of a method cannot be its config and its generator."""
     for what, cls, base in (
         ("config", config_cls, InstancePromptConfig),
