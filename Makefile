@@ -91,7 +91,7 @@ test-previous:
 
 # The kernels of a processor without vector instructions, in which products are summed in another order, and two threads. Two
 # equal numbers then differ in other last digits, and a bound that only this processor's digits meet is exceeded.
-NUMERIC := tests/engine tests/nn tests/tuners $(filter-out tests/test_trainers% tests/test_machines% tests/test_distributed%, \
+NUMERIC := tests/engine tests/nn tests/methods $(filter-out tests/test_trainers% tests/test_machines% tests/test_distributed%, \
     $(shell grep -lE 'assert_(same|close)|torch\.equal|INVARIANTS' tests/test_*.py))
 test-rounding: $(STAMP)-test
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE TEST_THREADS=2 OMP_WAIT_POLICY=passive \
