@@ -106,7 +106,7 @@ def register_method(
     return model_cls
 
 
-def check_classes(name: str, config_cls: Any, generator_cls: Any) -> None:
+def check_classes(name: str, config_cls: type[InstancePromptConfig], generator_cls: type[PromptGenerator]) -> None:
     """Raise a TypeError if the classes of a method cannot be its config and its generator."""
     for what, cls, base in (
         ("config", config_cls, InstancePromptConfig),

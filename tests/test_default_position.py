@@ -73,7 +73,7 @@ def test_what_a_config_says_stays() -> None:
 def test_an_instruction_of_one_token(kind: str) -> None:
     """Behind the first token and at the end are the same place, and the response is predicted at the same slot."""
     if kind == "dynamic_prompt":
-        pytest.skip("it has no `prompt_position='end'`; see tuners/test_dynamic_prompt.py")
+        pytest.skip("it has no `prompt_position='end'`; see methods/test_dynamic_prompt.py")
     inputs, answers = batch(9, 9), {}
     first = {"instruction_mask": torch.arange(9)[None].repeat(2, 1) < 1}
     for position in ("after_first", "end"):

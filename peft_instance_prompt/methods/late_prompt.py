@@ -65,8 +65,8 @@ class LatePromptGenerator(PromptGenerator):
             )
         if below := [number for number in info.recurrent_layers if number < start]:
             raise ValueError(
-                f"`insertion_layer` must not lie above the layers {below} of {info.layers_name!r}, got {start}: they have a state and "
-                "no attention, so late prompts cannot be hidden from them."
+                f"Late prompts cannot be hidden from the layers {below} of {info.layers_name!r}, which have a state and no "
+                f"attention: choose an `insertion_layer` that is not above them, got {start}, or a different method."
             )
         if start > 0 and info.twin_layers is not None:
             raise ValueError(

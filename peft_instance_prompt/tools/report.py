@@ -230,8 +230,8 @@ def compare_prompts(
     with intercept(common):
         for batch in batches:
             measure("mean", on_device_of(model, batch))
-    measured = {measure: {name: torch.cat(lists[name]) for name in PROMPTS} for measure, lists in found.items()}
-    return measured, spread.shares()
+    by_measure = {name: {prompts: torch.cat(lists[prompts]) for prompts in PROMPTS} for name, lists in found.items()}
+    return by_measure, spread.shares()
 
 
 def read_first(model: nn.Module, batches: list[Mapping[str, Any]], tokenizer: Any, number: int) -> list[Reading]:

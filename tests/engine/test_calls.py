@@ -98,21 +98,35 @@ def test_mamba_is_refused() -> None:
         get_peft_model(tf.MambaForCausalLM(config), IAPTConfig(task_type="CAUSAL_LM"))
 
 
+(OLDEST_MAJOR, OLDEST_MINOR), (MAJOR, MINOR) = calls.TESTED
+NEXT = f"{MAJOR}.{MINOR + 1}.0"
+
+
 @pytest.mark.parametrize(
-    "version,switch", [("5.24.7", None), ("5.25.0", None), ("6.0.0.dev0", None), ("5.25.0", "1"), ("5.17.2", None)]
+    "version,switch,refused",
+    [
+        (f"{MAJOR}.{MINOR}.7", None, False),
+        (NEXT, None, True),
+        (f"{MAJOR + 1}.0.0.dev0", None, True),
+        (NEXT, "1", False),
+        (f"{OLDEST_MAJOR}.{OLDEST_MINOR - 1}.2", None, True),
+    ],
 )
-def test_a_release_that_was_not_tested(version: str, switch: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No adapter is put in beside it, unless the user wants to try."""
+def test_a_release_that_was_not_tested(
+    version: str, switch: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No adapter is attached beside it, unless the user wants to try."""
     monkeypatch.setattr(tf, "__version__", version)
     monkeypatch.delenv(calls.SWITCH, raising=False)
     if switch:
         monkeypatch.setenv(calls.SWITCH, switch)
     model, config = causal_lm(), IAPTConfig(task_type="CAUSAL_LM")
     names = [name for name, _ in model.named_modules()]
-    if version.startswith("5.24") or switch:
+    if not refused:
         get_peft_model(model, config)
         return
-    with pytest.raises(RuntimeError, match=f"5.18 to 5.24; transformers {version} is installed.*{calls.SWITCH}=1"):
+    tested = f"{OLDEST_MAJOR}.{OLDEST_MINOR} to {MAJOR}.{MINOR}"
+    with pytest.raises(RuntimeError, match=f"{tested}; transformers {version} is installed.*{calls.SWITCH}=1"):
         get_peft_model(model, config)
     assert [name for name, _ in model.named_modules()] == names
 
@@ -122,7 +136,7 @@ def test_one_warning_at_import() -> None:
 import warnings
 import peft  # which imports transformers, perhaps twice
 import transformers
-transformers.__version__ = "5.25.0"
+transformers.__version__ = "999.0.0"
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import peft_instance_prompt

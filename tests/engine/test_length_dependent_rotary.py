@@ -80,7 +80,7 @@ def with_prompt(base: torch.nn.Module, method: str, position: str = "before") ->
 
 
 def placeable(method: str, position: str, family: str) -> bool:
-    late = method in ("lpt", "idspam") and family == "gemma3"  # a sliding window: see tuners/test_late_prompt.py
+    late = method in ("lpt", "idspam") and family == "gemma3"  # a sliding window: see methods/test_late_prompt.py
     return position == "before" or not (method == "dynamic_prompt" or late)
 
 

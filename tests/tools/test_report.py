@@ -120,6 +120,13 @@ def test_a_last_batch_of_one_row_borrows_from_the_batch_before():
     torch.testing.assert_close(report.values["loss"]["shuffled"], shuffled, atol=1e-5, rtol=1e-5)
 
 
+def test_one_pass_for_each_kind_of_prompt():
+    model, passes = adapted(), []
+    model.get_base_model().register_forward_hook(lambda *call: passes.append(call))
+    instance_report(model, rows(6), batch_size=2, resamples=10)
+    assert len(passes) == 3 * len(PROMPTS)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_nobody_gets_its_own(seed):
     values = instance_report(adapted(), rows(9), batch_size=9, seed=seed).values["loss"]
