@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .calls import cache_argument, forward_args
+from .positions import Reached, without_layers
 from .sharded import whole
 
 
@@ -63,33 +63,12 @@ def read_attention(
     return read._replace(prefix=bool(flags) and read.causal)
 
 
-class _Mask(Exception):
-    """Carries the mask that the first layer gets, and ends the pass."""
-
-
-class _Probe(nn.Module):
-    """Stands for a layer.
-
-    Args:
-        names (`tuple[str]`): The names of the layer's arguments.
-    """
-
-    def __init__(self, names: tuple[str, ...]):
-        super().__init__()
-        self.names = names
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = {**dict(zip(self.names, args)), **kwargs}
-        merged = call.get("merged_attention_mask")  # T5Gemma 2: behind its own keys, those of the encoder
-        raise _Mask(call.get("attention_mask") if merged is None else merged)
-
-
 def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
     """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3).
 
     In place of the stack it may be the language model around it, with the name that the list of layers has there.
     """
-    probe: PreTrainedModel = _without_layers(stack, layers_name.split("."))
+    probe: PreTrainedModel = without_layers(stack, layers_name.split("."))
     embedding = stack.get_input_embeddings()
     weight = embedding.weight
     device = torch.device("cpu") if weight.is_meta else weight.device
@@ -103,8 +82,10 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
     try:
         with torch.no_grad(), whole(probe.parameters()):
             probe(inputs_embeds=embeds, **shown)
-    except _Mask as caught:
-        mask = caught.args[0]
+    except Reached as reached:
+        call = reached.args[0]
+        merged = call.get("merged_attention_mask")  # T5Gemma 2: behind its own keys, those of the encoder
+        mask = call.get("attention_mask") if merged is None else merged
         if mask is None:  # a causal mask is never left out here
             return Attention(False)
         if mask.dim() == 4:
@@ -120,30 +101,3 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
         f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the first of "
         f"{layers_name!r} gets no mask (batch, heads, queries, keys). Prompts need layers of attention, which state space models lack."
     )
-
-
-def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:
-    """A copy of a module that shares all of it but the list of layers at `path`, and has no hooks; `module` is not changed."""
-    twin = module.__new__(type(module))
-    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
-    for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
-        twin.__dict__[name] = type(module.__dict__[name])()
-    twin.__dict__.pop("forward", None)
-    if "config" in module.__dict__:
-        config: Any = copy.deepcopy(module.config)
-        config._attn_implementation = "eager"  # other kernels get causality as a flag, without a mask
-        twin.config = config
-    child: Any = module._modules[path[0]]
-    twin._modules[path[0]] = _without_layers(child, path[1:]) if len(path) > 1 else _probes(child)
-    return twin
-
-
-def _probes(layers: nn.ModuleList) -> nn.ModuleList:
-    """As many layers as there are, since some stacks count them."""
-    probe = _Probe(forward_args(next(layers.children())))
-    for name, value in vars(next(layers.children())).items():
-        if not name.startswith("_") and not hasattr(
-            probe, name
-        ):  # attributes that stacks read from their layers, such as `attention_type`
-            setattr(probe, name, value)
-    return nn.ModuleList(probe for _ in layers)
