@@ -41,7 +41,8 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
             "prompts cannot be written between them. Use a method that writes to the input only."
         )
     flash = running.attention.startswith("flash_attention")
-    if (late and (depth < late[-1] or flash)) or (running.stretch is not None and not flash):
+    hides = (late and (depth < late[-1] or flash)) or (running.stretch is not None and not flash)
+    if hides and depth not in info.image_layers:
         call = hide_positions(running, info, depth, call)
     in_place = may_overwrite(running, info, depth)
     for group in groups:

@@ -56,6 +56,7 @@ class StackInfo:
         recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
         mixing_layer (`str`, *optional*): The name of a module that mixes neighbouring tokens without attention, if there is one.
         attention_kinds (`frozenset[str]`): The kinds of attention in its layers, where the config says so.
+        image_layers (`tuple[int]`): The layers that attend to an image and not to the text, where the config says so.
     """
 
     name: str
@@ -85,6 +86,7 @@ class StackInfo:
     begins_with_special: bool = True
     mixing_layer: str | None = None
     attention_kinds: frozenset[str] = frozenset()
+    image_layers: tuple[int, ...] = ()
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -219,6 +221,7 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         recurrent_layers=recurrent,
         mixing_layer=mixing[0] if mixing else None,
         attention_kinds=frozenset(kinds),
+        image_layers=tuple(getattr(config, "cross_attention_layers", None) or ()),
     )
 
 
