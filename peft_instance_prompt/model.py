@@ -246,7 +246,9 @@ class InstancePromptModel(BaseTuner):
         present = {name for _, generators in adapters.values() for name in generators}
         unexpected = {name for name in names if name != "__base__"} - present
         if unexpected:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected))}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, unexpected)))}"
+            )
         with note(self.model, adapter_names=tuple(names), adapters=adapters):
             yield
 
@@ -300,8 +302,8 @@ def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 
     The names come from the request, so that calls in several threads do not see each other's. One row may be several beams.
     """
-    names = current_request().adapter_names
-    if names is None:
+    request = current_request()
+    if request.adapter_names is None:
         return None
-    repeats = args[0].shape[0] // len(names)
-    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
+    repeats = request.rows_per_name(args[0].shape[0], beams=True)
+    return args, {**kwargs, "adapter_names": [name for name in request.adapter_names for _ in range(repeats)]}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import is_dataclass
-from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from .calls import cache_argument, forward_args
+from .positions import Reached, without_layers
 from .sharded import whole
 
 
@@ -64,27 +64,6 @@ def read_attention(
     return read._replace(prefix=bool(flags) and read.causal)
 
 
-class _Mask(Exception):
-    """Carries the mask that the first layer gets, and its whole call, and ends the pass."""
-
-
-class _Probe(nn.Module):
-    """Stands for a layer.
-
-    Args:
-        names (`tuple[str]`): The names of the layer's arguments.
-    """
-
-    def __init__(self, names: tuple[str, ...]):
-        super().__init__()
-        self.names = names
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = {**dict(zip(self.names, args)), **kwargs}
-        merged = call.get("merged_attention_mask")  # T5Gemma 2: behind its own keys, those of the encoder
-        raise _Mask(call.get("attention_mask") if merged is None else merged, args, kwargs)
-
-
 def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
     """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3).
 
@@ -96,7 +75,7 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
             f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the modules of "
             f"{layers_name!r} take no `attention_mask`. Instance prompts need layers of attention that do."
         )
-    probe: PreTrainedModel = _without_layers(stack, layers_name.split("."))
+    probe: PreTrainedModel = without_layers(stack, layers_name.split("."))
     embedding = stack.get_input_embeddings()
     weight = embedding.weight
     device = torch.device("cpu") if weight.is_meta else weight.device
@@ -107,16 +86,18 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
         shown["encoder_hidden_states"] = torch.zeros(
             1, 3, stack.config.get_text_config().hidden_size, device=device, dtype=dtype
         )
-    mask = torch.empty(0)  # if no layer is called
+    mask, call = torch.empty(0), {}  # if no layer is called
     try:
         with torch.no_grad(), whole([*probe.parameters(), *layer.parameters()]):
             try:
                 probe(inputs_embeds=embeds, **shown)
-            except _Mask as caught:
-                mask, args, kwargs = caught.args
+            except Reached as reached:
+                call = reached.args[0]
+                merged = call.get("merged_attention_mask")  # T5Gemma 2: behind its own keys, those of the encoder
+                mask = call.get("attention_mask") if merged is None else merged
             # None, or one of padding: the layer may hold another.
             if mask is None or (mask.dim() == 4 and mask.shape[2] == 1):
-                return Attention(_hides_later(layer, args, kwargs))
+                return Attention(_hides_later(layer, call))
         if mask.dim() == 4:
             mask = mask[..., :3].expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
             later, earlier = mask[0, 0, 0, 2], mask[0, 0, 2, 0]
@@ -133,9 +114,14 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
     )
 
 
-def _hides_later(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether what a layer makes of the first of three states is the same whatever the last is."""
-    states = args[0] if args else kwargs["hidden_states"]  # (1, 3, d); SqueezeBERT's are (1, d, 3)
+def _hides_later(layer: nn.Module, call: dict[str, Any]) -> bool:
+    """Whether what a layer makes of the first of three states is the same whatever the last is.
+
+    Args:
+        layer (`nn.Module`): The layer.
+        call (`dict`): Its arguments, by name. The first are the states.
+    """
+    name, states = next(iter(call.items()))  # (1, 3, d); SqueezeBERT's are (1, d, 3)
     axis = 1 if states.shape[1] == 3 else states.dim() - 1
     made = []
     for last in (1.0, 2.0):
@@ -143,33 +129,6 @@ def _hides_later(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
         changed.select(axis, 2).mul_(last)
         with torch.random.fork_rng():  # the same dropout
             torch.manual_seed(0)
-            out = layer(changed, *args[1:], **kwargs) if args else layer(**{**kwargs, "hidden_states": changed})
+            out = layer(**{**call, name: changed})
         made.append(next(x for x in tree_leaves(out) if x.shape == states.shape).select(axis, 0))  # (1, d)
     return torch.equal(*made)
-
-
-def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:
-    """A copy of a module that shares all of it but the list of layers at `path`, and has no hooks; `module` is not changed."""
-    twin = module.__new__(type(module))
-    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
-    for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
-        twin.__dict__[name] = type(module.__dict__[name])()
-    twin.__dict__.pop("forward", None)
-    if "config" in module.__dict__:
-        config: Any = copy.deepcopy(module.config)
-        config._attn_implementation = "eager"  # other kernels get causality as a flag, without a mask
-        twin.config = config
-    child: Any = module._modules[path[0]]
-    twin._modules[path[0]] = _without_layers(child, path[1:]) if len(path) > 1 else _probes(child)
-    return twin
-
-
-def _probes(layers: nn.ModuleList) -> nn.ModuleList:
-    """As many layers as there are, since some stacks count them."""
-    probe = _Probe(forward_args(next(layers.children())))
-    for name, value in vars(next(layers.children())).items():
-        if not name.startswith("_") and not hasattr(
-            probe, name
-        ):  # attributes that stacks read from their layers, such as `attention_type`
-            setattr(probe, name, value)
-    return nn.ModuleList(probe for _ in layers)

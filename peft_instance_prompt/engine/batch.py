@@ -201,12 +201,7 @@ def group_rows(
     """
     if request.adapter_names is None:
         return [Group([generators[name]]) for name in active if name in generators]
-    # In generate, a row may have become several beams.
-    repeats, rest = divmod(num_rows, max(len(request.adapter_names), 1))
-    if not request.adapter_names or rest or (repeats != 1 and request.prompt_length is None):
-        raise ValueError(
-            f"`adapter_names` must name an adapter for each of the {num_rows} rows, got {len(request.adapter_names)}."
-        )
+    repeats = request.rows_per_name(num_rows, beams=request.prompt_length is not None)
     rows_of: dict[str, list[int]] = {}
     for row in range(num_rows):
         rows_of.setdefault(request.adapter_names[row // repeats], []).append(row)

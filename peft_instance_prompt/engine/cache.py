@@ -107,18 +107,30 @@ def length(cache: Cache, layer_idx: int = 0) -> int:
     return int(cache.get_seq_length(layer_idx))
 
 
-def make_room(cache: Cache, num_slots: int, sliding_window: int | None = None) -> None:
+def capacity(cache: Cache) -> int:
+    """How many positions a static cache holds of the text: as transformers' masks, of the first layer without a window."""
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    sizes = (getattr(layer, "max_cache_len", -1) for layer in layers if not layer.is_sliding)
+    return next((size for size in sizes if size > 0), cache.get_max_length())
+
+
+def make_room(
+    cache: Cache, num_slots: int, sliding_window: int | None = None, image_layers: tuple[int, ...] = ()
+) -> None:
     """Grow an empty static cache in place, so that it holds `num_slots` positions beside the tokens it was made for.
 
     Args:
         cache (`Cache`): The cache. Dynamic ones have no bound and stay as they are.
         num_slots (`int`): L.
         sliding_window (`int`, *optional*): The model's; a sliding layer never holds more.
+        image_layers (`tuple[int]`): The numbers of the layers that hold an image and no slots.
     """
     spare = getattr(cache, "_instance_prompt_room", 0)
     if cache.is_compileable and num_slots > spare:
-        longest = cache.get_max_length()
-        for layer in getattr(cache, "self_attention_cache", cache).layers:
+        longest = capacity(cache)
+        for number, layer in enumerate(getattr(cache, "self_attention_cache", cache).layers):
+            if number in image_layers:
+                continue
             bounded = layer.is_sliding and layer.max_cache_len < longest
             if not bounded:
                 grown = layer.max_cache_len + num_slots - spare

@@ -42,7 +42,8 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
             "only, such as IPT or S-IDPG."
         )
     flash = running.attention.startswith("flash_attention")
-    if (late and (depth < late[-1] or flash)) or (running.segment_ids is not None and not flash):
+    hides = (late and (depth < late[-1] or flash)) or (running.segment_ids is not None and not flash)
+    if hides and depth not in info.image_layers:
         call = hide_positions(running, info, depth, call)
     in_place = may_overwrite(running, info, depth)
     for group in groups:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import create_masks_for_generate
 
+from .cache import capacity
 from .calls import cache_argument
 
 
@@ -119,7 +120,7 @@ def see_beyond_causal(
         cache (`Cache`, *optional*): The cache that it fills.
         later (`torch.BoolTensor`): Shape (B, N, N).
     """
-    room = 0 if cache is None or not cache.is_compileable else cache.get_max_length() - later.shape[2]
+    room = 0 if cache is None or not cache.is_compileable else capacity(cache) - later.shape[2]
     later = torch.nn.functional.pad(later, (0, max(room, 0)))  # (B, N, keys)
     name = cache_argument(create_masks_for_generate)
     assert name is not None  # it has one in each tested release
@@ -143,9 +144,7 @@ def pad_to_static_cache(
         return mask
     if mask is None:
         mask = torch.ones(num_rows, num_positions, dtype=torch.bool)  # (B, positions so far)
-    return torch.nn.functional.pad(
-        mask, (0, max(cache.get_max_length() - mask.shape[1], 0))
-    )  # (B, length of the cache)
+    return torch.nn.functional.pad(mask, (0, max(capacity(cache) - mask.shape[1], 0)))  # (B, length of the cache)
 
 
 def lowest(dtype: torch.dtype) -> float:

@@ -76,7 +76,7 @@ def read_positions(
 def _read(stack: PreTrainedModel, layers_name: str, offset: int, embed: Callable) -> Positions:
     weight = stack.get_input_embeddings().weight
     device = torch.device("cpu") if weight.is_meta else weight.device
-    probe, args = _without_layers(stack, layers_name.split(".")), forward_args(stack)
+    probe, args = without_layers(stack, layers_name.split(".")), forward_args(stack)
     column = torch.arange(S, device=device)[None]  # (1, S)
     pad = _padding_id(stack)
     ids = torch.full_like(column, 1 if pad != 1 else 0)  # (1, S), one token over and over
@@ -122,7 +122,7 @@ class _Unknown(Exception):
     """Carries why a stack is not understood."""
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Carries the arguments of the first layer, and ends the pass."""
 
 
@@ -136,7 +136,7 @@ def _first_call(probe: PreTrainedModel, **call: Any) -> dict[str, Any]:
         call["use_cache"] = False
     try:
         probe(**call)
-    except _Reached as reached:
+    except Reached as reached:
         return dict(_tensors("", reached.args[0]))
     raise RuntimeError(f"{type(probe).__name__} did not call its first layer.")
 
@@ -179,7 +179,7 @@ def _differ_by_column(call: dict[str, Any]) -> bool:
 # ---------------------------------------------------------------------------------------------- the stack without layers
 
 
-def _without_layers(module: nn.Module, path: list[str]) -> Any:
+def without_layers(module: nn.Module, path: list[str]) -> Any:
     """A copy of a module in eval mode that shares its weights, but has probes in place of the list of layers at `path`.
 
     Nothing of `module` changes when the copy runs: it has buffers and hooks of its own.
@@ -196,7 +196,7 @@ def _without_layers(module: nn.Module, path: list[str]) -> Any:
             twin._modules[name] = (
                 _twin(child, deep=True)
                 if not on_path
-                else _without_layers(child, path[1:])
+                else without_layers(child, path[1:])
                 if path[1:]
                 else _probes(child)
             )
@@ -222,7 +222,7 @@ def _probes(layers: nn.Module) -> nn.Module:
     names = forward_args(next(layers.children()))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        raise _Reached({**dict(zip(names, args)), **kwargs})
+        raise Reached({**dict(zip(names, args)), **kwargs})
 
     twin = _twin(layers)
     for name, layer in layers.named_children():

@@ -144,6 +144,20 @@ class Request:
                 picked[name] = value
         return replace(self, **picked)
 
+    def rows_per_name(self, num_rows: int, beams: bool) -> int:
+        """How many rows of a batch each of `adapter_names` is for: more than one if rows may have become several `beams`.
+
+        Raises:
+            ValueError: The names are those of another number of rows.
+        """
+        names = self.adapter_names or ()
+        repeats, rest = divmod(num_rows, max(len(names), 1))
+        if not names or rest or (repeats != 1 and not beams):
+            raise ValueError(
+                f"`adapter_names` must name an adapter for each of the {num_rows} rows, got {len(names)}."
+            )
+        return repeats
+
 
 # A context variable and not an attribute of some module: threads that share a model must not share a request.
 latest_request: ContextVar[Request] = ContextVar("instance_prompt_request", default=Request())

@@ -58,6 +58,7 @@ class StackInfo:
         mixing_layer (`str`, *optional*): The name of a module that mixes neighbouring tokens without attention, if there is one.
         twin_layers (`str`, *optional*): Another list of layers of the same class, which the states pass as well: HRM runs two in turns.
         attention_kinds (`frozenset[str]`): The kinds of attention in its layers, where the config says so.
+        image_layers (`tuple[int]`): The layers that attend to an image and not to the text, where the config says so.
     """
 
     name: str
@@ -89,6 +90,7 @@ class StackInfo:
     mixing_layer: str | None = None
     twin_layers: str | None = None
     attention_kinds: frozenset[str] = frozenset()
+    image_layers: tuple[int, ...] = ()
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -252,6 +254,7 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         mixing_layer=mixing[0] if mixing else None,
         twin_layers=_twin_layers(stack, inside),
         attention_kinds=frozenset(kinds),
+        image_layers=tuple(getattr(config, "cross_attention_layers", None) or ()),
     )
 
 

@@ -114,7 +114,7 @@ def widen_mask(
     if text.mask is not None or not layout.all_used or layout.table.late_layers:
         mask = insert(text.tokens if text.mask is None else text.mask, layout.used, layout)  # (B, N)
     if cache is not None and cache.is_compileable:
-        make_room(cache, L, info.sliding_window)
+        make_room(cache, L, info.sliding_window, info.image_layers)
     mask = pad_to_static_cache(mask, cache, B, S + L)
     # The kernel of a prefix-LM hides no later token by itself.
     later = beyond_causal(call.get("attention_mask"), if_none=info.prefix_lm)  # (B, S, S)

@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import tiny
 import torch
 import transformers as tf
-from tiny import DECODERS, ENCODERS, batch, causal_lm, encoder
+from peft import get_peft_model
+from tiny import DECODERS, ENCODERS, batch, causal_lm, encoder, pair
 from torch import nn
+from uses import blip, git, paligemma
 
+from peft_instance_prompt import IAPTConfig
 from peft_instance_prompt.engine import attention
 from peft_instance_prompt.engine.stack import describe
 
@@ -42,6 +48,40 @@ def test_reading_the_mask_changes_nothing() -> None:
     attention._read_mask(model.transformer, "h")
     assert model.config._attn_implementation == kernel and list(model.modules()) == modules
     assert torch.equal(model(**batch(5)).logits, before)
+
+
+def deberta() -> torch.nn.Module:
+    return tf.DebertaModel(tf.DebertaConfig(**tiny._bert, relative_attention=True, pos_att_type=["c2p", "p2c"]))
+
+
+MODELS = {
+    **{family: partial(causal_lm, family) for family in ("llama", "gpt2", "opt", "bloom", "mpt", "falcon")},
+    **{family: partial(encoder, family) for family in ENCODERS},
+    "convbert": lambda: tf.ConvBertModel(tf.ConvBertConfig(**tiny._bert, embedding_size=32)),
+    "roformer": lambda: tf.RoFormerModel(tf.RoFormerConfig(**tiny._bert, embedding_size=32)),
+    "deberta": deberta,
+    "t5": partial(pair, "t5"),
+    "bart": partial(pair, "bart"),
+    "paligemma": paligemma,
+    "blip": blip,
+    "git": git,
+}
+
+
+@pytest.mark.parametrize("fields", [{}, {"init_text": [5, 6, 7]}], ids=["plain", "text"])
+@pytest.mark.parametrize("name", MODELS)
+def test_attaching_draws_what_the_generator_draws(name: str, fields: dict[str, list[int]]) -> None:
+    """No dropout of the base model draws random numbers while facts about it are found out, and nothing is left on it."""
+    states = []
+    for training in (False, True):
+        base = MODELS[name]().train(training)
+        modes = [module.training for module in base.modules()]
+        modules = list(base.modules())
+        torch.manual_seed(3)
+        get_peft_model(base, IAPTConfig(**fields))
+        states.append(torch.get_rng_state())
+        assert [module.training for module in modules] == modes
+    assert torch.equal(*states)
 
 
 def test_causality_that_cannot_be_told() -> None:

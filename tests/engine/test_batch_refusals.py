@@ -10,7 +10,7 @@ import torch
 from methods import KINDS, METHODS, at_the_first_layer
 from mixed_batches import GREEDY, several
 from peft import LoraConfig
-from tiny import assert_same, batch, causal_lm, pair, row_of, with_adapter
+from tiny import adapted, assert_same, batch, causal_lm, pair, row_of, with_adapter
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
@@ -36,6 +36,23 @@ def test_bad_names(kind: str, call: str) -> None:
         run(["a", "b"])
     model.eval()
     assert torch.equal(run(["a", "b"]), expected)
+
+
+@torch.no_grad()
+def test_bad_names_while_the_adapters_are_disabled(kind: str) -> None:
+    """A head that was trained with an adapter still names the adapter of each row."""
+    config = METHODS[kind](task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    model, inputs = adapted(causal_lm(), config), batch(9, 6)
+    expected = causal_lm()(**inputs).logits
+    tuner = model.base_model
+    tuner.disable_adapter_layers()
+    assert_same(tuner(**inputs, adapter_names=["default", "__base__"]).logits, expected)
+    for names in ([], ["default"] * 3):
+        with pytest.raises(ValueError, match=rf"`adapter_names` must name .* each of the 2 rows, got {len(names)}\."):
+            tuner(**inputs, adapter_names=names)
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): None$"):
+        tuner(**inputs, adapter_names=[None, "default"])
+    assert_same(tuner(**inputs).logits, expected)
 
 
 @torch.no_grad()

@@ -100,6 +100,28 @@ def test_layers_that_attend_to_an_image(kind: str, with_image: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("with_image", [True, False])
+@pytest.mark.parametrize("tokens", [3, 9], ids=["short", "long"])
+def test_static_cache_whose_layers_hold_an_image(kind: str, tokens: int, with_image: bool) -> None:
+    """These do not grow. The text has fewer places than the image there, or more."""
+    base, inputs = vision()
+    if "_prepare_static_cache" not in vars(type(base)):
+        pytest.skip("this transformers gives these layers the length of the text")
+    inputs = inputs if with_image else {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    model = adapted(base, METHODS[kind](task_type="CAUSAL_LM"))
+    how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "output_logits": True}
+    cut = {**inputs, "input_ids": IDS[:, :4], "attention_mask": torch.ones_like(IDS[:, :4])} if tokens == 3 else inputs
+    if with_image:
+        cut = {**cut, "cross_attention_mask": inputs["cross_attention_mask"][:, : cut["input_ids"].shape[1]]}
+    both = [
+        model.generate(**cut, **how, cache_implementation=cache, return_dict_in_generate=True)
+        for cache in ("dynamic", "static")
+    ]
+    assert_same(*(torch.stack(text.logits) for text in both))
+    assert torch.equal(*(text.sequences for text in both))
+
+
+@torch.no_grad()
 def test_slot_sees_of_an_image_what_the_token_before_it_sees(monkeypatch) -> None:
     base, inputs = vision()
     model = adapted(base, METHODS["iapt"](task_type="CAUSAL_LM", num_virtual_tokens=2, prompt_position="end"))
