@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether a stack is causal. That is read off what its attention declares, or off the mask that it makes; never off a name."""
+"""Whether a stack is causal: from the flag that its attention declares, or from the mask that it makes; never from a name."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class Attention(NamedTuple):
 
     Attributes:
         causal (`bool`): Whether a token sees only what stands before it.
-        true_hides (`bool`): Whether True in a mask of bools hides a key, as in MPT; elsewhere it shows the key.
-        prefix (`bool`): Whether only its mask makes it causal and a caller may let a prefix see all of itself, as PaliGemma does.
+        true_hides (`bool`): Whether True in a bool mask hides a key (MPT). Defaults to False: True shows the key.
+        prefix (`bool`): Whether the stack is a prefix-LM (PaliGemma): only its mask makes it causal, and a caller may let the prefix of
+            each row see all of itself. Defaults to False.
     """
 
     causal: bool
@@ -35,9 +36,9 @@ def read_attention(
 ) -> Attention:
     """Find out how a stack attends.
 
-    Attention modules declare whether their kernel is causal. Where none does (Bloom, MPT, DeBERTa), or none is in a stack that can
-    fill a cache (the text stack of a prefix-LM), the stack is asked for the mask that it makes for its first layer, and if that is not
-    causal, so is the language model around it, which may tell it to be (BLIP).
+    Attention modules declare by `is_causal` whether their kernel is causal. Some declare nothing (Bloom, MPT, DeBERTa), and those of a
+    prefix-LM's text stack declare False although the stack can fill a cache. Then the mask decides that the first layer gets: first
+    in a call of the stack, and if it is not causal there, in a call of the language model around it, which may make it causal (BLIP).
 
     Args:
         stack (`nn.Module`): The stack.
@@ -46,7 +47,7 @@ def read_attention(
         name_there (`str`): The name of the list of layers within the language model.
 
     Raises:
-        ValueError: The stack declares nothing, or not to be causal within a language model, and its mask cannot be read.
+        ValueError: The mask must decide, and it cannot be read.
     """
     layers = stack.get_submodule(layers_name)
     flags = [module.is_causal for module in layers.modules() if isinstance(getattr(module, "is_causal", None), bool)]
@@ -64,11 +65,11 @@ def read_attention(
 
 
 class _Mask(Exception):
-    """Carries the mask that the first layer gets, and ends the pass."""
+    """Carries the mask of the first layer out of the call, and ends it."""
 
 
 class _Probe(nn.Module):
-    """Stands for a layer.
+    """Takes a layer's place, and raises the mask that it gets.
 
     Args:
         names (`tuple[str]`): The names of the layer's arguments.
@@ -85,9 +86,9 @@ class _Probe(nn.Module):
 
 
 def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
-    """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3).
+    """The attention of a stack, read from the mask (1, 1, 3, 3) that its first layer gets for three tokens.
 
-    In place of the stack it may be the language model around it, with the name that the list of layers has there.
+    A copy of the stack runs, with probes as its layers. `stack` may be the language model around it; `layers_name` is the name there.
     """
     probe: PreTrainedModel = _without_layers(stack, layers_name.split("."))
     embedding = stack.get_input_embeddings()
@@ -105,7 +106,7 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
             probe(inputs_embeds=embeds, **shown)
     except _Mask as caught:
         mask = caught.args[0]
-        if mask is None:  # a causal mask is never left out here
+        if mask is None:  # eager attention always gets a causal mask
             return Attention(False)
         if mask.dim() == 4:
             mask = mask[..., :3].expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
@@ -123,7 +124,7 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
 
 
 def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:
-    """A copy of a module that shares all of it but the list of layers at `path`, and has no hooks; `module` is not changed."""
+    """A copy of a module that shares everything with it except hooks and the list of layers at `path`; `module` is not changed."""
     twin = module.__new__(type(module))
     twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
     for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
@@ -139,7 +140,7 @@ def _without_layers(module: nn.Module, path: list[str]) -> nn.Module:
 
 
 def _probes(layers: nn.ModuleList) -> nn.ModuleList:
-    """As many layers as there are, since some stacks count them."""
+    """As many probes as there are layers, since some stacks count them."""
     probe = _Probe(forward_args(next(layers.children())))
     for name, value in vars(next(layers.children())).items():
         if not name.startswith("_") and not hasattr(
