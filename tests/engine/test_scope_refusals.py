@@ -142,7 +142,7 @@ def test_several_turns_are_said_once(unsaid: None) -> None:
     labels[:, 3:5] = IDS[:, 3:5]
     from_labels(labels, TOKENS, shifted=False)
     labels[:, 8:] = IDS[:, 8:]
-    with pytest.warns(UserWarning, match="several labelled stretches.*`response_template`"):
+    with pytest.warns(UserWarning, match="several labelled spans.*`response_template`"):
         mask = from_labels(labels, TOKENS, shifted=False)
     assert mask.sum(dim=1).tolist() == [3, 3]
     from_labels(labels, TOKENS, shifted=False)  # warnings are errors here
