@@ -188,7 +188,7 @@ class LayerCall(NamedTuple):
         return self.args[place] if place < len(self.args) else self.kwargs.get("attention_mask")
 
     def with_mask(self, mask: torch.Tensor | None) -> LayerCall:
-        """The call with another mask."""
+        """The call with a different mask."""
         place = self._mask_place()
         if place < len(self.args):
             return self._replace(args=(*self.args[:place], mask, *self.args[place + 1 :]))

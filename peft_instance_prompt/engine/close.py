@@ -68,7 +68,9 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         for key in ROUTER_OUTPUTS:
             if output.get(key) is not None:
                 output[key] = tree_map(partial(_strip_router, layout=layout), output[key])
-        if output.get("cross_attentions") is not None:  # their keys are another text's, whose slots stay
+        if (
+            output.get("cross_attentions") is not None
+        ):  # their keys belong to the encoder's text, which keeps its slots
             maps = output.cross_attentions
             output.cross_attentions = tuple(m if m is None else take(m, layout.token_index, dim=2) for m in maps)
         if filled is not None:

@@ -47,7 +47,7 @@ class Generate(MethodWrapper):
         if name is not None and (cache := SlotCache.find(cache)) is not None:
             kwargs[name] = cache
         inputs, ids = prompt_of(call)
-        # A call within another call of `generate`, such as an assistant's, may go on from the same prompt.
+        # A call inside a call of `generate`, such as an assistant's, may continue the same prompt.
         known = known_of(model) if inputs is None else known_of(model).of_tokens(ids, inputs)
         fields = {name: getattr(known, name) if value is None else value for name, value in given.items()}
         if inputs is not None:

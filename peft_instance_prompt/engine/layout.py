@@ -144,8 +144,8 @@ class Layout:
         output_index (`torch.LongTensor`): Shape (B, S). The position at which each token's output is read: its own. If slots stand
             between the last instruction token and the response of a causal model, that token's output is read at the last slot.
         first (`torch.LongTensor`): Shape (B, L). The first token of the sequence that each slot belongs to.
-        seats (`Seats`, *optional*): Which slots belong to which instance, where rows hold several.
-        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence, where rows hold several.
+        seats (`Seats`, *optional*): Which slots belong to which instance, if rows are packed.
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The segment id of each position, if rows are packed.
     """
 
     table: SlotTable

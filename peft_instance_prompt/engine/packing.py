@@ -26,9 +26,8 @@ class Packing:
 
     Attributes:
         segment_ids (`torch.LongTensor`): Shape (B, S). The number of each token's segment in its row, from 0, not decreasing.
-        position (`torch.LongTensor`): Shape (B, S). The number of each token within its segment, from 0.
-        sequence (`torch.LongTensor`): Shape (B, S). The number of each token's sequence within its row, from 0; -1 for a token
-            alone.
+        position (`torch.LongTensor`): Shape (B, S). The place of each token in its segment, from 0.
+        sequence (`torch.LongTensor`): Shape (B, S). The number of each token's sequence in its row, from 0; -1 for a segment of one.
         rows (`torch.LongTensor`): Shape (G,). The row of each sequence.
         columns (`torch.LongTensor`): Shape (G, n). The columns of its tokens; arbitrary where `mask` is False.
         mask (`torch.BoolTensor`): Shape (G, n). False where a sequence has fewer tokens.
@@ -189,9 +188,9 @@ def _from_positions(positions: torch.Tensor) -> torch.Tensor:
     if (wrong := (~begins & ~goes_on).nonzero()).numel():
         row, column = wrong[0].tolist()
         raise ValueError(
-            f"`position_ids` of packed rows must start at 0 in each sequence and count on by 1, but token {column} of row {row} has "
-            f"position {int(positions[row, column])}. A sequence that begins in the middle of a text has no instruction: pack "
-            "whole texts (TRL: `packing_strategy='bfd'`), or give padded rows an `attention_mask`."
+            f"`position_ids` of packed rows must start at 0 in each sequence and increase by 1, but token {column} of row {row} has "
+            f"position {int(positions[row, column])}. A sequence that begins inside a text has no instruction: pack whole texts (TRL: "
+            "`packing_strategy='bfd'`), or give padded rows an `attention_mask`."
         )
     return begins
 

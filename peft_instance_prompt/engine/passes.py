@@ -32,8 +32,8 @@ class Pass:
         layout (`Layout`, *optional*): Where the slots stand, if this pass opened any.
         table (`SlotTable`, *optional*): Which positions are slots, opened by this pass or an earlier one.
         groups (`list[Group]`): The adapter groups.
-        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence within its row, where rows
-            hold several: no position sees those of another.
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The segment id of each position, if rows are packed: positions of
+            different segments do not see each other.
         as_tuple (`bool`): Whether the caller wants a tuple.
         runs (`dict`): By the id of a layer: how many times it has run, less 1. ALBERT runs its layers several times.
         ran (`set[int]`): The depths whose hooks have run.
@@ -79,7 +79,7 @@ class InContext:
     """A checkpoint function whose recomputation sees the context variables of the forward pass.
 
     Transformers before 5.23 runs a layer's hooks again when backward recomputes the layer, long after the pass is over
-    and perhaps in another thread.
+    and perhaps in a different thread.
     """
 
     def __init__(self, checkpoint: Any):

@@ -63,7 +63,7 @@ def read_positions(
             known = _read(stack, layers_name, offset, embed)
         except _Unknown as unknown:
             raise ValueError(
-                f"Instance prompts cannot be used with {type(stack).__name__}: {unknown}. Choose another base model."
+                f"Instance prompts cannot be used with {type(stack).__name__}: {unknown}. Choose a different base model."
             ) from None
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, LookupError):
             return None

@@ -247,9 +247,8 @@ def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
         why = "flash attention cannot hide late prompts from the first layers there"
     if why is not None:
         raise ValueError(
-            "Instance prompts cannot be used with packed or padding-free rows (several sequences in one row, told apart by "
-            f"`position_ids`, `cu_seq_lens` or `seq_idx`) in {type(stack).__name__}: {why}. Turn packing and padding-free batching "
-            "off (TRL: `packing=False, padding_free=False`)."
+            "Instance prompts cannot be used with packed or padding-free rows, which hold several sequences, in "
+            f"{type(stack).__name__}: {why}. Turn packing and padding-free batching off (TRL: `packing=False, padding_free=False`)."
         )
 
 
