@@ -106,7 +106,7 @@ def test_bad_attention_mask(kind: str) -> None:
         causal = torch.ones(2, 1, 11, 11).tril().bool()
         assert_same(model(IDS, attention_mask=causal).logits, model(IDS).logits)
         causal[:, :, 5:, 2] = False  # not padding: the tokens before 5 see it
-        with pytest.raises(ValueError, match=r"`attention_mask` as None, or as 2-D.*\(2, 1, 11, 11\)"):
+        with pytest.raises(ValueError, match=r"`attention_mask` does not tell.*\(2, 1, 11, 11\).*as None, as 2-D"):
             model(IDS, attention_mask=causal)
 
 
