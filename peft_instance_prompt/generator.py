@@ -4,10 +4,10 @@
 """The contract between the engine and a method: a generator turns instances into prompt vectors.
 
 A generator never sees rows, padding, responses or slots. It sees G instances, each with the states of its own instruction tokens,
-and returns l vectors for each. The engine finds the instances and puts the vectors in their places.
+and returns l vectors for each. The engine finds the instances and puts the vectors into their slots.
 
-Shapes: G instances, n instruction tokens, l prompt vectors, w the width of the states (d of the layers, e of the embeddings), k
-the width of a vector of the instance.
+Shapes: G instances, n instruction tokens, l prompt vectors, D depths, w the width of the states (d of the layers, e of the embeddings), k
+the width of an instance vector.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .nn.pooling import rms
 from .text_start import TextStart
 
 
-# The fields of all configs that `encode`, `place` and `generate` go by; a method's own count, too.
+# The fields of all configs that `encode`, `place` and `generate` read, beside a method's own fields.
 READ = ("num_virtual_tokens", "bottleneck_dim", "prompt_position", "separator_id", "init_weights", "condition")
 INPUT = -1  # the depth of the input embeddings; layers count from 0
 
@@ -37,9 +37,9 @@ class Instances(NamedTuple):
     Attributes:
         states (`torch.Tensor`): Shape (G, n, w). The input of the layer, or the input embeddings, at the instruction's tokens.
         mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
-        base_state (`torch.Tensor`): Shape (G, 1, w), detached. The state that a fresh prompt copies: the first token's, or,
-            behind the instruction of a causal model, the last instruction token's.
-        vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of [`PromptGenerator.encode`].
+        base_state (`torch.Tensor`): Shape (G, 1, w), detached. The state that a fresh prompt copies: that of the first token, or, for slots
+            behind the instruction of a causal model, that of the last instruction token.
+        vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of [`PromptGenerator.encode`]. Default: none.
     """
 
     states: torch.Tensor
@@ -56,10 +56,10 @@ class Source:
         token_ids (`torch.LongTensor`, *optional*): Shape (G, n). None if the model was called with embeddings.
         embeds (`torch.Tensor`): Shape (G, n, e). The input embeddings.
         mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
-        instance_embeds (`torch.Tensor`, *optional*): Shape (G, k). The caller's vectors of the instances.
-        frozen_states (`Callable`): Returns the last hidden states (G, n, d) of the stack without prompts, gradient and dropout.
-            The pass is run at most once per call of the model.
-        task_ids (`torch.LongTensor`, *optional*): Shape (G,). The caller's tasks of the instances.
+        instance_embeds (`torch.Tensor`, *optional*): Shape (G, k). The instance vectors that the caller gave.
+        frozen_states (`Callable`): Returns the last hidden states (G, n, d) of a plain pass: without prompts, gradients and dropout. The
+            plain pass runs at most once per call of the model.
+        task_ids (`torch.LongTensor`, *optional*): Shape (G,). The tasks that the caller gave.
     """
 
     token_ids: torch.Tensor | None
@@ -87,38 +87,40 @@ class Placement(NamedTuple):
         return self.used
 
 
-# The tensors that `generate` reads at one depth, by name: each (a, b) of one adapter, or (G, a, b), one per instance.
+# The tensors that `generate` reads at one depth, by name: (a, b) for one adapter, or (G, a, b), one entry per instance.
 Weights = Mapping[str, torch.Tensor]
 
 
 class PromptGenerator(TextStart):
     """Base class of the generators.
 
-    Every parameter that `generate` reads is an attribute of the generator itself. It has a first dimension over the depths that do
-    not share it, and two or more further ones: a matrix (D, a, b), a vector (D, 1, a). [`index_at`] says which entry of each is read
-    at a depth. `generate` gets these entries as `weights`, and computes with `@`, `+` and `*`, which broadcast: in a batch of several
-    adapters each weight has a dimension over the instances in front. Parameters that only `encode` reads lie in submodules.
+    Every parameter that `generate` reads is an attribute of the generator itself. Its first dimension goes over the depths that do not
+    share it; two or more dimensions follow: a matrix is (D, a, b), a vector (D, 1, a). [`index_at`] says which entry of each parameter
+    belongs to a depth. `generate` gets these entries as `weights`, and computes with `@`, `+` and `*`, which broadcast: in a mixed batch,
+    each weight has a dimension over the instances in front. Parameters that only `encode` reads lie in submodules.
 
     Args:
         config (`InstancePromptConfig`): The adapter's config.
-        info (`StackInfo`): The stack that it is made for.
+        info (`StackInfo`): Facts about the stack.
         depths (`Iterable[int]`, *optional*): Where prompts are generated. Defaults to the config's `layers_to_transform`.
 
     Attributes:
         depths (`tuple[int]`): Where prompts are generated: layer numbers, and `INPUT` for the input embeddings.
-        adds (`bool`): Whether the vectors are added to the states in the slots of a layer's input. False: they replace these
-            states. At `INPUT` they always replace.
-        first_visible_layer (`int`): The first layer that sees the slots. Those below run as if there were none: the slots are
-            hidden from attention there, and take no place in the count of positions.
+        adds (`bool`): Whether the vectors are added to the states in the slots of a layer's input. False, the default: they replace these
+            states. At `INPUT` they always replace them.
+        first_visible_layer (`int`): The first layer that sees the slots. Defaults to 0. Layers below it run as if there were no slots:
+            their attention does not see the slots, and the slots move no position ids.
         num_slots (`int`): l.
-        copies_last (`bool`): Whether `base_state` is that of the last instruction token: the slots stand behind it, and the next
-            token is predicted at the last of them.
-        paper (`bool`): Whether the generated part is the whole prompt, with no state that it is added to: `init_weights="paper"`.
-        constant_condition (`bool`): Whether the prompts are to be the same for all instances: `condition="constant"`.
-        feeds_constant (`bool`): Whether the base class provides the constant: l learned states (D, l, w), which `generate`
-            gets in place of an instance's. A method with `encode`, or with a cheaper constant, sets it to False and provides its
-            own.
-        places_by_vector (`bool`): Whether `place` reads the output of `encode`.
+        copies_last (`bool`): Whether `base_state` is that of the last instruction token, since the slots stand behind it and the next
+            token is predicted at the last slot.
+        paper (`bool`): Whether the generated part is the whole prompt, added to no state: `init_weights="paper"`.
+        constant_condition (`bool`): Whether all instances get the same prompts: `condition="constant"`.
+        feeds_constant (`bool`): Whether the base class provides the constant: l learned states (D, l, w), which `generate` gets in place
+            of the instance's. Defaults to True. A method with `encode`, or with a cheaper constant, sets it to False and provides its own.
+        places_by_vector (`bool`): Whether `place` reads the output of `encode`. Defaults to False.
+
+    Raises:
+        TypeError: With `feeds_constant`, the class defines `encode` or reads states of several widths.
     """
 
     adds = False
@@ -147,10 +149,10 @@ class PromptGenerator(TextStart):
             self.constant = nn.Parameter(torch.randn(len(self.depths), self.num_slots, *widths))  # (D, l, w)
 
     def zero_at_start(self, *last: nn.Parameter) -> None:
-        """Let the generated part begin at zero, with `init_weights=True`. Call it at the end of `__init__`.
+        """Start the generated part at zero if `init_weights=True`. Call it at the end of `__init__`.
 
         Args:
-            last (`nn.Parameter`): The last matrix and its bias: if they are zero, the generated part is.
+            last (`nn.Parameter`): The last matrix and its bias, whose zeros make the generated part zero.
         """
         if self.config.init_weights is True:
             for parameter in last:
@@ -160,30 +162,30 @@ class PromptGenerator(TextStart):
 
     @classmethod
     def check(cls, config: Any, info: StackInfo) -> None:
-        """Raise a ValueError if the config does not fit the stack. Called before anything of the model is changed."""
+        """Raise a ValueError if the config does not fit the stack. The tuner calls it before it changes the model."""
 
     def begin(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Called once, when the generator has been made. `embed` gives the stack's input embeddings (n, e) of token ids (n,)."""
+        """Called once, after the generator is made. `embed` returns the stack's input embeddings (n, e) for token ids (n,)."""
 
     def encode(self, source: Source) -> torch.Tensor | None:
-        """A vector or vectors (G, ...) of each instance, made once per instance before the stack runs. None: not needed.
+        """One or several vectors (G, ...) for each instance, made once, before the stack runs. None, the default: not needed.
 
-        Called for one adapter at a time, whose own parameters it may read.
+        The engine calls it for one adapter at a time, so it may read the generator's own parameters.
         """
         return None
 
     def place(self, mask: torch.Tensor, vector: torch.Tensor | None) -> Placement:
-        """Where the slots stand.
+        """Where the slots stand. Default: behind the instruction if `prompt_position="end"`, else before it, and all are used.
 
         Args:
-            mask (`torch.BoolTensor`): Shape (G, n). The instruction's tokens.
+            mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
             vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of `encode`.
         """
         at_end = self.config.prompt_position == "end"
         return Placement(mask.new_full((len(mask), self.num_slots), at_end))  # (G, l)
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
-        """The generated part for one depth: (G, l, w); or (l, w) or (1, l, w) if it is the same for all instances.
+        """The generated part of the prompt at one depth: (G, l, w), or (l, w) or (1, l, w) if it is the same for all instances.
 
         Args:
             instances (`Instances`): The instances.
@@ -205,13 +207,13 @@ class PromptGenerator(TextStart):
         return self.index_at(depth)
 
     def start(self, instances: Instances, depth: int) -> torch.Tensor | None:
-        """The state (G, 1, w) that the generated part is added to, in units of its root mean square. None: there is none."""
+        """The state (G, 1, w) to which the generated part is added, in units of this state's root mean square. None: there is none."""
         return None if self.paper else instances.base_state
 
     def token_weights(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor | None:
-        """The share of each token in each prompt vector, (G, l, n), where each row sums to 1. Only tools read it.
+        """The share (G, l, n) of each token in each prompt vector; the shares of a vector sum to 1. Only tools read them.
 
-        None if the vectors of this depth are no weighted means over tokens, as with `condition="constant"`.
+        None, the default, if the vectors of this depth are not weighted means over tokens, as with `condition="constant"`.
         """
         return None
 
@@ -225,15 +227,15 @@ class PromptGenerator(TextStart):
         front: torch.Tensor,
         end: torch.Tensor,
     ) -> torch.Tensor:
-        """Give gradients to choices that no number of `widened` shows: the places of the slots.
+        """Attach the gradient of a discrete choice of position. Default: there is none.
 
-        Called where one adapter has the whole batch, one instance per row; for a packed batch, with a row per sequence, and zeros
-        where a row is shorter.
+        The engine calls it if one adapter has the whole batch, with one instance per row. The sequences of a packed batch get a row each,
+        with zeros behind shorter ones.
 
         Args:
             widened (`torch.Tensor`): Shape (B, N, e). The input embeddings with the prompt vectors in their places.
             prompts (`torch.Tensor`): Shape (B, l, e). The output of `forward` for `INPUT`.
-            embeds (`torch.Tensor`): Shape (B, S, e). The input embeddings without them.
+            embeds (`torch.Tensor`): Shape (B, S, e). The input embeddings without the prompt vectors.
             vector (`torch.Tensor`, *optional*): Shape (B, ...). The output of `encode`.
             layout (`Layout`): Where slots and tokens stand.
             front (`torch.LongTensor`): Shape (B,). The token before which the slots before the instruction stand.
@@ -247,14 +249,19 @@ class PromptGenerator(TextStart):
     # --------------------------------------------------------------------------------------------- what the engine calls
 
     def forward(self, instances: Instances, depth: int, weights: Weights | None = None) -> torch.Tensor:
-        """The prompt vectors (G, l, w) of one depth: `p = start + rms(start) * generated`, the start being the `init_text`'s or the
-        method's. Where they are added to the states in the slots, there is no `start +`, since these states began with it.
+        """The prompt vectors (G, l, w) of one depth: `p = start + rms(start) * generated`.
 
-        The first token is the attention sink of a causal model. A second copy of its state changes next to nothing, so an adapter
-        whose `generated` begins at zero begins as a near no-op, where any other vector does great harm. The papers have no such
-        term; with `init_weights="paper"` there is none.
+        The start is that of `init_text`, or the method's. If the method `adds`, `start +` is left out, since the states in the slots
+        already contain it.
 
-        `instances`, `depth` and `weights` are those of `generate`, the weights by default the generator's own.
+        The first token is the attention sink of a causal model. A second copy of its state changes next to nothing, so an adapter whose
+        `generated` begins at zero begins as a near no-op; any other vector would do great harm. The papers have no such term, and
+        `init_weights="paper"` leaves it out.
+
+        Args:
+            instances (`Instances`): The instances.
+            depth (`int`): The layer, or `INPUT`.
+            weights (`Mapping[str, torch.Tensor]`, *optional*): The parameters of this depth, by name. Default: the generator's own.
         """
         weights = self.weights(depth) if weights is None else weights
         start = self.text_state(weights)  # (l, w) or (G, l, w); below, (G, 1, w)
@@ -274,45 +281,45 @@ class PromptGenerator(TextStart):
     def weights(
         self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None
     ) -> dict[str, torch.Tensor]:
-        """The parameters of one depth, by name; from `unbound` parameters if a pass has made these."""
+        """The parameters of one depth, by name; taken from `unbound`, the output of `unbind`, if it is given."""
         index = self._full_index_at(depth).items()
         return {name: (getattr(self, name) if unbound is None else unbound[name])[at] for name, at in index}
 
     def unbind(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        """The parameters that `generate` reads, one tensor per depth. Backward through `unbind` costs less than an index."""
+        """The parameters that `generate` reads, unbound along their first dimension: backward costs less than that of an index."""
         names = {name for depth in self.depths for name in self._full_index_at(depth)}
         return {name: getattr(self, name).unbind(0) for name in names}
 
     def _replicate_for_data_parallel(self) -> PromptGenerator:
         for depth in self.depths:
-            self._full_index_at(depth)  # a replica has no parameters to ask
+            self._full_index_at(depth)  # a replica has no parameters from which to find the index
         return super()._replicate_for_data_parallel()
 
     def _full_index_at(self, depth: int) -> dict[str, int]:
-        if depth not in self._index:  # found once: a batch of many adapters asks often
+        if depth not in self._index:  # found once, since a batch of many adapters asks often
             self._index[depth] = {**self.rows_at(depth), **self.text_row(depth)}
         return self._index[depth]
 
     @property
     def activation_coefficients(self) -> nn.Parameter | None:
-        """The coefficients (L, 1, 12) of rational activations, if the method has learned ones."""
+        """The coefficients (D, 1, 12) of learned rational activations. None, the default: the method has none."""
         return None
 
     @property
     def signature(self) -> tuple:
-        """Generators with equal signatures differ in their weights only, and run together in a batch of several adapters."""
+        """Generators with equal signatures differ only in their weights, and run together in a mixed batch."""
         own = {field.name for field in fields(self.config)} - {field.name for field in fields(InstancePromptConfig)}
         read = [(name, repr(getattr(self.config, name))) for name in sorted({*READ, *own})]
         return type(self), self.from_text, self.depths, tuple(read), tuple(p.dtype for p in self.parameters())
 
 
 def chosen_layers(config: Any, info: StackInfo) -> list[int]:
-    """The layers of a config's `layers_to_transform`: all of the stack's if it is None."""
+    """The layers in a config's `layers_to_transform`; all layers of the stack if it is None."""
     layers = config.layers_to_transform
     return list(range(info.num_layers)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
 
 
 def stack_weights(of_adapters: Iterable[Weights]) -> dict[str, torch.Tensor]:
-    """The weights of several adapters of one signature, one per instance: (G, a, b) each."""
+    """The weights (G, a, b) of several adapters with equal signatures; `of_adapters` has one entry per instance."""
     of_each = list(of_adapters)
     return {name: torch.stack([weights[name] for weights in of_each]) for name in of_each[0]}  # (G, a, b)

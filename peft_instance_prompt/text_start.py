@@ -15,11 +15,11 @@ from .engine.stack import StackInfo
 
 
 class TextStart(nn.Module):
-    """What a generator with an `init_text` holds, and nothing without one.
+    """The part of a generator that holds the states of `init_text`. Without a text it holds nothing.
 
-    With s (l, w) the states of the text's tokens at a depth of the frozen base model, the prompt is `s + rms(s) * generated`
-    there, in place of the copies of the row's first token. They are not trained. They are buffers, saved with the adapter, so that
-    a saved adapter does without the text.
+    Let s (l, w) be the states of the text's tokens at a depth of the bare model. The prompt of this depth is `s + rms(s) * generated`,
+    where other prompts begin with copies of the first token's state. The states are buffers: they are not trained, and they are saved
+    with the adapter, so that loading needs no text.
 
     Attributes:
         from_text (`bool`): Whether there is a text.
@@ -28,7 +28,13 @@ class TextStart(nn.Module):
     """
 
     def add_text(self, config: Any, depths: Sequence[int], info: StackInfo) -> None:
-        """Make room for the states of the config's `init_text`: at layers, and at the input if `depths` has a negative number."""
+        """Make buffers for the states of the config's `init_text`.
+
+        Args:
+            config (`InstancePromptConfig`): The adapter's config.
+            depths (`Sequence[int]`): Where prompts are generated: layers, and -1 for the input embeddings.
+            info (`StackInfo`): Facts about the stack.
+        """
         self.from_text, self.text_depths = config.init_text is not None, tuple(depths)
         layers, l = [depth for depth in depths if depth >= 0], config.num_virtual_tokens
         if self.from_text and layers:
@@ -44,7 +50,7 @@ class TextStart(nn.Module):
             states (`Mapping[int, torch.Tensor]`): By depth: the states (l, w) of the text's tokens.
 
         Raises:
-            ValueError: A depth has none, or they have another shape.
+            ValueError: A depth has no states, or states of a wrong shape.
         """
         for depth in self.text_depths:
             ((name, row),) = self.text_row(depth).items()
@@ -62,18 +68,18 @@ class TextStart(nn.Module):
             own.copy_(states[depth])
 
     def text_row(self, depth: int) -> dict[str, int]:
-        """Which buffer, and which row of it, holds the states at a depth."""
+        """The name of the buffer with the states of a depth, and their index in it; empty without a text."""
         if not self.from_text:
             return {}
         layers = [number for number in self.text_depths if number >= 0]
         return {"text_input": 0} if depth < 0 else {"text": layers.index(depth)}
 
     def text_state(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """The states (l, w), or (G, l, w) of several adapters, among the tensors of a depth."""
+        """The text's states among the tensors of a depth: (l, w), or (G, l, w) for several adapters; None without a text."""
         return weights.get("text", weights.get("text_input"))
 
 
 def repeat_to(ids: Iterable[int], length: int) -> list[int]:
-    """The ids of a text over and over until there are `length`, as PEFT's prompt tuning has them."""
+    """The ids of a text, repeated or cut to `length` of them, as in PEFT's prompt tuning."""
     ids = list(ids)
     return (ids * -(-length // len(ids)))[:length]

@@ -263,7 +263,7 @@ def _(path, patch):
     iapt().generate(**batch(7, 5), max_new_tokens=2, prefill_chunk_size=4)
 
 
-@says("Instance prompts need `attention_mask` as None, or as 2-D, (batch, tokens)")
+@says("`attention_mask` does not tell which tokens are padding")
 def _(path, patch):
     mask = torch.ones(1, 1, 7, 7).tril().bool()
     mask[:, :, 5:, 2] = False

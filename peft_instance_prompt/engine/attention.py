@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether a stack is causal. That is read off what its attention declares, or off the mask that it makes; never off a name."""
+"""Whether a stack is causal: from the flag that its attention declares, or from the mask that it makes; never from a name."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Attention(NamedTuple):
 
     Attributes:
         causal (`bool`): Whether a token sees only what stands before it.
-        true_hides (`bool`): Whether True in a mask of bools hides a key, as in MPT; elsewhere it shows the key.
-        prefix (`bool`): Whether only its mask makes it causal and a caller may let a prefix see all of itself, as PaliGemma does.
+        true_hides (`bool`): Whether True in a bool mask hides a key (MPT). Defaults to False: True shows the key.
+        prefix (`bool`): Whether the stack is a prefix-LM (PaliGemma): only its mask makes it causal, and a caller may let the prefix of
+            each row see all of itself. Defaults to False.
     """
 
     causal: bool
@@ -36,9 +37,9 @@ def read_attention(
 ) -> Attention:
     """Find out how a stack attends.
 
-    Attention modules declare whether their kernel is causal. Where none does (Bloom, MPT, DeBERTa), or none is in a stack that can
-    fill a cache (the text stack of a prefix-LM), the stack is asked for the mask that it makes for its first layer, and if that is not
-    causal, so is the language model around it, which may tell it to be (BLIP).
+    Attention modules declare by `is_causal` whether their kernel is causal. Some declare nothing (Bloom, MPT, DeBERTa), and those of a
+    prefix-LM's text stack declare False although the stack can fill a cache. Then the mask decides that the first layer gets: first
+    in a call of the stack, and if it is not causal there, in a call of the language model around it, which may make it causal (BLIP).
 
     Args:
         stack (`nn.Module`): The stack.
@@ -47,7 +48,7 @@ def read_attention(
         name_there (`str`): The name of the list of layers within the language model.
 
     Raises:
-        ValueError: The stack declares nothing, or not to be causal within a language model, and its mask cannot be read.
+        ValueError: The mask must decide, and it cannot be read.
     """
     layers = stack.get_submodule(layers_name)
     flags = [module.is_causal for module in layers.modules() if isinstance(getattr(module, "is_causal", None), bool)]
@@ -65,9 +66,9 @@ def read_attention(
 
 
 def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
-    """Call a copy of the stack, whose first layer is a probe, with three tokens, and read the mask (1, 1, 3, 3).
+    """The attention of a stack, read from the mask (1, 1, 3, 3) that its first layer gets for three tokens.
 
-    In place of the stack it may be the language model around it, with the name that the list of layers has there.
+    A copy of the stack runs, with probes as its layers. `stack` may be the language model around it; `layers_name` is the name there.
     """
     layer = next(stack.get_submodule(layers_name).children())
     if not {"attention_mask", "merged_attention_mask"}.intersection(forward_args(layer)):

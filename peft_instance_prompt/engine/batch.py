@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The adapters of a batch: which instances have which, and which adapters run together."""
+"""Adapter groups: which instances of a batch have which adapter, and which adapters run together."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .request import Request
 
 @dataclass
 class Group:
-    """Rows whose adapters have one signature and run together.
+    """An adapter group: G instances whose adapters have equal signatures and run together.
 
-    The instances of a group are in the order of their rows, so that a group that has all rows of a batch copies no states.
+    The instances stand in the order of their rows, so that a group with all rows of a batch needs no copy of the states.
 
     Attributes:
         generators (`list[PromptGenerator]`): The adapters.
-        rows (`torch.LongTensor`, *optional*): Shape (G,). The row of each instance. None: all rows of the batch.
-        rows_of (`list[torch.LongTensor]`, *optional*): The rows of the batch that each adapter has, and once the sequences of a
-            packed batch are known, those sequences. None: there is one adapter, and it has all.
-        adapter_of (`list[int]`): The number of each instance's adapter among `generators`; not read if there is one adapter.
-        by_row (`torch.LongTensor`, *optional*): Shape (G,). Brings values that were made adapter by adapter into the order of the
-            rows. None: they are in this order.
-        selection (`InstanceTokens`, *optional*): The instances among the positions of the stack.
+        rows (`torch.LongTensor`, *optional*): Shape (G,). The row of each instance; its sequence in a packed batch. None: all of them.
+        rows_of (`list[torch.LongTensor]`, *optional*): Per adapter: its instances, as in `rows`. None: one adapter has all of them.
+        adapter_of (`list[int]`): Per instance: the index of its adapter in `generators`. Not read if there is one adapter.
+        by_row (`torch.LongTensor`, *optional*): Shape (G,). The index that sorts values made adapter by adapter into the order of the
+            rows. None: they are in that order.
+        selection (`InstanceTokens`, *optional*): The instances' tokens among the positions of the stack.
         vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of the adapters' `encode`.
+        unbound (`dict`): By the index of an adapter, once per pass: whether gradients were on, and its parameters, unbound by depth.
     """
 
     generators: list[PromptGenerator]
@@ -51,7 +51,7 @@ class Group:
     def of(
         cls, generators: list[PromptGenerator], rows_of: list[list[int]], num_rows: int, device: torch.device
     ) -> Group:
-        """The group of adapters that have these rows, out of `num_rows`."""
+        """A group from the rows of each adapter, out of `num_rows`."""
         pairs = [(row, number) for number, rows in enumerate(rows_of) for row in rows]
         order = sorted(range(len(pairs)), key=pairs.__getitem__)
         return cls(
@@ -64,7 +64,7 @@ class Group:
 
     @property
     def model(self) -> PromptGenerator:
-        """The adapter whose fields are those of all."""
+        """The first adapter. Fields that the engine reads are equal in all."""
         return self.generators[0]
 
     def of_sequences(self, packing: Packing) -> Group | None:
@@ -78,7 +78,7 @@ class Group:
         return Group.of([g for g, _ in kept], [own for _, own in kept], len(packing.rows), packing.rows.device)
 
     def __iter__(self) -> Iterator[tuple[PromptGenerator, torch.Tensor | None]]:
-        """Each adapter with its rows."""
+        """Each adapter with its instances; None for all of them."""
         rows_of: Sequence[torch.Tensor | None] = self.rows_of or [None]
         return iter(zip(self.generators, rows_of))
 
@@ -110,13 +110,16 @@ class Group:
         return intercepted(prompts, depth=depth, generators=self.generators, **fields)
 
     def _device(self, weights: Mapping[str, torch.Tensor] | None, default: torch.device) -> torch.device:
-        """Where the adapters compute: layers can lie elsewhere. Parameters of a managed module lie elsewhere until it is called,
-        and a replica of `DataParallel` has none; so these are not asked."""
+        """The device of the adapters, which may differ from the layer's.
+
+        A managed module loads its parameters only when it is called, and a `DataParallel` replica has none: `vector` or the layer
+        decides for them.
+        """
         known = [self.vector] if weights is None else [*weights.values(), self.vector]
         return next((tensor.device for tensor in known if tensor is not None), default)
 
     def _one_by_one(self, instances: Instances, depth: int) -> torch.Tensor:
-        """The prompt vectors (G, l, w) of adapters that cannot be stacked, since each has its parameters only while it is called."""
+        """The prompt vectors (G, l, w) of managed adapters. Each loads its parameters only when it is called, so they cannot be stacked."""
         places = [[i for i, n in enumerate(self.adapter_of) if n == number] for number in range(len(self.generators))]
         made = [
             generator(Instances._make(pick(values, torch.tensor(own)) for values in instances), depth)
@@ -126,7 +129,7 @@ class Group:
         return torch.cat(made)[order.to(made[0].device)]
 
     def weights(self, depth: int) -> dict[str, torch.Tensor]:
-        """The adapters' parameters at a depth: of one adapter (a, b), of several one per instance (G, a, b)."""
+        """The parameters of a depth, by name: (a, b) for one adapter; (G, a, b) for several, one entry per instance."""
         if len(self.generators) == 1:
             return self._of(0, depth)
         each = [self._of(number, depth) for number in range(len(self.generators))]
@@ -138,18 +141,18 @@ class Group:
         if number not in self.unbound:  # once per pass
             self.unbound[number] = grad, generator.unbind()
         made_with_grad, unbound = self.unbound[number]
-        # Re-entrant checkpointing runs a layer first without gradients and again with them, where its weights must be read anew.
+        # Re-entrant checkpointing runs a layer without gradients first, then with them: the second run must read its weights anew.
         return generator.weights(depth, unbound if made_with_grad == grad else None)
 
 
 def managed(generator: PromptGenerator) -> bool:
-    """Whether FSDP, DeepSpeed or accelerate's offloading puts the parameters in place when the module is called."""
+    """Whether FSDP, DeepSpeed or accelerate's offloading loads the parameters only when the module is called."""
     return bool(generator._forward_pre_hooks) or "_hf_hook" in generator.__dict__
 
 
 @contextmanager
 def in_place(generator: PromptGenerator) -> Iterator[None]:
-    """Put parameters that accelerate has offloaded in place while the block reads them other than by a call of their module."""
+    """Load parameters that accelerate has offloaded, for a block that reads them without calling their module."""
     hooks = [(m, hook) for m in generator.modules() if (hook := m.__dict__.get("_hf_hook")) is not None]
     for module, hook in hooks:
         hook.pre_forward(module)
@@ -171,7 +174,10 @@ def pick(values: Values, rows: torch.Tensor | None) -> Values:
 def put(
     whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor, seats: Seats | None = None
 ) -> torch.Tensor:
-    """`whole` (B, L, ...) with `values` (G, l, ...) in the last l columns of `rows`, unused slots come first; or in their seats."""
+    """Write `values` (G, l, ...) into these instances' slots in `whole` (B, L, ...); unused slots stay in front.
+
+    `rows` are the instances; None for all of them. `seats` say which slots are theirs in packed rows.
+    """
     if seats is not None:
         return seats.put(whole, rows, values)
     if rows is None:
@@ -187,17 +193,17 @@ def group_rows(
     request: Request,
     device: torch.device,
 ) -> list[Group]:
-    """The rows of a batch by adapter; none if no adapter is to be used.
+    """The adapter groups of a batch; an empty list if no row has an adapter.
 
     Args:
         generators (`Mapping[str, PromptGenerator]`): The adapters by name.
-        active (`Sequence[str]`): The names of the active adapters, for a request that names none.
+        active (`Sequence[str]`): The names of the active adapters. Read if the request has no `adapter_names`.
         num_rows (`int`): B.
-        request (`Request`): What the caller said.
+        request (`Request`): The request.
         device (`torch.device`): The device of the row numbers.
 
     Raises:
-        ValueError: The request names adapters for another number of rows.
+        ValueError: `adapter_names` and the batch differ in their number of rows.
     """
     if request.adapter_names is None:
         return [Group([generators[name]]) for name in active if name in generators]

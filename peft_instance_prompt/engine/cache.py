@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The cache that hides slots: it counts tokens to the outside, tokens and slots to the stack."""
+"""The slot cache: a KV cache that holds slots and tokens. Callers see the number of tokens, the stack sees both."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from transformers import Cache
 from .layout import SlotTable
 
 
-# The attribute of the caller's cache that holds the slot table. The caller may pass that cache to the second turn, and not the
-# returned one, and its slots must still be known.
+# The attribute of the caller's cache that holds the slot table: the caller may pass that cache to the next turn, in place of the
+# returned one.
 _TABLE = "_instance_prompt_slots"
 
 
 class SlotCache(Cache):
     """A transformers cache that holds slots and tokens, and counts tokens only.
 
-    The model returns it as its cache. It can be passed back in for the next step or the next turn, deep-copied,
-    pickled, reordered, cropped and reset like the cache inside it.
+    The model returns it as its cache. The caller may pass it to the next step or turn, and deep-copy, pickle, reorder, crop and reset
+    it like the cache inside it.
 
     Args:
         inner (`Cache`): The cache that the attention layers fill.
         table (`SlotTable`): Its slots.
     """
 
-    # Its own length differs from what the layers hold, so the mask that transformers would make for a compiled decoding
-    # step from outside would be too short.
+    # `generate` makes the masks of a compiled decoding step by the cache's length, which leaves out the slots: they would be too short.
     is_compileable = False
 
     def __init__(self, inner: Cache, table: SlotTable):
@@ -40,7 +39,7 @@ class SlotCache(Cache):
 
     @staticmethod
     def find(cache: Any) -> SlotCache | None:
-        """The `SlotCache` that `cache` is or lies in; None if it holds no slots."""
+        """The `SlotCache` of a cache that holds slots: itself, or one around it. None if it holds no slots."""
         if not isinstance(cache, SlotCache):
             table = getattr(cache, _TABLE, None)
             cache = None if table is None else SlotCache(cache, table)
@@ -59,7 +58,14 @@ class SlotCache(Cache):
         return longest if longest < 0 else longest - self.table.num_slots
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; a negative number, as in transformers."""
+        """Remove the last tokens.
+
+        Args:
+            tokens_to_remove (`int`): Their number; negative, as in transformers.
+
+        Raises:
+            ValueError: A slot would be removed, or the inner cache cannot be cropped.
+        """
         rest = length(self.inner) - abs(tokens_to_remove)
         self.table.check_crop(rest)
         self.inner.crop(tokens_to_remove)  # which may refuse
@@ -84,7 +90,7 @@ class SlotCache(Cache):
         return self.inner.update(*args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """The number of tokens that a mask from outside of the stack must span, and the first of them."""
+        """The number of tokens that a mask made outside the stack spans, and the index of the first."""
         return self.get_seq_length() + query_length, 0
 
     def __iter__(self):
@@ -97,13 +103,13 @@ class SlotCache(Cache):
         return f"SlotCache({self.inner!r}, slots={self.table.num_slots})"
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("inner", "table"):  # copying and unpickling read attributes before they set them
+        if name in ("inner", "table"):  # copying and unpickling read attributes before setting them
             raise AttributeError(name)
         return getattr(self.inner, name)
 
 
 def length(cache: Cache, layer_idx: int = 0) -> int:
-    """The number of positions in a cache as an `int`; static caches count in a tensor."""
+    """The number of positions in a cache, as an `int`: static caches hold it as a tensor."""
     return int(cache.get_seq_length(layer_idx))
 
 
@@ -120,7 +126,7 @@ def make_room(
     """Grow an empty static cache in place, so that it holds `num_slots` positions beside the tokens it was made for.
 
     Args:
-        cache (`Cache`): The cache. Dynamic ones have no bound and stay as they are.
+        cache (`Cache`): The cache. Dynamic caches have no bound and stay as they are.
         num_slots (`int`): L.
         sliding_window (`int`, *optional*): The model's; a sliding layer never holds more.
         image_layers (`tuple[int]`): The numbers of the layers that hold an image and no slots.

@@ -3,12 +3,12 @@
 
 """How transformers calls a stack and its layers, by release.
 
-A new release of transformers is understood here, and the range of tested releases is raised here, in `pyproject.toml` and in
-`constraints/`. Other files read a call of a stack only after [`by_name`] has named its arguments. They use the names that all of
-transformers' public models have had since 4.0: `input_ids`, `inputs_embeds`, `attention_mask`, `position_ids`. If a release changes one of
-these, `by_name` gives it its old name, as it does with the cache. What changed so far:
+Adapt this file to a new release of transformers, and raise the range of tested releases here, in `pyproject.toml` and in
+`constraints/`. Other files read a call of a stack only after [`by_name`] has named its arguments. They use the names that all public
+models of transformers have had since 4.0: `input_ids`, `inputs_embeds`, `attention_mask`, `position_ids`. If a release renames one of
+these, translate it in `by_name`, as the cache is. What changed so far:
 
-- 5.24 calls the cache `cache`, in every forward, layer and output; before, it was `past_key_values`.
+- 5.24 calls the cache `cache`, in every forward, layer and output; it was `past_key_values` before.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from torch import nn
 from transformers import Cache
 
 
-# The first and the last minor release that the test suite passes on.
+# The first and the last minor release on which the test suite passes.
 TESTED = ((5, 18), (5, 24))
 SWITCH = "PEFT_INSTANCE_PROMPT_UNTESTED"
 
 # The argument of a stack or a layer that takes the cache, by release.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
-# Arguments of a stack with a row and a column for each token, all of which the engine widens.
+# Arguments of a stack with a column for each token. The engine widens all of them.
 PER_TOKEN_ARGUMENTS = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "per_layer_inputs"
 )  # fmt: skip
-# Arguments with a row (B, 1, S, keys) for each token that says what it sees of another input: Llama 3.2 Vision's images.
+# Arguments (B, 1, S, keys) that say what each token sees of a different input: the images of Llama 3.2 Vision.
 PER_QUERY_ARGUMENTS = ("cross_attention_mask", "full_text_row_masked_out_mask")
-# Arguments of the same form that belong to another text or to the loss: they stay as they are.
+# Arguments of such shapes that belong to a different text or to the loss: they stay as they are.
 FOREIGN_ARGUMENTS = (
     "encoder_hidden_states", "encoder_attention_mask", "cross_attention_states", "labels", "shift_labels"
 )  # fmt: skip
-# Arguments that say where the sequences of packed rows begin and how long they are. Only mamba-like layers read the last.
+# Where the sequences of packed rows begin, and how long they are. Only mamba-like layers read `seq_idx`.
 LENGTH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PACKED_ARGUMENTS = (*LENGTH_ARGUMENTS, "seq_idx")
 
@@ -66,16 +66,16 @@ def untested_release() -> str | None:
 
 
 def warn_of_untested_release() -> None:
-    """Warn, once, when the package is imported beside a transformers that it was not tested with."""
+    """Warn if the installed transformers is untested. Called once, when the package is imported."""
     if (complaint := untested_release()) is not None:
         warnings.warn(f"{complaint} Adapters are refused there unless the environment has {SWITCH}=1.", stacklevel=3)
 
 
 def check_release() -> None:
-    """Raise a RuntimeError beside a transformers that the package was not tested with, unless the user wants to try it."""
+    """Raise a RuntimeError if the installed transformers is untested and the environment does not allow it."""
     if (complaint := untested_release()) is not None and os.environ.get(SWITCH) != "1":
         raise RuntimeError(
-            f"{complaint} Another can call models differently, and prompts would be wrong without an error. Install a tested "
+            f"{complaint} It may call models differently, and prompts would be silently wrong. Install a tested "
             f"release, or set {SWITCH}=1 and run `python -m peft_instance_prompt doctor`."
         )
 
@@ -88,7 +88,7 @@ def forward_args(module: nn.Module) -> tuple[str, ...]:
     return _arguments(type(module).forward)[1:]  # without `self`
 
 
-@functools.cache  # it is asked at each decoding step, and a signature takes longer to read than all else that is done there
+@functools.cache  # each decoding step asks, and to read a signature costs more than all our other work in that step
 def _arguments(function: Callable) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
@@ -100,15 +100,15 @@ def _positional(function: Callable) -> tuple[str, ...]:
 
 
 def named(module: nn.Module, method: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a module's method by name, as far as its class names them. Python itself refuses others."""
+    """The arguments of a call of a module's method, by name as far as the class names them. Python itself refuses the others."""
     return {**dict(zip(_positional(getattr(type(module), method))[1:], args)), **kwargs}  # without `self`
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of a module, by the names that its forward declares.
+    """The arguments of a call of a module, by the names that its forward declares.
 
     Raises:
-        TypeError: An argument is given twice, or has no name.
+        TypeError: An argument is given twice, or a positional argument has no name.
     """
     if args:
         names, who = _positional(type(module).forward)[1:], f"{type(module).__name__}.forward()"
@@ -121,7 +121,7 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
 
 
 def declared(call: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """A copy of a call of a module, of its `forward` or its `generate`, in which the cache has the name that forward declares.
+    """A copy of the arguments of `forward` or `generate`, with the cache under the name that the module's forward declares.
 
     Raises:
         TypeError: The cache is given twice.
@@ -138,7 +138,7 @@ def declared(call: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
 
 
 def cache_of(call: Mapping[str, Any]) -> tuple[str | None, Cache | None]:
-    """The cache among the arguments of a stack or layer, or in its output, and the name that it has there."""
+    """The name of the cache among a call's arguments or in an output, and the cache; (None, None) if there is none."""
     return next(((name, value) for name, value in call.items() if isinstance(value, Cache)), (None, None))
 
 
@@ -153,7 +153,7 @@ class LayerCall(NamedTuple):
 
     Attributes:
         layer (`nn.Module`): The layer.
-        args (`tuple`): Its positional arguments, the first of which are the states.
+        args (`tuple`): Its positional arguments. The first, if there is any, is the states.
         kwargs (`dict`): Its other arguments.
     """
 
@@ -188,7 +188,7 @@ class LayerCall(NamedTuple):
         return self.args[place] if place < len(self.args) else self.kwargs.get("attention_mask")
 
     def with_mask(self, mask: torch.Tensor | None) -> LayerCall:
-        """The call with another mask."""
+        """The call with a different mask."""
         place = self._mask_place()
         if place < len(self.args):
             return self._replace(args=(*self.args[:place], mask, *self.args[place + 1 :]))
@@ -232,8 +232,8 @@ def check_understood(stack: nn.Module, name: str, causal: bool, layers: nn.Modul
     head: Any = getattr(stack, "get_output_embeddings", None)
     if head is not None and head() is not None:
         raise ValueError(
-            f"{type(stack).__name__} ({name or 'the base model itself'!r}) has its head within the stack and returns logits, not states: "
-            "where its slots stand cannot be taken out of its loss. Instance prompts need a stack apart from its head."
+            f"{type(stack).__name__} ({name or 'the base model itself'!r}) has its head within the stack and returns logits, not states, "
+            "so slots cannot be taken out of its loss. Instance prompts need a stack apart from its head."
         )
     for part, module in layers.named_modules():
         if _needs_ids(type(module).forward):

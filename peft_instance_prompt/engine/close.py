@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""After a stack ran: take the slots out of its output. The caller gets the shapes of a model without slots."""
+"""After a stack ran: take the slots out of its output, so that the caller gets the shapes of a model without slots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROUTER_OUTPUTS = ("router_logits", "router_probs")
 KNOWN_OUTPUTS = (
     "last_hidden_state", "hidden_states", "attentions", "cross_attentions", "pooler_output", *ROUTER_OUTPUTS
 )  # fmt: skip
-# Where the slots of an encoder stand, for its decoder.
+# Outputs of an encoder that tell its decoder where the slots stand.
 SLOT_OUTPUTS = ("slot_order", "slot_used")
 
 
@@ -41,6 +41,9 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         running (`Pass`): The pass.
         info (`StackInfo`): Facts about the stack.
         output (`ModelOutput`): What the stack returned, with a state for each of N positions.
+
+    Raises:
+        ValueError: The stack returned an output in which the slots' places are not known.
     """
     if running.table is None:  # no adapter, and no slots in the cache
         return output
@@ -65,7 +68,9 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         for key in ROUTER_OUTPUTS:
             if output.get(key) is not None:
                 output[key] = tree_map(partial(_strip_router, layout=layout), output[key])
-        if output.get("cross_attentions") is not None:  # their keys are another text's, whose slots stay
+        if (
+            output.get("cross_attentions") is not None
+        ):  # their keys belong to the encoder's text, which keeps its slots
             maps = output.cross_attentions
             output.cross_attentions = tuple(m if m is None else take(m, layout.token_index, dim=2) for m in maps)
         if filled is not None:
@@ -114,7 +119,7 @@ def pool(stack: PreTrainedModel, whole: torch.Tensor, pooled: torch.Tensor, stat
         `torch.Tensor`: Shape (B, d).
 
     Raises:
-        ValueError: What the stack does before or behind its pooler is not known.
+        ValueError: How the stack uses its pooler is not known.
     """
     if (made := stack.pooler(states)).shape == pooled.shape:
         return made
@@ -136,10 +141,10 @@ def has_weights(module: nn.Module) -> bool:
 
 
 def check_outputs(output: ModelOutput, layout: Layout) -> None:
-    """Refuse an output with a row per position that is not known: the caller would get rows of slots.
+    """Refuse an unknown output with a row per position: the caller would get rows of slots.
 
     Raises:
-        ValueError: There is one.
+        ValueError: There is such an output.
     """
     B, N = layout.order.shape
     for name, value in output.items():
@@ -158,7 +163,7 @@ def check_outputs(output: ModelOutput, layout: Layout) -> None:
 
 
 def _strip_router(logits: Any, layout: Layout) -> Any:
-    """What a router gives for each position, (B * N, experts) or (B, N, ...), without the rows of slots; anything else as it is."""
+    """A router's output per position, (B * N, experts) or (B, N, ...), without the rows of slots; anything else as it is."""
     B, N = layout.order.shape
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else ()
     if shape[:2] == (B, N):
@@ -170,7 +175,10 @@ def _strip_router(logits: Any, layout: Layout) -> Any:
 
 @once
 def with_slots(kind: type[ModelOutput]) -> type[ModelOutput]:
-    """A subclass of a class of outputs that also holds where slots stand. Its tuple, in which models count from the end, does not."""
+    """A subclass of an output class, for outputs that also hold where slots stand.
+
+    Its tuple leaves that out, since models count the entries of a tuple from the end.
+    """
 
     class OutputWithSlots(kind):  # type: ignore[valid-type, misc]
         def to_tuple(self) -> tuple:
@@ -195,9 +203,9 @@ def _output_with_slots(kind: Any, values: dict[str, Any]) -> ModelOutput:
 
 @torch.compiler.disable
 def attend_to_slots(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Before the decoder of a pair runs: widen its mask over the encoder's output, which kept its slots."""
+    """Before the decoder of a pair runs: widen its padding mask over the encoder's output, which keeps its slots."""
     running = current_pass.get()
-    if running is not None and running.plain:  # a pass without prompts has the widened mask already
+    if running is not None and running.plain:  # a plain pass gets the widened mask
         return None
     if (found := current_request().encoder_slots) is None:
         return None

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is said of rows whose scope cannot be told: the cause first, and one cure."""
+"""Messages for rows whose scope cannot be told: the cause first, then one cure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CURE = (
 WRAPPED = (
     "Packing that cuts texts anywhere makes such rows of any data (TRL: `packing_strategy='wrapped'`): use 'bfd'."
 )
-SHOWN = 6  # how many rows or token ids a message tells
+SHOWN = 6  # rows or token ids in a message, at most
 
 
 def numbers(rows: torch.Tensor) -> str:
@@ -27,7 +27,7 @@ def numbers(rows: torch.Tensor) -> str:
 
 
 def clipped(values: list[int], end: bool = False) -> str:
-    """Numbers for a message: the first few, or the last."""
+    """Numbers for a message: the first few, or with `end` the last few."""
     if len(values) <= SHOWN:
         return str(values)
     shown = ", ".join(map(str, values[-SHOWN:] if end else values[:SHOWN]))
@@ -35,7 +35,7 @@ def clipped(values: list[int], end: bool = False) -> str:
 
 
 def all_scored(rows: torch.Tensor, but: str) -> str:
-    """Of rows (B,) whose labels are -100 nowhere, `but` on some tokens."""
+    """The message for rows (B,) without -100 in their labels, except on the tokens that `but` names."""
     why = " (BOS is masked as padding)" if but else ""
     return (
         f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {CURE}"
@@ -43,7 +43,7 @@ def all_scored(rows: torch.Tensor, but: str) -> str:
 
 
 def no_instruction(rows: torch.Tensor, but: str) -> str:
-    """Of rows (B,) that begin in a response, behind what `but` names."""
+    """The message for rows (B,) that begin in a response, apart from the tokens that `but` names."""
     return (
         f"No token{but} is left for the prompt to be generated from in row(s) {numbers(rows)}: they begin in a response, since -100 "
         f"comes later in their `labels`. {WRAPPED}"
@@ -53,7 +53,7 @@ def no_instruction(rows: torch.Tensor, but: str) -> str:
 def without_template(
     template: list[int], input_ids: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, tokenizer: str | None
 ) -> str:
-    """Of rows (B,) in which the template does not occur. As text, if the tokenizer that is named lies on this machine.
+    """The message for rows (B,) in which the template does not occur: in text if the tokenizer is on this machine, else in token ids.
 
     Args:
         template (`list[int]`): The template.
@@ -82,19 +82,19 @@ def without_template(
 
 
 def find_tokenizer(name: str | None) -> Any:
-    """The tokenizer of that name, if it lies on this machine; else None."""
+    """The tokenizer of that name; None if it is not on this machine."""
     if not name:
         return None
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except Exception:  # whatever is wrong with it, the complaint is about the template, and is made of ids then
+    except Exception:  # whatever is wrong with it, the message is about the template, and shows ids then
         return None
 
 
 def find_text(text: str, ids: list[int], tokenizer: Any) -> list[int] | None:
-    """The tokens of a row that write a text and nothing else but spaces; None if there are none."""
+    """The tokens of a row that spell a text, with nothing beside it but spaces; None if there are none."""
     if not text or text not in tokenizer.decode(ids):
         return None
     stop = bisect_left(range(len(ids)), True, key=lambda n: text in tokenizer.decode(ids[:n]))

@@ -1,8 +1,11 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Before a layer runs: write this depth's vectors into the slots, and hide what the layer does not see: late slots, other sequences.
-A pass without prompts collects the layer's input instead, if it is asked to."""
+"""Before a layer runs: write this depth's prompt vectors into the slots, and hide from the layer what it must not see.
+
+It must not see late slots, and in a packed row no token sees a different sequence. A plain pass only collects the layer's input, if
+it is asked to.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,16 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
     Args:
         running (`Pass`): The pass.
         info (`StackInfo`): Facts about the stack.
-        depths (`range`): The depths of the layer: more than one where it is run several times.
+        depths (`range`): The depths of the layer: more than one if the stack runs it several times.
         call (`LayerCall`): The call of the layer.
+
+    Raises:
+        ValueError: The layer's input does not have the shape (B, N, d), or its mask has an unknown form.
     """
     layout, key = running.layout, id(call.layer)
     late = running.late_layers
     run = running.runs[key] = running.runs.get(key, -1) + 1
-    depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # a count recompiles the graph
+    depth = depths[run % len(depths)] if len(depths) > 1 else depths[0]  # a counter would recompile the graph
     running.ran.add(depth)
     states = call.states  # (B, N, d)
     if running.states is not None:
@@ -47,7 +53,7 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
         call = hide_positions(running, info, depth, call)
     in_place = may_overwrite(running, info, depth)
     for group in groups:
-        assert layout is not None and group.selection is not None  # the pass opened the slots of its groups
+        assert layout is not None and group.selection is not None  # the pass has opened its groups' slots
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
         if group.rows is not None or layout.seats is not None:
             standing = take(states, layout.slot_index)  # (B, L, d)
@@ -58,16 +64,16 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
 
 
 def may_overwrite(running: Pass, info: StackInfo, depth: int) -> bool:
-    """Whether a layer's input may be changed where it lies. A copy at each layer costs one percent of a pass over 100 tokens.
+    """Whether to write in place: only where nobody else holds the tensor, in decoder layers after the first, without gradients.
 
-    The input of a decoder's layer is the output of the layer before and nobody else's. That of the first is the embeddings, to
-    which some models come back; encoders may read an input again behind the layer; checkpointing keeps inputs while it trains.
+    Some models read the first layer's input, the embeddings, again; encoders may read a layer's input again behind the layer; and
+    checkpointing keeps inputs in training. A copy at each layer costs one percent of a pass over 100 tokens.
     """
     return depth > 0 and info.causal_lm and not (torch.is_grad_enabled() or running.stack.training)
 
 
 def hide_positions(running: Pass, info: StackInfo, depth: int, call: LayerCall) -> LayerCall:
-    """The call of a layer with a mask that hides the slots which it does not see yet, and the sequences of a row from each other."""
+    """The call of a layer with a mask that hides slots it does not see yet, and the sequences of a row from each other."""
     mask, cache, states = call.mask, call.cache, call.states  # states (B, N, d)
     table, segment_ids = running.table, running.segment_ids
     # Gemma 3n's layers take several streams of states at once, (streams, B, N, d).
@@ -76,8 +82,8 @@ def hide_positions(running: Pass, info: StackInfo, depth: int, call: LayerCall) 
     if cache is not None:
         seen = length(cache, depth)
         num_keys, start = cache.get_mask_sizes(num_queries, depth)
-    # Layers of one kind share their mask, so the new mask is found by the id of the old one. The old one is kept with it, so that
-    # no other mask gets its id.
+    # Layers of one kind share a mask, so the id of the given mask is the key of the changed one. The given mask is kept, too, so that
+    # its id is not used again.
     stage = 0 if table is None else sum(depth < late for late in table.late_layers)
     key = (id(mask), stage, num_keys, start, states.device)
     if key not in running.masks:
@@ -88,7 +94,7 @@ def hide_positions(running: Pass, info: StackInfo, depth: int, call: LayerCall) 
             others = (segment_ids[:, :, None] != segment_ids[:, None]).to(states.device)  # (B, N, N)
             hidden = others if hidden is None else others | hidden[:, None]
         assert hidden is not None  # there is something to hide
-        causal = info.causal and not info.prefix_lm  # without a mask its kernel hides nothing
+        causal = info.causal and not info.prefix_lm  # the kernel of a prefix-LM hides nothing without a mask
         made = hide(mask, hidden, num_queries, seen, start, causal, running.attention, states.dtype, info.true_hides)
         running.masks[key] = mask, made
     return call.with_mask(running.masks[key][1])

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""`generate` of a base model that has adapters: it notes its prompt, since later passes see longer rows."""
+"""Wrappers of a base model's `generate`: note the prompt, since later passes see longer rows, and refuse what cannot work."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Generate(MethodWrapper):
     """The base model's `generate`.
 
     Args:
-        instruction_mask (`torch.Tensor`, *optional*): Shape (B, S), bool or 0/1: the tokens that the prompt is generated from.
-            Defaults to what `response_template` says, else to all tokens but padding.
-        instance_embeds (`torch.Tensor`, *optional*): Shape (B, k): instance vectors for methods that take them.
-        task_ids (`torch.LongTensor`, *optional*): Shape (B,): the task of each row, for adapters over several tasks.
+        instruction_mask (`torch.Tensor`, *optional*): Shape (B, S), bool or 0/1. True for the tokens that the prompt is generated from.
+            Default: by the adapter's `response_template` or `instruction_length`, else all tokens but padding.
+        instance_embeds (`torch.Tensor`, *optional*): Shape (B, k). Instance vectors, for methods that take them. Default: none.
+        task_ids (`torch.LongTensor`, *optional*): Shape (B,). The task of each row, for adapters over several tasks. Default: none.
         *args, **kwargs: As for the base model.
 
     Raises:
-        ValueError: An argument has another number of rows than the input, or prompts cannot be generated as asked.
+        ValueError: An argument and the input differ in their number of rows, or `prefill_chunk_size` is set.
     """
 
     method = "generate"
@@ -47,7 +47,7 @@ class Generate(MethodWrapper):
         if name is not None and (cache := SlotCache.find(cache)) is not None:
             kwargs[name] = cache
         inputs, ids = prompt_of(call)
-        # A call within another call of `generate`, such as an assistant's, may go on from the same prompt.
+        # A call inside a call of `generate`, such as an assistant's, may continue the same prompt.
         known = known_of(model) if inputs is None else known_of(model).of_tokens(ids, inputs)
         fields = {name: getattr(known, name) if value is None else value for name, value in given.items()}
         if inputs is not None:
@@ -65,14 +65,14 @@ class Generate(MethodWrapper):
 
 
 def setting(model: nn.Module, call: Mapping[str, Any], name: str) -> Any:
-    """What `generate` takes for a setting: an argument, even None, before what the caller's and the model's configs say."""
+    """The value of a setting in a call of `generate`: the argument, even if None, else the caller's config, else the model's."""
     configs = (call.get("generation_config"), getattr(model, "generation_config", None))
     said = (value for config in configs if (value := getattr(config, name, None)) is not None)
     return call[name] if name in call else next(said, None)
 
 
 def prompt_of(call: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The prompt in a call of `generate`: token ids (B, P) or embeddings (B, P, e), and its ids, if they are known."""
+    """The prompt of a call of `generate`: token ids (B, P) or embeddings (B, P, e); and its ids, or None if they are not known."""
     ids = call.get("input_ids") if call.get("inputs") is None else call["inputs"]
     inputs = ids if call.get("inputs_embeds") is None else call["inputs_embeds"]
     if not isinstance(inputs, torch.Tensor) or inputs.dim() < 2:
@@ -82,12 +82,12 @@ def prompt_of(call: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tenso
 
 
 def growing_texts(model: nn.Module, call: Mapping[str, Any], bound: int | None) -> tuple[GrowingText, ...]:
-    """The texts that a call of `generate` writes on, its prompt first; none if the prompt is not known.
+    """The texts that a call of `generate` extends, its prompt first; none if the prompt is not known.
 
     Args:
         model (`nn.Module`): The model.
         call (`Mapping`): The arguments by name.
-        bound (`int`, *optional*): How many columns of the prompt were one already for the `generate` around this call.
+        bound (`int`, *optional*): The prompt length of the `generate` around this call: later columns were generated there. Default: P.
     """
     inputs, ids = prompt_of(call)
     if inputs is None:
@@ -107,7 +107,7 @@ def growing_texts(model: nn.Module, call: Mapping[str, Any], bound: int | None) 
 
 
 def check_rows(fields: Mapping[str, Any], adapter_names: tuple[str, ...] | None, num_rows: int) -> None:
-    """Refuse values for another number of rows: later, a row may be several beams, and one with too few would look right."""
+    """Raise a ValueError for a wrong number of rows: later, a row may be several beams, and a value with fewer rows would look right."""
     for name, value in fields.items():
         if isinstance(value, torch.Tensor) and value.shape[:1] != (num_rows,):
             raise ValueError(f"`{name}` must have {num_rows} row(s), as the input has; got {tuple(value.shape)}.")
@@ -130,6 +130,6 @@ class GenerateBatch(MethodWrapper):
 
 
 class InitContinuousBatching(GenerateBatch):
-    """The way to continuous batching that `generate_batch`, its context manager and transformers' server take."""
+    """The entry to continuous batching that `generate_batch`, its context manager and transformers' server share."""
 
     method = "init_continuous_batching"

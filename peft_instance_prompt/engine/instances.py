@@ -3,8 +3,8 @@
 
 """Which tokens of a batch belong to which instance.
 
-In a padded batch an instance is a row. In a packed row, or in the flat batch of a serving engine, one row holds several: a
-generator does not notice.
+In a padded batch an instance is a row. A packed row, or the flat batch of a serving engine, holds several. A generator sees no
+difference.
 
 Shapes: B rows, N columns (tokens, or positions in the stack), G instances of up to n instruction tokens.
 """
@@ -25,11 +25,11 @@ class InstanceTokens:
     """The instruction tokens of G instances among the columns of a batch.
 
     Attributes:
-        mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
+        mask (`torch.BoolTensor`): Shape (G, n). True for instruction tokens; False where an instance has fewer.
         first (`torch.LongTensor`): Shape (G,). The column of the first token of the instance's sequence.
         last (`torch.LongTensor`): Shape (G,). The column of its last instruction token.
-        rows (`torch.LongTensor`, *optional*): Shape (G,). The row in which each instance lies. None: instance g is row g.
-        columns (`slice` or `torch.LongTensor`): The columns of the tokens, (G, n), or one range of columns for all.
+        rows (`torch.LongTensor`, *optional*): Shape (G,). The row of each instance. None: instance g is row g.
+        columns (`slice` or `torch.LongTensor`): The columns of the tokens, (G, n), or one range of n columns for all instances.
     """
 
     mask: torch.Tensor
@@ -55,8 +55,7 @@ class InstanceTokens:
 
         Args:
             scope (`torch.BoolTensor`): Shape (B, S). The instruction tokens.
-            sequence (`torch.LongTensor`): Shape (B, S). The number of each token's sequence within its row, from 0, not
-                decreasing; -1 for padding.
+            sequence (`torch.LongTensor`): Shape (B, S). The segment ids of each row: from 0, not decreasing; -1 for padding.
 
         Raises:
             ValueError: A sequence has no instruction token.
@@ -83,25 +82,25 @@ class InstanceTokens:
         return len(self.mask)
 
     def take(self, values: torch.Tensor) -> torch.Tensor:
-        """The instruction tokens' part (G, n, ...) of `values` (B, N, ...)."""
+        """The values (G, n, ...) of the instruction tokens, out of `values` (B, N, ...)."""
         if isinstance(self.columns, slice):
             values = values[:, self.columns]  # (B, n, ...), no copy
             return values if self.rows is None else values[self.rows.to(values.device)]  # (G, n, ...)
         return values[self.each_row.to(values.device), self.columns.to(values.device)]  # (G, n, ...)
 
     def state_at(self, values: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """One state per instance, detached: (G, 1, w) of `values` (B, N, w), at `column` (G,)."""
+        """The state (G, 1, w) of each instance at its `column` (G,), out of `values` (B, N, w), detached."""
         rows, column = self.each_row.to(values.device), column[:, None].to(values.device)  # (G, 1) each
         return values.detach()[rows, column]  # (G, 1, w)
 
-    @cached_property  # each layer asks for it
+    @cached_property  # each layer reads it
     def each_row(self) -> torch.Tensor:
-        """The row (G, 1) in which each instance lies."""
+        """The row (G, 1) of each instance."""
         rows = torch.arange(len(self), device=self.mask.device) if self.rows is None else self.rows
         return rows[:, None]  # (G, 1)
 
     def pick(self, instances: torch.Tensor | None) -> InstanceTokens:
-        """Some of the instances; None for all."""
+        """Some of the instances, by their indices (K,); all for None."""
         if instances is None:
             return self
         rows = instances if self.rows is None else self.rows[instances]
@@ -116,7 +115,7 @@ class InstanceTokens:
         )
 
     def within(self, layout: Layout) -> InstanceTokens:
-        """The same instances among the positions of the stack. To be called on all instances of a batch, before `pick`."""
+        """The same instances, with columns among the positions of the stack. Call it on all instances of a batch, before `pick`."""
         rows = self.each_row
         first, last = (layout.token_index[rows[:, 0], column] for column in (self.first, self.last))  # (G,) each
         if not isinstance(self.columns, slice):
@@ -129,9 +128,9 @@ class InstanceTokens:
 
 
 def span(scope: torch.Tensor) -> slice:
-    """The range of columns outside of which no row of `scope` (B, S) has an instruction token.
+    """The shortest range of columns with all instruction tokens of `scope` (B, S).
 
-    All columns if that range is most of them: a product of some columns of the states copies them first, at each layer.
+    If it covers three quarters of the columns, all of them: a matrix product with a part of the columns first copies it, at each layer.
     """
     used = scope.any(dim=0).nonzero().flatten()  # (columns,)
     start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, scope.shape[1])

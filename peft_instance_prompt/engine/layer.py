@@ -7,9 +7,9 @@
     layer forward pre-hook    fill:  write the generated vectors into the slots of this layer's input
     stack forward             close: take the slots out of whatever the stack returns
 
-No module of the base model is replaced. What the hooks call is found from the module that runs: copies have layers of their own,
-and the replicas of `DataParallel` share the hooks.
-`torch.compile` leaves the hooks out and compiles what lies between them: a graph for each of their cases would take long.
+No module of the base model is replaced. A hook finds this layer through the module that runs, since copies have layers of their own
+and `DataParallel` replicas share hooks. `torch.compile` leaves the hooks out and compiles the code between them: a graph for each of
+their cases would take long.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .wrap import MethodWrapper, wrappers
 
 
 class InstancePromptLayer(nn.Module, BaseTunerLayer):
-    """Holds one generator per adapter, and inserts their vectors into a transformer stack.
+    """Holds one generator per adapter, and inserts their prompt vectors into a transformer stack.
 
     Args:
         info (`StackInfo`): The stack.
@@ -66,16 +66,20 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     def path_within(self, name: str) -> str:
-        """The layer's name within the module that has this name in the base model."""
+        """The layer's name within a module, which is called `name` in the base model."""
         path = f"{self.info.name}.{self.name}".removeprefix(".")
         return path.removeprefix(f"{name}.") if name else path
 
     def update_layer(self, adapter_name: str, generator: PromptGenerator) -> None:
-        """Add an adapter. The tuner activates it, or the one that is active, when it is in all layers."""
+        """Add an adapter. When it is in all layers, the tuner activates it, or the one that was active before."""
         self.generators[adapter_name] = generator
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate an adapter. Names of other methods' adapters are ignored; of this layer's adapters only one can be active."""
+        """Activate an adapter. Names of adapters that this layer does not have are ignored.
+
+        Raises:
+            ValueError: Several of the names are adapters of this layer.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(own := [name for name in names if name in self.generators]) > 1:
             raise ValueError(f"Only one instance-prompt adapter can be active at a time, got {own}.")
@@ -85,7 +89,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         raise ValueError("Prompts that are generated from the instance cannot be merged into the base weights.")
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[None, None]:
-        # There is no base layer, and PEFT's search for its weight would not end. None: loaded tensors stay on their device.
+        # There is no base layer, and PEFT would search for its weight for ever. None: loaded tensors stay on their device.
         return None, None
 
     # ------------------------------------------------------------------------------------------------------ hooks
@@ -112,7 +116,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             self.handles.append(layer.register_forward_pre_hook(fill, with_kwargs=True))
 
     def remove_hooks(self, model: nn.Module, stack: nn.Module, layers: nn.ModuleList) -> None:
-        """Remove the hooks; those of the base model with the last layer of this kind."""
+        """Remove the hooks and wrappers. The last layer of this kind also removes those of the base model."""
         for handle in self.handles:
             handle.remove()
         for forward in wrappers(stack, StackForward):
@@ -132,7 +136,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def open(self, stack: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Before the stack runs: make this the current pass, and return the arguments for the stack."""
+        """Before the stack runs: begin a pass, make it the current one, and return the arguments for the stack."""
         call = by_name(stack, args, kwargs)
         (name, given), as_dict = cache_of(call), call.get("return_dict")
         running = Pass(
@@ -169,7 +173,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 keep_context(stack)
         return {**call, "return_dict": True} if running.as_tuple else call
 
-    # Not recursive: to switch the compiler off and on takes longer than all else that this hook does in a decoding step.
+    # Not recursive: switching the compiler off and on costs more than all other work of this hook in a decoding step.
     @staticmethod
     @torch.compiler.disable(recursive=False)
     def _fill(info: StackInfo, depths: range, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -182,7 +186,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def close(self, output: Any, call: dict[str, Any]) -> Any:
-        """After the stack ran on `call`: return its output without slots."""
+        """After the stack ran with `call`: return its output without slots."""
         running = current_pass.get()
         assert running is not None  # `open` has set it
         if running.layout is not None:
@@ -194,7 +198,7 @@ fill_uncompiled = torch.compiler.disable(fill_slots)
 
 
 class StackForward(MethodWrapper):
-    """The forward of a stack with its slots: opens them, runs the stack, closes them."""
+    """The forward of a stack: opens the slots, runs the stack, closes the slots."""
 
     method = "forward"
 
@@ -204,7 +208,7 @@ class StackForward(MethodWrapper):
 
     @property
     def layer(self) -> Any:
-        """The [`InstancePromptLayer`] of the stack: in a copy or a replica, its own."""
+        """The [`InstancePromptLayer`] of the stack. A copy or a replica of the stack has its own."""
         return self.module._modules[self.name]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -225,7 +229,7 @@ class StackForward(MethodWrapper):
 
 
 def forget(module: nn.Module, attribute: str, name: str) -> None:
-    """Take a name out of a list that is an attribute of a module; an empty list goes."""
+    """Take a name out of a list that is an attribute of a module, and delete the attribute when the list is empty."""
     names = vars(module)[attribute]
     names.remove(name)
     if not names:
@@ -233,10 +237,10 @@ def forget(module: nn.Module, attribute: str, name: str) -> None:
 
 
 def refuse_export(stack: nn.Module) -> None:
-    """Raise a ValueError within `torch.export`, which has one graph for all inputs and cannot leave the hooks out."""
+    """Raise a ValueError within `torch.export`, which makes one graph for all inputs and cannot leave the hooks out."""
     is_exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
     if is_exporting is not None and is_exporting():
-        end_call(stack, (), None)  # after an error torch runs no hooks here, and the call would stay noted
+        end_call(stack, (), None)  # torch runs no hooks here after an error, and the request of this call would stay
         raise ValueError(
             "Instance prompts cannot be exported with `torch.export`: where their slots stand depends on the values of masks and "
             "token ids. Use `torch.compile`, or export the base model after `unload()`."

@@ -3,9 +3,8 @@
 
 """Slots: extra positions that exist only inside the transformer stack. Pure tensor functions.
 
-Slot k of row b stands before token `before_token[b, k]`; the number S puts it behind the last token. Rows may differ: a row with
-fewer prompt vectors than its neighbours has unused slots, hidden from attention. They stand at the row's left edge, like padding on
-the left; in encoders at its right edge.
+Slot k of row b stands before token `before_token[b, k]`; S puts it behind the last token. A row with fewer prompt vectors than others
+has unused slots, which attention does not see. They stand at the row's left edge, like left padding; in encoders at its right edge.
 
 Shapes: B rows, S tokens, L slots, N = S + L positions in the stack, d the width.
 """
@@ -28,8 +27,8 @@ class SlotTable:
         all_used (`bool`): Whether every slot is used.
         first_visible_layer (`torch.LongTensor`): Shape (B, L). The first layer that sees each slot.
         late_layers (`tuple[int]`): The values other than 0 in `first_visible_layer`, in order.
-        num_counted (`torch.LongTensor`): Shape (B, 1). How many slots take a place in the count of positions: used ones that
-            every layer sees. If a slot that is hidden from the first layers took a place, it would move the tokens there.
+        num_counted (`torch.LongTensor`): Shape (B, 1). How many slots move the position ids of later tokens: the used ones that every
+            layer sees. A late slot must not, since it would move the tokens in the first layers, too.
     """
 
     def __init__(
@@ -51,16 +50,16 @@ class SlotTable:
 
     @property
     def counted(self) -> torch.Tensor:
-        """The slots (B, L) that take a place in the count of positions."""
+        """The slots (B, L) that move the position ids of later tokens."""
         return self.used & (self.first_visible_layer == 0)
 
     def widen_mask(self, attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
-        """The mask over positions: (B, T) over tokens becomes (B, T + L); None if nothing is hidden."""
+        """The padding mask over positions (B, T + L) for one over tokens (B, T). None if it hides nothing."""
         if attention_mask is None:
             if self.all_used:
                 return None
             attention_mask = self.used.new_ones(self.used.shape[0], num_tokens)  # (B, T)
-        # A mask of ones keeps attention off its fast kernel, at each layer of each decoding step.
+        # With a mask of ones attention would not take its fast kernel, at each layer of each decoding step.
         elif self.all_used and bool(attention_mask.all()):
             return None
         known = self.order.shape[1] - self.num_slots
@@ -68,14 +67,14 @@ class SlotTable:
         return torch.cat([take(head, self.order), attention_mask[:, known:]], dim=1)  # (B, T + L)
 
     def hidden_at(self, depth: int, start: int, num_keys: int) -> torch.Tensor:
-        """Which of the positions `start` to `start + num_keys - 1` are slots that layer `depth` does not see yet."""
+        """Which positions from `start` to `start + num_keys - 1` are slots that layer `depth` does not see yet: (B, num_keys)."""
         late = self.first_visible_layer > depth  # (B, L)
         late = torch.cat([late, late.new_zeros(late.shape[0], self.order.shape[1] - self.num_slots)], dim=1)  # (B, N)
         late = torch.nn.functional.pad(take(late, self.order), (0, max(start + num_keys - late.shape[1], 0)))
         return late[:, start : start + num_keys]  # (B, num_keys)
 
     def token_positions(self, length: int) -> torch.Tensor:
-        """Where the tokens stand among the first `length` positions: (B, length - L)."""
+        """The positions (B, length - L) of the tokens among the first `length` positions."""
         known = self.order.argsort(dim=1)[:, self.num_slots :]  # (B, N - L)
         later = torch.arange(self.order.shape[1], length, device=known.device)  # (length - N,)
         return torch.cat([known, later.expand(known.shape[0], -1)], dim=1)  # (B, length - L)
@@ -91,7 +90,7 @@ class SlotTable:
         self.order = self.order[:, :length]  # (B, length)
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep, reorder or repeat rows."""
+        """Keep, reorder or repeat rows, by their indices (K,)."""
         rows = rows.to(self.order.device)
         for name in ("order", "used", "first_visible_layer", "num_counted"):
             setattr(self, name, getattr(self, name)[rows])
@@ -103,8 +102,8 @@ class Seats:
 
     Attributes:
         row (`torch.LongTensor`): Shape (G,). The row of each instance.
-        column (`torch.LongTensor`): Shape (G, l). The column of each instance's slots among the L slots of its row; L for unused ones.
-        num_slots (`int`): L, the number of slots of the row that has the most.
+        column (`torch.LongTensor`): Shape (G, l). The columns of each instance's slots among the L slots of its row; L for unused slots.
+        num_slots (`int`): L, the number of slots of the fullest row.
     """
 
     row: torch.Tensor
@@ -113,7 +112,7 @@ class Seats:
 
     @classmethod
     def of_used(cls, used: torch.Tensor, row: torch.Tensor, num_rows: int) -> Seats:
-        """Seats for the slots that are `used` (G, l), instance by instance; `row` (G,) does not decrease."""
+        """Seats for the slots that are `used` (G, l), in the order of the instances; `row` (G,) does not decrease."""
         count = used.sum(dim=1)  # (G,)
         whole = count.new_zeros(num_rows).index_add(0, row, count)  # (B,)
         L = max(int(whole.max()), 1)
@@ -124,12 +123,12 @@ class Seats:
         return cls(row, torch.where(used, column, L), L)
 
     def put(self, whole: torch.Tensor, instances: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
-        """`whole` (B, L, ...) with `values` (G, l, ...) of some instances, or of all, in their seats."""
+        """Write `values` (G, l, ...) of some instances, or of all for None, into their seats in `whole` (B, L, ...)."""
         row, column = self.row, self.column[:, self.column.shape[1] - values.shape[1] :]  # (G,), (G, l)
         if instances is not None:
             row, column = row[instances], column[instances]
         row, column = row[:, None].expand_as(column).to(whole.device), column.to(whole.device)
-        spare = torch.cat([whole, whole[:, :1]], dim=1)  # (B, L + 1, ...), the last for what has no seat
+        spare = torch.cat([whole, whole[:, :1]], dim=1)  # (B, L + 1, ...), the last column for unused slots
         return spare.index_put((row, column), values.to(whole))[:, :-1]  # (B, L, ...)
 
 
@@ -139,15 +138,14 @@ class Layout:
 
     Attributes:
         table (`SlotTable`): Which positions are slots.
-        before_token (`torch.LongTensor`): Shape (B, L). The token before which each slot stands.
+        before_token (`torch.LongTensor`): Shape (B, L). The token before which each slot stands; S behind the last token.
         slot_index (`torch.LongTensor`): Shape (B, L). The position of each slot.
         token_index (`torch.LongTensor`): Shape (B, S). The position of each token.
-        output_index (`torch.LongTensor`): Shape (B, S). The position at which each token's output is read. It is the token's
-            own, except where slots stand between a causal model's last instruction token and the response: the next token is
-            then predicted at the last of them.
+        output_index (`torch.LongTensor`): Shape (B, S). The position at which each token's output is read: its own. If slots stand
+            between the last instruction token and the response of a causal model, that token's output is read at the last slot.
         first (`torch.LongTensor`): Shape (B, L). The first token of the sequence that each slot belongs to.
-        seats (`Seats`, *optional*): Which slots belong to which instance, where rows hold several.
-        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence, where rows hold several.
+        seats (`Seats`, *optional*): Which slots belong to which instance, if rows are packed.
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The segment id of each position, if rows are packed.
     """
 
     table: SlotTable
@@ -179,9 +177,9 @@ class Layout:
     def num_tokens(self) -> int:
         return self.token_index.shape[1]
 
-    @cached_property  # each layer asks for it
+    @cached_property  # each layer reads it
     def each_row(self) -> torch.Tensor:
-        """The numbers (B, 1) of the rows."""
+        """The indices (B, 1) of the rows."""
         return torch.arange(len(self.slot_index), device=self.slot_index.device)[:, None]  # (B, 1)
 
 
@@ -202,11 +200,11 @@ def arrange(
         before_token (`torch.LongTensor`): Shape (B, L), values 0..S. Slots before the same token keep their order.
         num_tokens (`int`): S.
         used (`torch.BoolTensor`, *optional*): Shape (B, L). Default: all.
-        predicts (`torch.BoolTensor`, *optional*): Shape (B, L). Slots directly behind a causal model's last instruction token: that
-            token's output is read at the last of them. Default: none.
+        predicts (`torch.BoolTensor`, *optional*): Shape (B, L). True for slots directly behind a causal model's last instruction token,
+            whose output is read at the last of them. Default: none.
         first_visible_layer, late_layers: As in [`SlotTable`]. Default: every layer sees every slot.
-        unused_at_end (`bool`): Whether unused slots stand behind the last token and not before the first. For encoders, of which
-            some count positions from the left edge; not for causal models, where text follows.
+        unused_at_end (`bool`): Whether unused slots stand behind the last token instead of before the first. True for encoders, since
+            some count positions from the left edge; False, the default, for causal models, where text may follow.
         first, seats: As in [`Layout`]. Default: the row's first column; one instance per row.
     """
     B, L = before_token.shape
@@ -247,16 +245,15 @@ def insert_positions(
     sequence: torch.Tensor | None = None,
     backwards: bool = False,
 ) -> torch.Tensor:
-    """Position ids inside the stack: a token's own plus the number of counted slots before it in its sequence.
+    """Position ids inside the stack. A token has its own, plus the number of counted slots before it in its sequence.
 
     Args:
         position_ids (`torch.LongTensor`): Shape (B, S), or (R, B, S) for models with R rows of position ids.
         first (`torch.LongTensor`): Shape (B, 1) or (B, L). The first token of the sequence that each slot belongs to.
         layout (`Layout`): The layout.
-        sequence (`torch.LongTensor`, *optional*): Shape (B, S). Numbers from 0, not decreasing, of the sequences that a packed
-            row holds. Default: one sequence per row.
-        backwards (`bool`): Whether a token's is its own minus the number of counted slots behind it: the last token keeps its
-            position, and the first ones may be negative.
+        sequence (`torch.LongTensor`, *optional*): Shape (B, S). The segment ids of packed rows. Default: one sequence per row.
+        backwards (`bool`): Whether to subtract the number of counted slots behind a token instead: the last token keeps its position
+            id, and the first ones may get negative ids. Defaults to False.
 
     Returns:
         `torch.LongTensor`: Shape (B, N) or (R, B, N).
@@ -266,10 +263,10 @@ def insert_positions(
             [insert_positions(row, first, layout, sequence, backwards) for row in position_ids]
         )  # (R, B, N)
     first = first.expand(-1, layout.num_slots)  # (B, L)
-    # A slot goes on from the token that it follows; before the first token it takes the place of that token.
+    # A slot counts on from the token before it. Before the first token of its sequence, it counts from that token's position.
     follows = (layout.before_token - 1).clamp(min=0)  # (B, L)
     leads = layout.before_token <= first  # (B, L)
-    # Backwards, no slot may have a later position than the last token: one that is not counted takes that of the token before it.
+    # Backwards, no slot may lie behind the last token: a slot that does not count takes the position of the token before it.
     step = layout.table.counted.long() if backwards else 1  # (B, L)
     own = torch.where(leads, position_ids.gather(1, first), position_ids.gather(1, follows) + step)  # (B, L)
     counted = insert(torch.zeros_like(position_ids), layout.table.counted.long(), layout)  # (B, N)
@@ -289,7 +286,7 @@ def insert_positions(
 def fill(
     states: torch.Tensor, prompts: torch.Tensor, layout: Layout, add: bool = False, in_place: bool = False
 ) -> torch.Tensor:
-    """Write `prompts` (B, L, d) into the slots of `states` (B, N, d), or add them there; in a copy, or `in_place`."""
+    """Write `prompts` (B, L, d) into the slots of `states` (B, N, d), or `add` them there: in a copy, or `in_place`."""
     rows, columns = layout.each_row.to(states.device), layout.slot_index.to(states.device)  # (B, 1), (B, L)
     prompts = prompts.to(states.dtype)
     prompts = states[rows, columns] + prompts if add else prompts  # (B, L, d)

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Attention masks in the forms in which transformers gives them to a stack, and the padding that they stand for."""
+"""Attention masks in the forms in which transformers passes them to a stack, and the padding masks in them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .calls import cache_argument
 
 
 def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_static_cache: bool) -> torch.Tensor | None:
-    """The 2-D mask behind `attention_mask`.
+    """The padding mask in `attention_mask`.
 
     Args:
-        attention_mask (`Any`): None; (B, T); (B, 1, S, T) in bool or as biases, which hides nothing but padding from later
-            tokens; where `generate` made it for an empty static cache, also a flex attention `BlockMask`; or a dict of
-            these by layer type.
+        attention_mask (`Any`): None; (B, T); (B, 1, S, T) in bool or as biases, where each token sees all earlier ones but padding, as in a
+            causal mask combined with padding; a flex attention `BlockMask` that `generate` made for an empty static cache; or a
+            dict of these by layer type.
         num_rows (`int`): B.
         num_tokens (`int`): T, the number of tokens so far.
-        from_static_cache (`bool`): Whether the cache is an empty static one, for which `generate` makes the mask.
+        from_static_cache (`bool`): Whether the cache is static and empty, so that `generate` made the mask.
 
     Returns:
-        `torch.Tensor`, *optional*: Shape (B, T) in the dtype that was given or bool; None if nothing is masked.
+        `torch.Tensor`, *optional*: Shape (B, T), bool or in the dtype of a 2-D mask. None if there is no mask.
 
     Raises:
-        ValueError: The mask has another form or size.
+        ValueError: The mask has none of these forms, or a wrong size.
     """
     attention_mask = full_mask(attention_mask)
     if attention_mask is None:
@@ -59,8 +59,8 @@ def padding_mask(attention_mask: Any, num_rows: int, num_tokens: int, from_stati
         if not graded and torch.equal(seen & past, last[:, None] & past):
             return last.expand(num_rows, -1)
     raise ValueError(
-        "Instance prompts need `attention_mask` as None, or as 2-D, (batch, tokens), or in a form that hides nothing but "
-        f"padding from later tokens, to know which tokens are padding; got {type(attention_mask).__name__} of shape {shape}."
+        f"`attention_mask` does not tell which tokens are padding: got {type(attention_mask).__name__} of shape {shape}. Instance "
+        "prompts need it as None, as 2-D, (batch, tokens), or as a causal mask combined with padding and nothing else."
     )
 
 
@@ -79,7 +79,7 @@ def _is_seen(mask: torch.Tensor) -> torch.Tensor:
 def beyond_causal(attention_mask: Any, if_none: bool = False) -> torch.Tensor | None:
     """Which later tokens each token sees (B, S, S), as within an image of Gemma 3.
 
-    If there are none, it is None, or with `if_none` a mask that says so, where the caller made a mask of pairs.
+    None if the mask is not 4-D. None, too, if no token sees a later one, unless `if_none` asks for a mask that says so.
     """
     attention_mask = full_mask(attention_mask)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:
@@ -89,7 +89,7 @@ def beyond_causal(attention_mask: Any, if_none: bool = False) -> torch.Tensor | 
 
 
 def prefix_of(attention_mask: Any, tokens: torch.Tensor) -> torch.Tensor | None:
-    """The tokens (B, S) up to the last one that a row's first token sees: a prefix-LM's prefix, whose rest is causal.
+    """The prefix (B, S) of each row of a prefix-LM: the tokens up to the last one that the row's first token sees.
 
     Args:
         attention_mask (`Any`): The mask that the stack is called with.
@@ -111,14 +111,14 @@ def prefix_of(attention_mask: Any, tokens: torch.Tensor) -> torch.Tensor | None:
 def see_beyond_causal(
     config: Any, embeds: torch.Tensor, mask: torch.Tensor | None, cache: Any, later: torch.Tensor
 ) -> torch.Tensor | dict[str, Any]:
-    """The masks of a stack, made from the 2-D one as the stack would, in which some tokens see later ones too.
+    """The masks that a stack makes from a padding mask, changed so that some tokens see later ones, too.
 
     Args:
-        config (`PreTrainedConfig`): The stack's.
-        embeds (`torch.Tensor`): Shape (B, N, e). What it is called with.
-        mask (`torch.Tensor`, *optional*): Shape (B, N).
-        cache (`Cache`, *optional*): The cache that it fills.
-        later (`torch.BoolTensor`): Shape (B, N, N).
+        config (`PreTrainedConfig`): The stack's config.
+        embeds (`torch.Tensor`): Shape (B, N, e). The stack's input embeddings.
+        mask (`torch.Tensor`, *optional*): Shape (B, N). The padding mask.
+        cache (`Cache`, *optional*): The cache that the stack fills.
+        later (`torch.BoolTensor`): Shape (B, N, N). Which later tokens each token sees.
     """
     room = 0 if cache is None or not cache.is_compileable else capacity(cache) - later.shape[2]
     later = torch.nn.functional.pad(later, (0, max(room, 0)))  # (B, N, keys)
@@ -136,9 +136,9 @@ def see_beyond_causal(
 def pad_to_static_cache(
     mask: torch.Tensor | None, cache: Any, num_rows: int, num_positions: int
 ) -> torch.Tensor | None:
-    """For a static cache, the 2-D mask (B, positions so far) as long as the cache; else as it is.
+    """The padding mask (B, positions so far), padded to the length of a static cache; as it is for any other cache.
 
-    Most models do so themselves, but Bloom computes its ALiBi biases from a mask of just this length.
+    Most models pad it themselves, but Bloom computes its ALiBi biases from a mask of exactly this length.
     """
     if cache is None or not cache.is_compileable:
         return mask
@@ -148,7 +148,7 @@ def pad_to_static_cache(
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """What hides a key in a mask of biases: finite in `dtype` and in float32, in which most models take the softmax of any dtype."""
+    """The bias that hides a key. It is finite in `dtype` and in float32, in which most models compute the softmax of any dtype."""
     return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
 
@@ -163,22 +163,22 @@ def hide(
     dtype: torch.dtype = torch.float32,
     true_hides: bool = False,
 ) -> Any:
-    """A layer's attention mask with some keys hidden as well, in the form that the layer takes.
+    """A layer's attention mask that hides further keys, in the form that the layer takes.
 
     Args:
         mask (`Any`): The mask (B, T), or (B or 1, heads or 1, Q or 1, T) in bool, 0/1 or as biases; a flex attention
-            `BlockMask`; or None, where every position sees all that the layer's causality lets it see.
-        hidden (`torch.BoolTensor`): Shape (B, T), True for keys to hide; or (B, Q, T), for each query.
+            `BlockMask`; or None, where causality alone decides what a position sees.
+        hidden (`torch.BoolTensor`): Shape (B, T), True for keys to hide from all queries; or (B, Q, T), by query.
         num_queries (`int`): Q.
         seen (`int`): How many positions the layer has in its cache, before those of this pass.
-        start (`int`): The position of the first key, which is not 0 in a sliding window's cache.
+        start (`int`): The position of the first key. It is not 0 in the cache of a sliding window.
         causal (`bool`): Whether the layer is causal.
         attention (`str`): The name of the attention implementation.
-        dtype (`torch.dtype`): The dtype of biases, where there was no mask.
-        true_hides (`bool`): Whether True in a 4-D mask of bools hides a key, as in MPT.
+        dtype (`torch.dtype`): The dtype of biases, if `mask` is None. Defaults to float32.
+        true_hides (`bool`): Whether True in a 4-D bool mask hides a key, as in MPT. Defaults to False.
 
     Raises:
-        ValueError: The mask has another form.
+        ValueError: The mask has none of these forms.
     """
     flash, T = attention.startswith("flash_attention"), hidden.shape[-1]
     if mask is None and flash:

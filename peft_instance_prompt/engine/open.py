@@ -37,14 +37,17 @@ def open_slots(
     """Change the arguments of a stack from S tokens to N = S + L positions.
 
     Args:
-        stack (`nn.Module`): The stack.
+        stack (`PreTrainedModel`): The stack.
         info (`StackInfo`): Facts about it.
         groups (`list[Group]`): The rows that have an adapter.
-        request (`Request`): What the caller said.
+        request (`Request`): The request.
         call (`dict`): The arguments of the stack.
 
     Returns:
         The new call, the groups with their instances among the stack's positions, and the layout.
+
+    Raises:
+        ValueError: The call cannot get prompts, as `read_text`, `find_scope`, `place_slots` and `widen` say.
     """
     text = read_text(stack, info, groups, call, request)
     packing = text.packing
@@ -77,9 +80,9 @@ def open_slots(
 
 
 def prepare(call: dict[str, Any], text: Text, groups: list[Group], info: StackInfo) -> dict[str, Any]:
-    """The call with position ids, and without what says how packed rows are cut where each is one sequence."""
+    """Add `position_ids`; drop packing arguments if no row is packed."""
     packing = text.packing
-    # Only layers without attention read `seq_idx`, and these are refused.
+    # Only layers without attention read `seq_idx`, and packed rows are refused there.
     dropped = PACKED_ARGUMENTS if packing is None else ("seq_idx",)
     call = {key: value for key, value in call.items() if key not in dropped}
     if packing is not None:
@@ -102,7 +105,7 @@ def last_states(
 
 
 def without_room(mask: Any, num_rows: int, num_tokens: int) -> Any:
-    """The mask for an empty static cache, in any form, as it is without that cache: over the S tokens only."""
+    """A mask for an empty static cache, in any form, cut to the S tokens."""
     if isinstance(mask, dict):
         return {kind: without_room(one, num_rows, num_tokens) for kind, one in mask.items()}
     if isinstance(mask, torch.Tensor):
@@ -118,8 +121,8 @@ def without_room(mask: Any, num_rows: int, num_tokens: int) -> Any:
 def encode(
     group: Group, text: Text, selection: InstanceTokens, request: Request, frozen_states: Callable[[], torch.Tensor]
 ) -> Group:
-    """The group with the output of `encode` of each of its adapters."""
-    vectors: list[Any] = []  # a tensor of each, or None: the generators are of one class
+    """The group with the outputs of its adapters' `encode`."""
+    vectors: list[Any] = []  # a tensor each, or None each: the generators are of one class
     for generator, rows in group:
         own, said = selection.pick(rows), request.of_rows(len(selection), rows)
         source = Source(
@@ -146,7 +149,7 @@ def _take_states(selection: InstanceTokens, states: Callable[[], torch.Tensor]) 
 def embed_slots(
     groups: list[Group], places: list[Places], text: Text, selection: InstanceTokens, layout: Layout
 ) -> torch.Tensor:
-    """The input embeddings (B, N, e) with the slots in their places."""
+    """The input embeddings (B, N, e) with the slots in their places, and with prompt vectors in them if a method writes there."""
     # Slots that no generator writes to begin as copies of the first token, which disturbs the model least.
     vectors = take(text.embeds.detach(), layout.first)  # (B, L, e)
     own = None
@@ -168,7 +171,7 @@ def embed_slots(
 def attach_in_rows_apart(
     group: Group, places: Places, embeds: torch.Tensor, prompts: torch.Tensor, text: Text, layout: Layout
 ) -> torch.Tensor:
-    """The input embeddings (B, N, e) of packed rows, with the gradients of choices as if each sequence had a row of its own."""
+    """Attach position gradients to the input embeddings (B, N, e) of packed rows, one sequence at a time."""
     packing, seats = text.packing, layout.seats
     assert packing is not None and seats is not None  # the rows are packed
     used = seats.column < seats.num_slots  # (G, l)

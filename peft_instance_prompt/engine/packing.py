@@ -3,8 +3,8 @@
 
 """Packed and padding-free batches, whose rows hold several sequences: which sequence each token belongs to.
 
-A row is a chain of segments. A segment of two or more tokens is a sequence, and an instance of its own. A segment of one token is
-padding, as TRL writes it, or a text that predicts nothing: it has no prompt.
+A row is a chain of segments. A segment of two or more tokens is a sequence, and an instance. A segment of one token is padding as TRL
+writes it, or a text that predicts nothing: it gets no prompt.
 
 Shapes: B rows, S tokens, L slots, N = S + L positions, G sequences of up to n tokens.
 """
@@ -26,11 +26,10 @@ class Packing:
 
     Attributes:
         segment_ids (`torch.LongTensor`): Shape (B, S). The number of each token's segment in its row, from 0, not decreasing.
-        position (`torch.LongTensor`): Shape (B, S). The number of each token within its segment, from 0.
-        sequence (`torch.LongTensor`): Shape (B, S). The number of each token's sequence within its row, from 0; -1 for a token
-            alone.
+        position (`torch.LongTensor`): Shape (B, S). The place of each token in its segment, from 0.
+        sequence (`torch.LongTensor`): Shape (B, S). The number of each token's sequence in its row, from 0; -1 for a segment of one.
         rows (`torch.LongTensor`): Shape (G,). The row of each sequence.
-        columns (`torch.LongTensor`): Shape (G, n). The columns of its tokens; any where `mask` is False.
+        columns (`torch.LongTensor`): Shape (G, n). The columns of its tokens; arbitrary where `mask` is False.
         mask (`torch.BoolTensor`): Shape (G, n). False where a sequence has fewer tokens.
     """
 
@@ -67,20 +66,20 @@ class Packing:
         return cls(segment_ids, position, sequence, rows, columns, own < lengths[:, None])
 
     def unpack(self, values: torch.Tensor, fill: Any) -> torch.Tensor:
-        """`values` (B, S, ...) with a row per sequence, (G, n, ...), and `fill` behind its end."""
+        """`values` (B, S, ...) with a row per sequence, (G, n, ...), and `fill` behind the end of shorter sequences."""
         taken = values[self.rows[:, None].to(values.device), self.columns.to(values.device)]  # (G, n, ...)
         mask = self.mask.to(values.device).reshape(*self.mask.shape, *[1] * (values.dim() - 2))
         return torch.where(mask, taken, torch.as_tensor(fill, dtype=values.dtype, device=values.device))
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` (G, n) at the tokens' places in the packed rows, (B, S), and zero elsewhere."""
+        """`values` (G, n) at the tokens' places in the packed rows (B, S); zero elsewhere."""
         row = self.rows[:, None].expand_as(self.columns)  # (G, n)
         return values.new_zeros(self.segment_ids.shape).index_put(
             (row[self.mask], self.columns[self.mask]), values[self.mask]
         )
 
     def of_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The sequences that lie in some rows."""
+        """The indices (K,) of the sequences in some rows."""
         return torch.isin(self.rows, rows.to(self.rows.device)).nonzero().flatten()
 
     def widen(self, layout: Layout) -> torch.Tensor:
@@ -89,7 +88,7 @@ class Packing:
         return insert(self.segment_ids, own, layout)  # (B, N)
 
     def apart(self, layout: Layout, used: torch.Tensor, before_token: torch.Tensor) -> tuple[Layout, torch.Tensor]:
-        """The layout that the sequences would have in rows of their own, and where its positions lie in the packed rows.
+        """The layout with each sequence in a row of its own, and where its positions lie in the packed rows.
 
         Args:
             layout (`Layout`): The layout of the packed rows.
@@ -97,7 +96,7 @@ class Packing:
             before_token (`torch.LongTensor`): Shape (G, l). A column of the packed rows.
 
         Returns:
-            The layout of G rows of n tokens, and an index (G, l + n) with N for what the packed rows do not hold.
+            The layout of G rows of n tokens, and an index (G, l + n) of positions in the packed rows, N where these hold none.
         """
         assert layout.seats is not None  # the layout of packed rows has them
         n, N, rows = self.columns.shape[1], layout.order.shape[1], self.rows[:, None]
@@ -113,12 +112,12 @@ def find_packing(
     """The sequences in the rows that a stack is called with; None if each row is one sequence.
 
     Args:
-        call (`Mapping`): The arguments of the stack. `cu_seq_lens_q`, `cu_seq_lens_k` or `seq_idx` say where sequences begin; so do
-            `position_ids` that start anew, where there is no `attention_mask`.
+        call (`Mapping`): The arguments of the stack. `cu_seq_lens_q`, `cu_seq_lens_k` and `seq_idx` say where sequences begin. So do
+            `position_ids` that start again, if there is no `attention_mask`.
         num_rows (`int`): B.
         num_tokens (`int`): S.
-        device (`torch.device`): The device of the result.
-        offset (`int`): The position id of a first token.
+        device (`torch.device`): The device of the result. Defaults to the CPU.
+        offset (`int`): The position id of a first token. Defaults to 0.
 
     Raises:
         ValueError: The arguments contradict each other, or their positions are not those of whole sequences.
@@ -165,7 +164,7 @@ def find_packing(
 
 
 def _from_lengths(name: str, ends: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
-    """Where sequences begin (B, S), by their cumulative lengths over all rows."""
+    """Where sequences begin (B, S), by cumulative lengths over all rows."""
     ends, whole = ends.flatten().long(), num_rows * num_tokens
     steps = ends.diff()
     if len(ends) < 2 or int(ends[0]) != 0 or int(ends[-1]) != whole or bool((steps <= 0).any()):
@@ -183,15 +182,15 @@ def _from_lengths(name: str, ends: torch.Tensor, num_rows: int, num_tokens: int)
 
 
 def _from_positions(positions: torch.Tensor) -> torch.Tensor:
-    """Where sequences begin (B, S): where their positions start anew at 0."""
+    """Where sequences begin (B, S), by positions that start again at 0."""
     begins = positions == 0  # (B, S)
     goes_on = torch.nn.functional.pad(positions.diff(dim=1) == 1, (1, 0))  # (B, S), the first column begins at 0
     if (wrong := (~begins & ~goes_on).nonzero()).numel():
         row, column = wrong[0].tolist()
         raise ValueError(
-            f"`position_ids` of packed rows must start at 0 in each sequence and count on by 1, but token {column} of row {row} has "
-            f"position {int(positions[row, column])}. A sequence that begins in the middle of a text has no instruction: pack "
-            "whole texts (TRL: `packing_strategy='bfd'`), or give padded rows an `attention_mask`."
+            f"`position_ids` of packed rows must start at 0 in each sequence and increase by 1, but token {column} of row {row} has "
+            f"position {int(positions[row, column])}. A sequence that begins inside a text has no instruction: pack whole texts (TRL: "
+            "`packing_strategy='bfd'`), or give padded rows an `attention_mask`."
         )
     return begins
 

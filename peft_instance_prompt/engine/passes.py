@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The state of one forward pass of a stack, in a context variable: threads do not see each other's passes."""
+"""The forward state of one pass of a stack. It is in a context variable, so that threads do not see each other's passes."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Pass:
     Attributes:
         stack (`nn.Module`): The stack.
         info (`StackInfo`, *optional*): Facts about the stack, by which the hooks of its layers know their pass. None: no hook works.
-        plain (`bool`): Whether the stack runs without prompts.
+        plain (`bool`): Whether this is a plain pass, without prompts.
         attention (`str`): The name of the stack's attention implementation.
-        cache (`SlotCache`, *optional*): The cache with the slots of an earlier pass, if this one goes on from it.
-        layout (`Layout`, *optional*): Where the slots stand, if this pass opened some.
-        table (`SlotTable`, *optional*): Which positions are slots, opened in this pass or in an earlier one.
-        groups (`list[Group]`): The rows that have an adapter.
-        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The number of each position's sequence within its row, where rows
-            hold several: no position sees those of another.
+        cache (`SlotCache`, *optional*): The cache with slots of an earlier pass, if this pass continues from it.
+        layout (`Layout`, *optional*): Where the slots stand, if this pass opened any.
+        table (`SlotTable`, *optional*): Which positions are slots, opened by this pass or an earlier one.
+        groups (`list[Group]`): The adapter groups.
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The segment id of each position, if rows are packed: positions of
+            different segments do not see each other.
         as_tuple (`bool`): Whether the caller wants a tuple.
-        runs (`dict`): How often each layer has run, for layers that are run several times.
-        ran (`set[int]`): The depths whose hook has run.
-        states (`dict[int, torch.Tensor]`, *optional*): Collects the input (B, N, d) of each layer, by depth, if it is a dict.
-        masks (`dict`): The masks that were made for layers which do not see all slots.
+        runs (`dict`): By the id of a layer: how many times it has run, less 1. ALBERT runs its layers several times.
+        ran (`set[int]`): The depths whose hooks have run.
+        states (`dict[int, torch.Tensor]`, *optional*): If it is a dict, it collects the input (B, N, d) of each layer, by depth.
+        masks (`dict`): The masks made for layers that do not see all positions, with the masks that they replace.
     """
 
     stack: nn.Module
@@ -58,12 +58,12 @@ class Pass:
 
     @property
     def late_layers(self) -> tuple[int, ...]:
-        """The first layers that see the slots, where these are not the stack's first."""
+        """The layers, except the stack's first, from which on some slots are seen."""
         return () if self.table is None else self.table.late_layers
 
     @property
     def concerns_layers(self) -> bool:
-        """Whether the hooks of layers have work: there are slots to fill, something to hide, or states to collect."""
+        """Whether the layers' hooks have work: slots to fill, positions to hide, or states to collect."""
         return (
             self.layout is not None
             or self.segment_ids is not None
@@ -79,7 +79,7 @@ class InContext:
     """A checkpoint function whose recomputation sees the context variables of the forward pass.
 
     Transformers before 5.23 runs a layer's hooks again when backward recomputes the layer, long after the pass is over
-    and perhaps in another thread.
+    and perhaps in a different thread.
     """
 
     def __init__(self, checkpoint: Any):

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where the slots of each row stand among its tokens.
+"""Where each row's slots stand among its tokens.
 
 Shapes: B rows, S tokens, L slots, G instances: rows, or the sequences of packed rows.
 """
@@ -73,8 +73,8 @@ def place_slots(
         behind = behind.to(front.device)
         start, stop = edges(group, text, selection, info)  # (G,) each
         if info.absolute_column_positions and not info.causal and model.first_visible_layer > 0:
-            # Where only learned positions tell the columns apart, late vectors, which have none, may stand in any of them: behind
-            # the last token they move no other.
+            # Late slots have no position of their own. Where positions go by column, they stand behind the last token, where they
+            # move no token.
             start = stop = torch.full_like(start, S)  # (G,)
         each.append(Places(start, stop, torch.where(behind, stop[:, None], start[:, None])))
         before_token = put(before_token, group.rows, each[-1].before_token)
@@ -83,10 +83,10 @@ def place_slots(
     full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
     if info.causal and info.absolute_column_positions and not everywhere and full < B:
         raise ValueError(
-            f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, which counts its positions "
-            "itself: give all of them adapters with the same `num_virtual_tokens`."
+            f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, whose learned positions go by "
+            "column: give all of them adapters with the same `num_virtual_tokens`."
         )
-    predicts = before_token == selection.last[:, None] + 1  # (G, L), whatever placed them there
+    predicts = before_token == selection.last[:, None] + 1  # (G, L), whether `start` or `stop` put them there
     late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
     seats = None
     if packing is not None:
@@ -102,10 +102,10 @@ def place_slots(
 
 
 def edges(group: Group, text: Text, selection: InstanceTokens, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens before which the slots of each instance (G,) stand: those before the instruction, and those behind it."""
+    """The tokens (G,) before which slots stand: those before the instruction, and those behind it."""
     position = group.model.config.prompt_position
     start = pick(selection.first + (position == "after_first"), group.rows)  # (G,)
-    end = selection.last + 1 if info.causal else last_index(text.tokens)  # (B,); an encoder's end token stays the last
+    end = selection.last + 1 if info.causal else last_index(text.tokens)  # (B,); in an encoder, before its end token
     if position in PAIR_POSITIONS:
         own = selection.pick(group.rows)
         tokens = pick(text.tokens, own.rows)  # (G, S); a packed row has several instances
@@ -123,7 +123,7 @@ def at_separator(
     last: torch.Tensor,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The first separator (G,) of each instance with two sentences, or the first token of its second sentence.
+    """The column (G,) of each instance's first separator, or of the first token of its second sentence.
 
     Args:
         config (`InstancePromptConfig`): The adapter's config, with the position and the separator.
@@ -143,7 +143,7 @@ def at_separator(
         )
     ids = ids.to(tokens.device)
     columns = torch.arange(tokens.shape[1], device=tokens.device)  # (S,)
-    # Not the first token: some tokenizers begin a text with what ends it. Nor the response, which the prompt must not depend on.
+    # Not the first token, since some tokenizers begin a text with the separator. Not the response, which the prompt must not read.
     inside = tokens & (columns > first[:, None]) & (columns <= last[:, None])  # (G, S)
     found = inside & (ids == separator)  # (G, S)
     if position == "after_separator":  # RoBERTa writes two in a row

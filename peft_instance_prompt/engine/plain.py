@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A pass of the stack without prompts: for methods that read the frozen model's states, and to see which layers call their hooks."""
+"""The plain pass, which runs the stack without prompts: for methods that read the bare model's states, and to check the hooks."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def run_plain(
         stack (`PreTrainedModel`): The stack.
         call (`dict`): Its arguments.
         segment_ids (`torch.LongTensor`, *optional*): Shape (B, S). As in [`Pass`].
-        running (`Pass`, *optional*): The pass. Default: one whose hooks are those of the layer that the current pass belongs to.
+        running (`Pass`, *optional*): The pass. Defaults to a plain pass with the `info` of the current one.
     """
     if running is None:
         outer = current_pass.get()
         running = plain_pass(stack, None if outer is None else outer.info)
         running.segment_ids = segment_ids
     token = current_pass.set(running)
-    # Linear layers stay in training mode; they have no dropout. bitsandbytes repacks its linear layers when they run in
-    # evaluation mode on a CPU, and then no gradient passes through them.
+    # Linear layers stay in training mode, since they have no dropout, and bitsandbytes repacks its own when they run in evaluation mode
+    # on a CPU: no gradient passes through them afterwards.
     training = [module for _, module in walk(stack) if module.training and not isinstance(module, nn.Linear)]
     for module in training:
         module.training = False
@@ -55,10 +55,10 @@ def plain_pass(stack: PreTrainedModel, info: StackInfo | None) -> Pass:
 
 
 def states_of_text(stack: PreTrainedModel, info: StackInfo, ids: Sequence[int]) -> dict[int, torch.Tensor]:
-    """The states (n, w) of the n tokens of a text, by depth: the input embeddings, and the input of each layer that runs.
+    """The states (n, w) of a text of n tokens, by depth: the input embeddings, and the input of each layer that runs.
 
     Args:
-        stack (`nn.Module`): The stack, which runs without prompts.
+        stack (`PreTrainedModel`): The stack.
         info (`StackInfo`): Facts about it, those of the attached layer. Its hooks collect in this context's pass only, so that other
             threads may run the stack meanwhile.
         ids (`Sequence[int]`): The text's token ids.
@@ -75,7 +75,7 @@ def states_of_text(stack: PreTrainedModel, info: StackInfo, ids: Sequence[int]) 
 
 
 def in_plain_pass(stack: nn.Module) -> bool:
-    """Whether this stack runs without prompts. Another model, called by a hook of this stack, still runs with its prompts."""
+    """True inside a plain pass of this stack. A different model that one of its hooks calls still gets its prompts."""
     running = current_pass.get()
     return running is not None and running.plain and running.stack is stack
 
@@ -84,19 +84,19 @@ def in_plain_pass(stack: nn.Module) -> bool:
 
 
 def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skipped: set[tuple]) -> None:
-    """Refuse a stack that runs a layer without its hooks, as `layer.forward(...)` does: the layer's prompts would be lost in silence.
+    """Refuse a stack that runs a layer without its hooks, as `layer.forward(...)` does: the layer's prompts would be lost silently.
 
-    A layer may also be left out: by layerdrop, by an early exit, or where it reads an image and there is none. To tell the two
-    apart, the stack runs once more in a case that is new, and whether the layer's parameters are used is looked at.
+    A stack may also skip a layer: by layerdrop, by an early exit, or because the layer reads an image and there is none. To tell the
+    two apart, the stack runs once more in each new case, and the layer's parameters are watched: a skipped layer does not use them.
 
     Args:
         running (`Pass`): The pass, which opened slots.
         info (`StackInfo`): Facts about the stack.
         call (`dict`): Its arguments.
-        skipped (`set`): The cases in which layers are known to be left out. New ones are added.
+        skipped (`set`): The cases in which the stack is known to skip layers. New ones are added.
 
     Raises:
-        ValueError: A layer that needs its hook ran without it, or whether it did cannot be seen.
+        ValueError: A layer ran without the hook that it needs, or it cannot be seen whether it did.
     """
     depths = {depth for group in running.groups for depth in group.model.depths if depth != INPUT}
     depths.update(range(max(running.late_layers, default=0)))
@@ -116,13 +116,13 @@ def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skippe
     if lost:
         number = min(lost) * len(layers) // info.num_layers
         raise ValueError(
-            f"The forward hooks of '{name}.{number}' in {type(stack).__name__} did not run, so that its prompts are lost, as where a "
-            "stack calls `layer.forward(...)` and not `layer(...)`. Use a method that writes to the input only."
+            f"The forward hooks of '{name}.{number}' in {type(stack).__name__} did not run, so its prompts are lost: the stack "
+            "may call `layer.forward(...)` instead of `layer(...)`. Use a method that writes to the input only."
         )
 
 
 def depths_without_hook(running: Pass, layers: nn.ModuleList, runs: int, call: dict[str, Any]) -> set[int]:
-    """The depths of layers that run without their hook when the stack runs again, in its present mode and without gradient and cache."""
+    """The depths that run without their hook in one more run of the stack: in the same mode, without gradients and without a cache."""
     again = plain_pass(running.stack, running.info)
     again.states = {}
     name, _ = cache_of(call)
@@ -135,13 +135,13 @@ def depths_without_hook(running: Pass, layers: nn.ModuleList, runs: int, call: d
     finally:
         current_pass.reset(token)
     seen = [used.any_of(layer) for layer in layers]
-    # Wrappers that lend a layer other parameters for its call, as offloading does, leave nothing to be seen.
+    # Offloading and other wrappers lend a layer different parameters for its call: then nothing can be seen.
     blind = not used.any_of(running.stack) or any(not seen[depth // runs] for depth in again.ran)
     return {depth for depth in range(len(layers) * runs) if depth not in again.ran and (blind or seen[depth // runs])}
 
 
 class UsedParameters(TorchFunctionMode):
-    """Notes which tensors are arguments of torch's functions within its context, in this thread."""
+    """Records which tensors torch's functions get as arguments within the context, in this thread."""
 
     def __init__(self) -> None:
         super().__init__()

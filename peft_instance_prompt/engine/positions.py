@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""How a stack tells where its tokens stand. It is read off what its first layer gets for a few tokens; never off a name."""
+"""How a stack numbers its tokens: from what its first layer gets for a few tokens; never from a name."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .calls import forward_args
 from .sharded import whole
 
 
-S = 6  # tokens of a probe
+S = 6  # tokens per probe call
 
 
 class Positions(NamedTuple):
-    """Facts about a stack's positions, so far as its layers get them from outside.
+    """How a stack numbers its tokens, as far as the input of its first layer shows.
 
     Attributes:
         offset (`int`): The position id of the first token.
@@ -45,27 +45,27 @@ _known: weakref.WeakKeyDictionary[nn.Module, Positions] = weakref.WeakKeyDiction
 def read_positions(
     stack: PreTrainedModel, layers_name: str, offset: int, embed: Callable[[torch.Tensor], dict[str, torch.Tensor]]
 ) -> Positions | None:
-    """Find out how a stack numbers its tokens. Nothing of it is changed, and no random number is drawn.
+    """Find out how a stack numbers its tokens. This leaves the stack unchanged and draws no random number.
 
     Args:
         stack (`PreTrainedModel`): The stack.
         layers_name (`str`): The name of its list of layers, within the stack.
         offset (`int`): The likely position id of the first token.
-        embed (`Callable`): Gives the arguments that the stack takes in place of token ids (1, S): their embeddings (1, S, e).
+        embed (`Callable`): From token ids (1, S) to the arguments that the stack takes in their place: embeddings (1, S, e).
 
     Returns:
-        `Positions`, *optional*: None if the stack cannot be called with a few tokens alone, or its weights are elsewhere.
+        `Positions`, *optional*: None if the stack cannot be called with a few tokens alone, or its weights are not in place.
 
     Raises:
-        ValueError: Its layers get something else for the tokens' embeddings than for the tokens, or for positions that are given
-            than for the same ones that are not.
+        ValueError: Its layers get different states for embeddings than for the token ids of these, or no `position_ids` give its layers
+            what they get without.
     """
     if (known := _known.get(stack)) is None:
         try:
             known = _read(stack, layers_name, offset, embed)
         except _Unknown as unknown:
             raise ValueError(
-                f"Instance prompts cannot be used with {type(stack).__name__}: {unknown}. Choose another base model."
+                f"Instance prompts cannot be used with {type(stack).__name__}: {unknown}. Choose a different base model."
             ) from None
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, LookupError):
             return None
@@ -86,7 +86,7 @@ def _read(stack: PreTrainedModel, layers_name: str, offset: int, embed: Callable
         by_id = _first_call(probe, input_ids=ids)
         if not _same(plain, by_id):
             raise _Unknown(
-                "its layers get other states for `inputs_embeds` than for the `input_ids` that these are made of"
+                "its layers get different states for `inputs_embeds` than for the `input_ids` of the same tokens"
             )
         mask = (column > 1).long()  # (1, S), two columns of padding
         padded = (
@@ -119,7 +119,7 @@ def _padding_id(stack: PreTrainedModel) -> int:
 
 
 class _Unknown(Exception):
-    """Carries why a stack is not understood."""
+    """Carries the reason why a stack is not understood."""
 
 
 class Reached(Exception):
@@ -128,7 +128,7 @@ class Reached(Exception):
 
 def _first_call(probe: PreTrainedModel, **call: Any) -> dict[str, Any]:
     """The tensors that the first layer gets, by name."""
-    call = {name: value.clone() for name, value in call.items()}  # CTRL scales its embeddings where they lie
+    call = {name: value.clone() for name, value in call.items()}  # CTRL scales its embeddings in place
     if "attention_mask" not in call:
         tokens = call["inputs_embeds"] if "inputs_embeds" in call else call["input_ids"]
         call["attention_mask"] = torch.ones(1, S, dtype=torch.long, device=tokens.device)
@@ -151,7 +151,7 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _by_token(call: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What has a row per token (..., S, width): states, and the sines of rotary embeddings. Masks have a column per token, too."""
+    """The tensors (..., S, width) with a row per token: states, and sines of rotary embeddings. Masks, of that shape too, are left out."""
     found = {
         name: x.flatten(0, -3)
         for name, x in call.items()
@@ -169,7 +169,7 @@ def _same(one: dict[str, Any], two: dict[str, Any], own: slice = slice(None), ot
 
 
 def _differ_by_column(call: dict[str, Any]) -> bool:
-    """Whether the states of two tokens between others, which are the same, are not."""
+    """Whether the states of two inner columns differ, in a call with one token over and over."""
     states = next(iter(call.values()))  # (1, S, d), or (streams, 1, S, d)
     if states.dim() < 3 or states.shape[-2] != S:
         raise ValueError(f"The states have the shape {tuple(states.shape)}.")
@@ -182,13 +182,13 @@ def _differ_by_column(call: dict[str, Any]) -> bool:
 def without_layers(module: nn.Module, path: list[str]) -> Any:
     """A copy of a module in eval mode that shares its weights, but has probes in place of the list of layers at `path`.
 
-    Nothing of `module` changes when the copy runs: it has buffers and hooks of its own.
+    The copy has its own buffers and hooks, so that `module` does not change when it runs.
     """
     twin = _twin(module)
     twin.__dict__.pop("forward", None)
     if isinstance(module, PreTrainedModel):
         config = copy.deepcopy(module.config)
-        config._attn_implementation = "eager"  # other masks take long to make
+        config._attn_implementation = "eager"  # masks of other kinds take long to make
         twin.config = config
     for name, child in module._modules.items():
         if child is not None:
@@ -208,7 +208,7 @@ def _twin(module: nn.Module, deep: bool = False) -> nn.Module:
     twin.__dict__ = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}
     twin.__dict__["training"] = False
     twin.__dict__["_buffers"] = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
-    if not deep:  # the hooks of the stack itself are ours, and those that move tensors between devices
+    if not deep:  # the hooks of the stack itself are ours, or move tensors between devices
         for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
             twin.__dict__[name] = type(module.__dict__[name])()
     else:
@@ -218,7 +218,7 @@ def _twin(module: nn.Module, deep: bool = False) -> nn.Module:
 
 
 def _probes(layers: nn.Module) -> nn.Module:
-    """As many layers as there are, since some stacks count them, and read their attributes."""
+    """As many probes as there are layers, with their attributes, since some stacks count layers and read attributes."""
     names = forward_args(next(layers.children()))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -227,6 +227,6 @@ def _probes(layers: nn.Module) -> nn.Module:
     twin = _twin(layers)
     for name, layer in layers.named_children():
         probe = twin._modules[name] = _twin(layer)
-        probe._modules.clear()  # some stacks switch the attention of their layers by the length of a text
+        probe._modules.clear()  # some stacks change the attention inside their layers by the text's length
         probe.__dict__["forward"] = forward
     return twin

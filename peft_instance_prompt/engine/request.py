@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the caller of `forward` or `generate` said and the stack's arguments do not tell. One context variable."""
+"""Arguments of the running call that the stack does not receive. One context variable holds them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .calls import PACKED_ARGUMENTS, declared, named
 from .wrap import MethodWrapper
 
 
-# What `forward` and `generate` take beside the base model's arguments: tensors with a row for each row of the batch.
+# Arguments that this package adds to `forward` and `generate`: tensors with a row for each row of the batch.
 OWN_ARGUMENTS = ("instruction_mask", "instance_embeds", "task_ids")
 
-# The attribute of a base model that lists the names of the layers which hold its adapters. Names hold in copies and replicas, too.
+# The attribute of a base model that lists the names of its layers with adapters. Names are valid in copies and replicas, too.
 LAYERS = "_instance_prompt_layers"
-# The attribute of a base model that lists the names of the language models within it around a stack with adapters.
+# The attribute of a base model that lists the names of the language models inside it, around a stack with adapters.
 CALLERS = "_instance_prompt_callers"
 
 # {layer: (names of the active adapters, {name: generator})}
@@ -33,13 +33,14 @@ Adapters = dict[nn.Module, tuple[list[str], dict[str, PromptGenerator]]]
 
 @dataclass
 class GrowingText:
-    """A text that `generate` writes on: its prompt, or the second text of classifier-free guidance. Without a KV cache the model
-    gets the whole of it at each step.
+    """A text that `generate` extends: its prompt, or the second text of classifier-free guidance.
+
+    Without a KV cache, the model gets the whole text at each step.
 
     Attributes:
-        shape (`tuple[int, int]`): B and P, the rows and columns that it began with.
-        ids (`torch.LongTensor`, *optional*): Shape (B, P). The tokens that it began with; None if it was given as embeddings only.
-        next_length (`int`): The number of columns that it will have when the model gets it next.
+        shape (`tuple[int, int]`): B and P, its rows and columns at the start.
+        ids (`torch.LongTensor`, *optional*): Shape (B, P). Its tokens at the start; None if the caller gave embeddings only.
+        next_length (`int`): Its number of columns in the model's next call.
     """
 
     shape: tuple[int, int]
@@ -47,8 +48,7 @@ class GrowingText:
     next_length: int
 
     def goes_on_in(self, tokens: torch.Tensor) -> bool:
-        """Whether token ids (B, S) or embeddings (B, S, e) are this text and what was written behind it; a row may have become
-        several beams."""
+        """Whether token ids (B, S) or embeddings (B, S, e) continue this text. A row may have become several beams."""
         (B, P), (num_rows, S) = self.shape, tokens.shape[:2]
         if B == 0 or num_rows % B or S < P:
             return False
@@ -60,31 +60,31 @@ class GrowingText:
 
 @dataclass(frozen=True)
 class Request:
-    """Facts about a call of `forward` or `generate` that the arguments of the transformer stack do not tell.
+    """Arguments of a call of `forward` or `generate` that the stack does not receive.
 
     Attributes:
-        model (`nn.Module`, *optional*): The base model that is called; None stands for any.
+        model (`nn.Module`, *optional*): The base model that is called. None: any.
         instruction_mask (`torch.Tensor`, *optional*): Shape (B, S).
         instance_embeds (`torch.Tensor`, *optional*): Shape (B, k).
         task_ids (`torch.LongTensor`, *optional*): Shape (B,).
         input_ids (`torch.LongTensor`, *optional*): Shape (B, S).
         labels (`torch.LongTensor`, *optional*): Shape (B, S).
-        shifted (`bool`): Whether the labels are TRL's `shift_labels`, which stand one place earlier.
+        shifted (`bool`): Whether the labels are TRL's `shift_labels`, which stand one column earlier.
         last_only (`bool`): Whether the caller wants the logits of the last position only.
-        prompt_length (`int`, *optional*): In `generate`, the number of columns that it was called with.
-        texts (`tuple[GrowingText]`): In `generate`, the texts that grow: first its prompt.
+        prompt_length (`int`, *optional*): In `generate`, P, the number of columns of its prompt.
+        texts (`tuple[GrowingText]`): In `generate`, the texts that grow, its prompt first.
         prompt_mask (`torch.Tensor`, *optional*): In `generate`, the `instruction_mask` of its prompt.
-        second_text (`bool`): Whether the text is guidance's, which need not hold the adapter's `response_template`.
+        second_text (`bool`): Whether this is the second text of guidance, which need not hold the adapter's `response_template`.
         adapter_names (`tuple[str]`, *optional*): One name per row.
-        adapters (`dict`, *optional*): The adapters that there were when the call began, and the active ones among them, by the
-            layer that holds them: others may be added and deleted meanwhile.
-        packed (`dict`): What says which sequences lie in the rows: some base models do not hand it to their stack.
-        encoder_slots (`tuple`, *optional*): The `order` (B, N) and `used` (B, L) of the slots in the encoder's output that
-            a decoder attends to.
+        adapters (`dict`, *optional*): By layer: the names of the active adapters and all adapters when the call began, since the caller
+            may add and delete adapters during the call.
+        packed (`dict`): `position_ids` and the packing arguments, which some base models do not pass to their stack.
+        encoder_slots (`tuple`, *optional*): The `order` (B, N) and `used` (B, L) of the slots in the encoder's output, to which the
+            decoder attends.
         opened (`Callable`, *optional*): Called with the arguments of the stack when its slots are open.
-        note (`Note`, *optional*): The context that added the newest fields.
-        entered (`bool`): Whether the base model's own forward runs, after its hooks.
-        outer (`Request`, *optional*): The request that holds again when the forward pass is over.
+        note (`Note`, *optional*): The innermost open `note()`.
+        entered (`bool`): Whether the base model's own forward is running; its hooks run before.
+        outer (`Request`, *optional*): The request to restore when the forward pass is over.
     """
 
     model: nn.Module | None = None
@@ -109,15 +109,18 @@ class Request:
     outer: Request | None = None
 
     def of_tokens(self, input_ids: torch.Tensor | None, embeds: torch.Tensor | None = None) -> Request:
-        """The request for the text with these token ids (B, S) or embeddings (B, S, e). Within `generate` it may be another than
-        the prompt: classifier-free guidance has a text of its own that grows, and stopping criteria call the model with any."""
+        """The request for the text with these token ids (B, S) or embeddings (B, S, e).
+
+        Inside `generate` this may be a different text than the prompt: classifier-free guidance extends a text of its own, and stopping
+        criteria may call the model with any text.
+        """
         # A vision-language model gives its stack embeddings only.
         tokens = next((given for given in (input_ids, self.input_ids, embeds) if given is not None), None)
         if not self.texts or tokens is None:
             return self
         found = [text for text in self.texts if text.goes_on_in(tokens)]
         S = tokens.shape[1]
-        found.sort(key=lambda text: text.next_length != S)  # of two that begin alike, the one that has come so far
+        found.sort(key=lambda text: text.next_length != S)  # of two that begin alike, the one of this length
         for text in found[:1]:
             text.next_length = S + 1
             if text is self.texts[0]:
@@ -131,14 +134,14 @@ class Request:
         )
 
     def of_rows(self, num_rows: int, rows: torch.Tensor | None) -> Request:
-        """The request for some rows of a batch of `num_rows`; in `generate`, one row may have become several beams."""
+        """The request for some rows of a batch with `num_rows`, or all for None. In `generate`, a row may have become several beams."""
         picked: dict[str, Any] = {}
         for name in (*OWN_ARGUMENTS, "labels"):
             value = getattr(self, name)
             if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] > 0:
                 if self.prompt_length is not None and num_rows % value.shape[0] == 0:
                     value = value.repeat_interleave(num_rows // value.shape[0], dim=0)  # (num_rows, ...)
-                # One of another size is left as it is, for its own check to complain about.
+                # A value with a wrong number of rows stays as it is: its own check complains.
                 if rows is not None and value.shape[0] == num_rows:
                     value = value[rows.to(value.device)]  # (len(rows), ...)
                 picked[name] = value
@@ -169,18 +172,18 @@ def current_request() -> Request:
 
 
 def known_of(model: nn.Module | None) -> Request:
-    """The request for the next call of `model`."""
-    # While a model generates, another may be called, as the assistant of assisted decoding is.
+    """Fields set around the next call of `model`; those of an unfinished call are skipped."""
     request = latest_request.get()
-    # The request of a running call, or of one that an interrupt broke off, does not hold for the next call; but a language model
-    # within the base model is told what the base model was.
+    # A request with an `outer` belongs to a call that is running, or that an interrupt ended. Only a language model inside the running
+    # base model, which its forward calls, gets the fields of that call.
     while request.outer is not None and not (request.entered and is_within(model, request.model)):
         request = request.outer
+    # While a model generates, the next call may be of a different model, such as the assistant of assisted decoding.
     return request if model is None or request.model in (None, model) or is_within(model, request.model) else Request()
 
 
 def is_within(model: nn.Module | None, base: nn.Module | None) -> bool:
-    """Whether `model` is a language model within the base model `base` whose calls are noted, too."""
+    """Whether `model` is a language model inside the base model `base` whose calls are noted, too."""
     return base is not None and any(base.get_submodule(name) is model for name in vars(base).get(CALLERS, ()))
 
 
@@ -188,8 +191,7 @@ def is_within(model: nn.Module | None, base: nn.Module | None) -> bool:
 def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
     """Add `fields` to the request for calls of `model`, within the context.
 
-    Contexts may end in another order than they began, as those of two generators that take turns do: each takes back its
-    own fields only.
+    Contexts may overlap without nesting, as those of two generators that take turns do: each takes back only its own fields.
     """
     known, entry = known_of(model), Note(latest_request.get())
     latest_request.set(replace(known, model=known.model if model is None else model, note=entry, **fields))
@@ -203,7 +205,7 @@ def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
             while before.note is not None and before.note.ended:
                 before = before.note.before
             latest_request.set(before)
-        else:  # the fields of a later context stay, except those that it took over from this one
+        else:  # a later context keeps its fields, except those that it inherited from this one
             own = {name: getattr(known, name) for name, value in fields.items() if getattr(current, name) is value}
             latest_request.set(replace(current, **own))
 
@@ -222,15 +224,15 @@ class Note:
 
 
 def adapters_of(model: nn.Module) -> Adapters:
-    """The adapters of a base model as they are now."""
+    """A base model's adapters at this moment."""
     layers: list[Any] = [model.get_submodule(path) for path in list(vars(model).get(LAYERS, ()))]
     return {layer: (list(layer.active_adapters), dict(layer.generators._modules)) for layer in layers}
 
 
 class CallNote:
-    """The hooks of a base model that note what it is called with, and forget it when the call is over.
+    """The hooks of a base model that note its arguments before a call, and forget them after it.
 
-    They are hooks and no wrapper of `forward`, since TRL puts one of its own over the base model's that calls the stack itself.
+    A wrapper of `forward` would not do: TRL puts its own over the base model's `forward`, and calls the stack from there.
     """
 
     def register(self, model: nn.Module) -> None:
@@ -247,7 +249,7 @@ class CallNote:
 
 
 class NotedForward(MethodWrapper):
-    """The forward of a base model, which notes a call as the hooks do, unless they have done so."""
+    """The forward of a base model: notes the call, unless the hooks have noted it."""
 
     method = "forward"
 
@@ -255,8 +257,8 @@ class NotedForward(MethodWrapper):
         known = known_of(self.module)
         if said := [name for name in (*OWN_ARGUMENTS, "adapter_names") if getattr(known, name) is not None]:
             raise ValueError(
-                f"`{said[0]}`, said around a call, does not reach the threads in which `DataParallel` runs the model's replicas: "
-                f"pass `{said[0]}` to the model."
+                f"`{said[0]}` was set around the call, and does not reach the threads in which `DataParallel` runs replicas of the "
+                f"model: pass `{said[0]}` to the model."
             )
         return super().bound_to(replica)
 
@@ -264,7 +266,7 @@ class NotedForward(MethodWrapper):
         if torch.compiler.is_compiling():
             return self.call_wrapped(*args, **kwargs)
         request = before = latest_request.get()
-        # What holds after the call, if the hooks have noted it.
+        # The request to restore, if the hooks have noted the call.
         outer = request.outer if request.model is self.module and not request.entered else None
         if outer is None:
             args, kwargs = note_call(self.module, args, kwargs)
@@ -276,7 +278,7 @@ class NotedForward(MethodWrapper):
         except Exception:
             latest_request.set(before)
             raise
-        except BaseException:  # after an interrupt torch runs no hooks, which would forget the call
+        except BaseException:  # torch runs no hooks after an interrupt, so that nothing else would forget the call
             latest_request.set(outer or before)
             raise
         latest_request.set(before)
@@ -284,7 +286,7 @@ class NotedForward(MethodWrapper):
 
 
 def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Take this package's own arguments out of a call of a base model, and note everything that tells the scope."""
+    """Take this package's own arguments out of a call of a base model, and note all arguments that decide the scope."""
     known = known_of(model)
     kwargs = dict(kwargs)
     fields = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
@@ -298,7 +300,7 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
         "packed": packed or None,
         "encoder_slots": slots_of(call.get("encoder_outputs")),
     }
-    if known.entered:  # within a call of the base model, whose caller said what this module is not told
+    if known.entered:  # inside a call of the base model, whose arguments this module may not receive
         shifted = known.shifted if told["labels"] is None else shifted
         told = {name: getattr(known, name) if value is None else value for name, value in told.items()}
     latest_request.set(
@@ -319,31 +321,31 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 
 
 def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The slots that an encoder's output says it holds. `generate` repeats them for beams like the rest of it."""
+    """The slots in an encoder's output; None if it has none. `generate` repeats them for beams like the rest of the output."""
     order = encoder_outputs.get("slot_order") if isinstance(encoder_outputs, dict) else None
     return None if order is None else (order, encoder_outputs["slot_used"])
 
 
 def note_encoder_slots(order: torch.Tensor, used: torch.Tensor) -> None:
-    """Tell the decoder that is run after the encoder."""
+    """Note the slots in an encoder's output, for the decoder that runs next."""
     request = latest_request.get()
-    if request.outer is not None:  # else the caller passes the encoder's output to the decoder
+    if request.outer is not None:  # else the encoder runs alone, and the caller passes its output to the decoder
         latest_request.set(replace(request, encoder_slots=(order, used)))
 
 
 @torch.compiler.disable
 def end_call(model: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of the base model."""
+    """Forward hook of the base model: restore the request from before the call."""
     latest_request.set(latest_request.get().outer or Request())
 
 
 @contextmanager
 def instruction_scope(mask: torch.Tensor) -> Iterator[None]:
-    """Say which tokens are the instruction, around trainers and tools that cannot pass `instruction_mask` on.
+    """Set which tokens are the instruction, around trainers and tools that cannot pass on `instruction_mask`.
 
     Args:
-        mask (`torch.Tensor`): Shape (B, S), bool or 0/1. It holds for every forward pass inside the context, in
-            this thread. An executor's threads need `contextvars.copy_context().run`.
+        mask (`torch.Tensor`): Shape (B, S), bool or 0/1. It applies to every forward pass inside the
+            context, in this thread. Threads of an executor need `contextvars.copy_context().run`.
 
     Example:
 

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Before a stack runs on a cache that holds slots: nothing is opened, only what counts the cache's positions changes.
+"""Before a stack continues from a slot cache: no slot is opened, but mask and positions must count the cached slots.
 
 Shapes: B rows, S new tokens, L slots in the cache.
 """
@@ -19,16 +19,16 @@ from .widen import check_fits
 
 
 def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots: bool) -> dict[str, Any]:
-    """The call of a stack that goes on from a cache.
+    """The call of a stack that continues from a slot cache.
 
     Args:
         info (`StackInfo`): Facts about the stack.
         call (`dict`): The arguments of the stack.
         cache (`SlotCache`): Its cache.
-        counts_slots (`bool`): Whether the caller passed the inner cache, which counts slots, too.
+        counts_slots (`bool`): Whether the caller passed the inner cache, whose length counts slots, too.
 
     Raises:
-        ValueError: The text does not go on from the tokens in the cache.
+        ValueError: The text does not continue the tokens in the cache, or the sequence does not fit the model.
     """
     tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
     (B, S), table, seen = tokens.shape[:2], cache.table, cache.get_seq_length()
@@ -48,7 +48,7 @@ def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots
             positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, seen:] + info.position_offset  # (B, S)
         elif positions is None:
             positions = torch.arange(seen, seen + S, device=tokens.device) + info.position_offset  # (S,)
-        if not info.rotates_by_length:  # there the slots' positions lie before those of the tokens
+        if not info.rotates_by_length:  # there, slots have positions before those of the tokens
             positions = positions + table.num_counted.to(positions.device)  # (B, S) or (R, B, S)
         call["position_ids"] = positions
     check_fits(info, call.get("position_ids"), num_positions, table.num_slots)
@@ -56,9 +56,9 @@ def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots
 
 
 def _goes_on(info: StackInfo, positions: Any, mask: Any, seen: int, num_new: int) -> bool:
-    """Whether positions (B, S) and mask (B, seen + S) go on from the tokens in a cache that counts slots as well.
+    """False if the caller counted slots as tokens, taking the text's length from a cache that counts both.
 
-    A caller who takes the length of the text from that cache counts slots as tokens. False if positions or mask show this.
+    Positions (B, S) or the mask (B, seen + S) show it.
     """
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or (mask is not None and mask.dim() != 2):
         return True

@@ -3,26 +3,25 @@
 
 """Scope: which tokens are the instance that a prompt is generated from.
 
-In a causal model the response stands in the same row as the instruction. A prompt that saw it would leak what is to be
-predicted, so the scope is found, in this order, from
+In a causal model, instruction and response stand in the same row. A prompt that reads the response leaks what is to be predicted. So
+the first of these rules that applies gives the scope:
 
-1. `instruction_mask`, given to `forward`, `generate` or [`instruction_scope`];
-2. the adapter's `response_template`: everything up to and including its first occurrence; or its `instruction_length`: the first n
-   tokens;
-3. in `generate`, the tokens that `generate` was called with, for the whole call, and rule 2 searches these only;
-4. `labels` (or TRL's `shift_labels`) of a causal model: the tokens before the first label that is not -100;
-   without them, the prefix that the mask of a prefix-LM shows to all of itself;
-5. a causal model in training with none of these has no scope: ValueError;
-6. otherwise all tokens that are not padding, and a causal model that is given several rows warns once: if their ends are scored,
-   the prompt has seen them. Where the call asks for the logits of the last position only, nothing in the rows can be scored.
+1. `instruction_mask`, an argument of `forward`, `generate` or [`instruction_scope`].
+2. The adapter's `response_template`: all tokens up to the end of its first occurrence. Or its `instruction_length`: the first n tokens.
+3. In `generate`, its prompt, for the whole call. Rule 2 searches the prompt only.
+4. `labels` (or TRL's `shift_labels`) of a causal model: the tokens before the first label that is not -100. Without them, the prefix
+   that the mask of a prefix-LM shows to all of itself.
+5. A causal model in training to which no rule applies has no scope: ValueError.
+6. Otherwise all tokens but padding. A causal model warns once if it gets several rows: if the ends of the rows are scored, the prompt has
+   read them. No warning if the call asks for the logits of the last position only, since nothing in the rows can be scored then.
 
-A response never lies between instruction tokens: its tokens would be predicted from a prompt that has read them. So a mask with a
-gap is refused where what lies in the gap is, or may be, predicted.
+One instruction block per row: tokens in a gap would be predicted from a prompt that has read what follows them. So a mask with a gap is
+refused if tokens in the gap are, or may be, predicted.
 
-A causal stack whose use is not known (`use.py`) is read as a causal model, unless the call has a label per row.
+A causal stack whose use is unknown (`use.py`) counts as a causal model, unless the call has one label per row.
 
-The decoder of an encoder-decoder model is another matter: its instruction stands in the encoder. Its own instance is its
-start token, which is all that its rows have in common in training and generation.
+In an encoder-decoder model the instruction stands in the encoder. The instance of a decoder is its start token, the only token that its
+rows share in training and generation.
 """
 
 from __future__ import annotations
@@ -101,15 +100,14 @@ def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_lengt
     Args:
         instruction_mask (`torch.Tensor`): Shape (B, S), bool or 0/1.
         tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
-        prompt_length (`int`, *optional*): In `generate`, the length that the mask may have beside that of the rows, which
-            grow.
+        prompt_length (`int`, *optional*): In `generate`, P: the rows grow, and the mask may keep the shape (B, P).
 
     Returns:
         `torch.BoolTensor`: Shape (B, S).
 
     Raises:
-        TypeError: It is not a tensor of bools or whole numbers.
-        ValueError: It has another shape, or a row without a single instruction token.
+        TypeError: The mask is not a tensor of bools or whole numbers.
+        ValueError: It has a wrong shape, or a row without an instruction token.
     """
     if not isinstance(instruction_mask, torch.Tensor) or instruction_mask.is_floating_point():
         kind = getattr(instruction_mask, "dtype", type(instruction_mask).__name__)
@@ -131,10 +129,10 @@ def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_lengt
 def check_no_gap(
     mask: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor | None, training: bool, shifted: bool
 ) -> None:
-    """Refuse an instruction mask (B, S) whose gap holds what is predicted.
+    """Refuse an instruction mask (B, S) with predicted tokens in a gap.
 
     Raises:
-        ValueError: A label that is not -100 stands between a row's instruction tokens; or, in training without labels, any token.
+        ValueError: Between instruction tokens of a row stands a label that is not -100; or, in training without labels, any token.
     """
     later = mask.flip(1).cumsum(dim=1).flip(1) > 0  # (B, S), an instruction token follows
     gap = ~mask & tokens & later & (mask.cumsum(dim=1) > 0)  # (B, S)
@@ -154,7 +152,7 @@ def check_no_gap(
 
 
 def from_length(length: int, tokens: torch.Tensor) -> torch.Tensor:
-    """Rule 2 for text without instruction: the first `length` tokens of each row, (B, S)."""
+    """Rule 2 for plain text: the first `length` tokens of each row, (B, S)."""
     return tokens & (tokens.cumsum(dim=1) <= length)  # (B, S)
 
 
@@ -166,12 +164,20 @@ def from_template(
     unlabelled: torch.Tensor | None = None,
     tokenizer: str | None = None,
 ) -> torch.Tensor:
-    """Rule 2: everything up to and including the first occurrence of `template` in each row, (B, S).
+    """Rule 2: all tokens up to the end of the first occurrence of `template` in each row, (B, S).
 
-    A row without it is an error. With `missing="all"` it is an instruction as a whole, or up to the first label if labels tell:
-    those of its tokens that are `unlabelled` (B, S), unless there are none. A row without it and without a label is never an error:
-    a maximum length has cut a conversation off before the answer, and nothing of it is predicted. The error shows texts where the
-    `tokenizer` that is named lies on this machine, and token ids elsewhere.
+    Args:
+        template (`list[int]`): The token ids to search for, k of them.
+        input_ids (`torch.LongTensor`, *optional*): Shape (B, S).
+        tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
+        missing (`str`): The scope of a row without the template. `"error"`, the default: none. `"all"`: its `unlabelled` tokens, or all of
+            its tokens if there are none.
+        unlabelled (`torch.BoolTensor`, *optional*): Shape (B, S). The tokens before the first label. Default: labels are not known.
+        tokenizer (`str`, *optional*): The name of a tokenizer, for the message.
+
+    Raises:
+        ValueError: There are no `input_ids`; or, with `"error"`, a row with labels lacks the template. A row without labels may lack it:
+            a maximum length has cut the conversation off before the answer, and nothing in the row is predicted.
     """
     if input_ids is None:
         raise ValueError(
@@ -197,10 +203,10 @@ def from_template(
 
 
 def check_no_response(scope: torch.Tensor, labels: torch.Tensor, shifted: bool) -> None:
-    """Refuse rows that begin in a response: their scope (B, S) has tokens with labels, and behind these tokens without.
+    """Refuse rows that begin in a response: in their scope (B, S), a token without a label follows a token with one.
 
     Raises:
-        ValueError: A row does.
+        ValueError: There is such a row.
     """
     asked = (labels != -100).roll(1, dims=1) if shifted else labels != -100  # (B, S)
     later = (scope & ~asked).flip(1).cumsum(dim=1).flip(1) > 0  # (B, S), an instruction token without label follows
@@ -212,7 +218,7 @@ def check_no_response(scope: torch.Tensor, labels: torch.Tensor, shifted: bool) 
 
 
 def before_labels(labels: torch.Tensor, tokens: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """The tokens (B, S) before the first label that is not -100; `shifted` labels stand one place earlier."""
+    """The tokens (B, S) before the first label that is not -100. `shifted` labels stand one column earlier."""
     asked = labels != -100  # (B, S)
     start = torch.where(asked.any(dim=1), asked.long().argmax(dim=1) + int(shifted), tokens.shape[1])  # (B,)
     return (torch.arange(tokens.shape[1], device=tokens.device) < start[:, None]) & tokens  # (B, S)
@@ -226,14 +232,14 @@ def from_labels(
     special_ids: tuple[int, ...] = (),
     packed: bool = False,
 ) -> torch.Tensor:
-    """Rule 4: the tokens before the first label that is not -100, (B, S); `shifted` labels stand one place earlier.
+    """Rule 4: the tokens before the first label that is not -100, (B, S). `shifted` labels stand one column earlier.
 
-    In a packed batch the first token of each sequence has no label, whatever it is: nothing in the row predicts it. So a text
-    without instruction has its first token as its instruction.
+    In a packed batch, the first token of each sequence never has a label, since no token before it can predict it. So the instruction of
+    plain text is its first token there.
 
     Raises:
-        ValueError: No token stands before it, or none but special ones (`special_ids`): a collator that masks padding masks BOS,
-            too, where both are one token.
+        ValueError: No token stands before the first label, or only `special_ids` do: a collator that masks padding also masks BOS if
+            both are the same token.
     """
     asked, mask = labels != -100, before_labels(labels, tokens, shifted)  # (B, S) each
     _check_instruction(mask, asked, tokens, tokens, "")
@@ -244,15 +250,15 @@ def from_labels(
     if packed and not _SAID["continuation"] and bool((asked.any(dim=1) & (mask.sum(dim=1) == 1)).any()):
         _SAID["continuation"] = True
         warnings.warn(
-            "Packed sequences have labels from their second token on, as plain text has, and what `packing_strategy='bfd_split'` cuts "
+            "Packed sequences have labels from their second token on, as in plain text and in what `packing_strategy='bfd_split'` cuts "
             "off: their prompts are generated from their first token alone. For plain text, set `instruction_length`."
         )
     if not _SAID["turns"] and bool((asked.diff(dim=1).sum(dim=1) + asked[:, 0].long() > 2).any()):
         _SAID["turns"] = True
         warnings.warn(
-            "The rows have several labelled stretches, as chats of several turns do: in training prompts are generated from what "
-            "stands before the first, in `generate` from earlier answers, too. With `response_template` (chats: 'chat') both read "
-            "what stands before the first answer."
+            "The rows have several labelled spans, as chats of several turns do: in training prompts are generated from the text before the "
+            "first, in `generate` from earlier answers, too. With `response_template` (chats: 'chat') both read the text before the first "
+            "answer."
         )
     return mask
 
@@ -260,13 +266,13 @@ def from_labels(
 def _check_instruction(
     mask: torch.Tensor, asked: torch.Tensor, tokens: torch.Tensor, words: torch.Tensor, but: str
 ) -> None:
-    """Refuse rows without a token in `mask` (B, S): all `words` (B, S) of them are scored, or they begin in a response."""
+    """Refuse rows without a token in `mask` (B, S): all of their `words` (B, S) are scored, or they begin in a response."""
     if (empty := ~mask.any(dim=1) & tokens.any(dim=1)).any():  # (B,); a row of nothing but padding may be empty
         whole = empty & (asked | ~words).all(dim=1)  # (B,)
         raise ValueError(all_scored(whole, but) if whole.any() else no_instruction(empty, but))
 
 
-# Warnings that were given: once is enough.
+# Which warnings were given: each is given once.
 _SAID = {"turns": False, "plain": False, "continuation": False}
 
 
@@ -277,7 +283,7 @@ def _check_no_empty_row(mask: torch.Tensor, tokens: torch.Tensor, complaint: str
 
 
 def _is_one_per_row(labels: torch.Tensor | None, tokens: torch.Tensor) -> bool:
-    """Whether labels (B,) or (B, 1) ask for one answer per row of `tokens` (B, S), and so for none of its tokens."""
+    """Whether labels (B,) or (B, 1) ask for one answer per row of `tokens` (B, S): then no token is predicted."""
     B, S = tokens.shape
     return isinstance(labels, torch.Tensor) and labels.dim() > 0 and labels.numel() == len(labels) == B and S > 1
 

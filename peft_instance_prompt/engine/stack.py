@@ -29,19 +29,19 @@ class StackInfo:
         name (`str`): The stack's name in the base model; `""` if the base model is the stack.
         layers_name (`str`): The name of its list of layers in the base model.
         hidden_size (`int`): d, the width of the layers' input.
-        embedding_size (`int`): e, the width of the input embeddings; unlike d in a few models.
-        output_size (`int`): The width of what the stack returns; OPT projects it back to e.
+        embedding_size (`int`): e, the width of the input embeddings; not d in a few models.
+        output_size (`int`): The width of the states that the stack returns; OPT projects them back to e.
         vocab_size (`int`): V.
-        num_layers (`int`): How often a layer is run, which is more than the list holds where layers are shared.
+        num_layers (`int`): The number of depths: how many layers run in a pass. If layers are shared, the list holds fewer.
         forward_args (`frozenset[str]`): The names of the arguments that the stack's forward takes.
         causal (`bool`): Whether a token sees only what stands before it.
-        true_hides (`bool`): Whether True in an attention mask of bools hides a key.
+        true_hides (`bool`): Whether True in a bool attention mask hides a key.
         causal_lm (`bool`): Whether instruction and response stand in the same row.
-        undeclared (`bool`): Whether it is causal and nothing in the base model says that they do, or that they do not.
-        prefix_lm (`bool`): Whether the base model may let a prefix of each row see all of itself.
+        undeclared (`bool`): Whether the stack is causal and no module of the base model tells if they do.
+        prefix_lm (`bool`): Whether a caller may let a prefix of each row see all of itself.
         encoder_of_pair (`bool`): Whether the stack is the encoder of an encoder-decoder model.
         decoder_of_pair (`bool`): Whether it is the decoder of one.
-        max_positions (`int`, *optional*): How many positions the stack has learned embeddings for.
+        max_positions (`int`, *optional*): The number of positions that have learned embeddings. None: positions are not learned.
         position_offset (`int`): The position id of the first token.
         absolute_column_positions (`bool`): Whether it gives each column of its input the position of its number, whatever position ids
             say, and adds that to the states: BART.
@@ -94,9 +94,9 @@ class StackInfo:
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without the modules inside adapters: no stack is among them, and a thousand adapters are many modules.
+    """`named_modules` without the modules inside adapters, which hold no stack and may be many.
 
-    Another thread may add an adapter meanwhile.
+    A different thread may add an adapter meanwhile.
     """
     seen = set() if seen is None else seen
     if id(module) in seen:
@@ -127,7 +127,7 @@ def find_stacks(model: nn.Module) -> dict[str, str]:
 
 
 def stack_of(model: nn.Module, layers_name: str) -> str:
-    """The name of the stack that a list of layers lies in: the innermost module around it that takes tokens."""
+    """The name of the stack with a list of layers: the innermost module around the list that takes tokens."""
     parts = layers_name.split(".")
     around = (".".join(parts[:length]) for length in range(len(parts) - 1, -1, -1))
     return next(name for name in around if _takes_tokens(model.get_submodule(name)))
@@ -172,9 +172,9 @@ def _takes_cache(layer: nn.Module) -> bool:
 
 
 def embed(stack: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """The input embeddings (B, S, e) that a stack makes of `input_ids` (B, S), in the form in which it takes them."""
+    """The `inputs_embeds` (B, S, e) with which a stack computes the same as with `input_ids` (B, S)."""
     embeds = stack.get_input_embeddings()(input_ids)  # (B, S, e)
-    # The encoders of Pegasus and Marian scale what they look up themselves but not what they are given.
+    # The encoders of Pegasus and Marian scale embeddings that they look up, but not `inputs_embeds`.
     unscaled = "encoder_hidden_states" not in forward_args(stack)
     return (
         embeds * stack.embed_scale if unscaled and isinstance(getattr(stack, "embed_scale", None), float) else embeds
@@ -183,14 +183,14 @@ def embed(stack: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def embed_ids(stack: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The input embeddings (n, e) that a stack makes of token ids (n,), on any device."""
+    """The `inputs_embeds` (n, e) for token ids (n,), which may lie on any device."""
     return embed(stack, ids[None].to(stack.get_input_embeddings().weight.device))[0]  # (n, e)
 
 
 def embed_per_layer(
     stack: PreTrainedModel, input_ids: torch.Tensor | None, embeds: torch.Tensor
 ) -> torch.Tensor | None:
-    """The embeddings that Gemma 3n and 4 look up for each layer, (B, S, layers, width), by ids (B, S); None for other stacks."""
+    """The per-layer embeddings (B, S, layers, width) of Gemma 3n and 4 for ids (B, S); None for other stacks, or without ids."""
     if input_ids is None or getattr(stack, "embed_tokens_per_layer", None) is None:
         return None
     known = {"input_ids": input_ids, "inputs_embeds": embeds}
@@ -267,26 +267,26 @@ def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
         late (`bool`): Whether there are slots that some layers do not see.
 
     Raises:
-        ValueError: It is no decoder, mixes tokens without attention, or counts its positions by columns.
+        ValueError: It is no decoder, mixes tokens without attention, has absolute positions by column, or has attention of a kind that is
+            not known to keep sequences apart.
     """
     why = None
     if not info.causal or info.decoder_of_pair:
         why = "packed rows are for decoder-only models"
     elif info.prefix_lm:
-        why = "its kernel hides no later token where a mask does not"
+        why = "its kernel is not causal without a mask"
     elif info.mixing_layer is not None:
         why = f"{info.mixing_layer!r} mixes neighbouring tokens without attention, and would need `seq_idx`"
     elif info.absolute_column_positions:
-        why = "it takes no `position_ids` and counts positions by columns"
+        why = "it takes no `position_ids` and has absolute positions by column"
     elif strange := info.attention_kinds - {"full_attention", "sliding_attention"}:
-        why = f"layers of the kind {min(strange)!r} are not known to heed a mask that keeps sequences apart"
+        why = f"its {min(strange)!r} layers are not known to keep sequences apart by a mask"
     elif late and str(stack.config._attn_implementation).startswith("flash_attention"):
         why = "flash attention cannot hide late prompts from the first layers there"
     if why is not None:
         raise ValueError(
-            "Instance prompts cannot be used with packed or padding-free rows (several sequences in one row, told apart by "
-            f"`position_ids`, `cu_seq_lens` or `seq_idx`) in {type(stack).__name__}: {why}. Turn packing and padding-free batching "
-            "off (TRL: `packing=False, padding_free=False`)."
+            "Instance prompts cannot be used with packed or padding-free rows, which hold several sequences, in "
+            f"{type(stack).__name__}: {why}. Turn packing and padding-free batching off (TRL: `packing=False, padding_free=False`)."
         )
 
 
@@ -320,10 +320,10 @@ def _shares_layers(layers: nn.ModuleList) -> bool:
 
 
 def _positions(stack: PreTrainedModel, layers_name: str) -> tuple[int | None, Positions]:
-    """How many positions have a learned embedding (None: rotary, relative or ALiBi), and how the stack numbers its tokens.
+    """The number of learned positions (None: rotary, relative or ALiBi), and how the stack numbers its tokens.
 
-    Where it cannot be called, the ids begin behind that of padding (RoBERTa), or the module that embeds positions counts the tokens
-    of the mask (OPT).
+    If the stack cannot be called, positions come from the mask if they begin behind the padding id (RoBERTa), or if the module that
+    embeds positions takes the mask (OPT).
     """
     size, offset = _learned_positions(stack)
     found = read_positions(stack, layers_name, offset, partial(_in_place_of_ids, stack))
@@ -341,8 +341,11 @@ def _in_place_of_ids(stack: PreTrainedModel, input_ids: torch.Tensor) -> dict[st
 
 
 def _distance_by_column(stack: nn.Module, config, positions: Positions) -> bool:
-    """Whether distances are those of columns: no position id reaches the layers (T5, Bloom, MPT), or one does but ALiBi (Falcon), a
-    table of relative distances (DeBERTa, MPNet) or a sliding window (Mistral, Gemma 3) does not read it."""
+    """Whether distances between tokens go by column.
+
+    No position id reaches the layers of T5, Bloom and MPT. In others it does, but ALiBi (Falcon), a table of relative distances
+    (DeBERTa, MPNet) or a sliding window (Mistral, Gemma 3) does not read it.
+    """
     relative = any(name.endswith("relative_attention_bias") for name, _ in walk(stack))
     declared = any(getattr(config, name, False) for name in ("alibi", "relative_attention"))
     kinds = getattr(config, "layer_types", None)
@@ -351,14 +354,14 @@ def _distance_by_column(stack: nn.Module, config, positions: Positions) -> bool:
 
 
 def _rotates_by_length(stack: nn.Module) -> bool:
-    """Whether a rotary embedding reads the length of the sequence off the position ids. It has one type, or one per layer type."""
+    """Whether rotary frequencies depend on the largest position id. A rotary embedding has one type, or one per layer type."""
     types = [getattr(module, "rope_type", None) for _, module in walk(stack)]
     each = {kind for known in types for kind in (known.values() if isinstance(known, dict) else [known]) if kind}
     return any("dynamic" in kind or kind == "longrope" for kind in each)
 
 
 def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:
-    """How many positions have a learned embedding (None: rotary, relative or ALiBi), and the id of the first."""
+    """The number of learned positions (None: rotary, relative or ALiBi), and the id of the first."""
     for name, module in walk(stack):
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
             "position_embeddings",

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The text that a stack is called with: its tokens, their positions, and which of them are the instruction.
+"""The text in a call of a stack: its tokens, their positions, and which of them are the instruction.
 
 Shapes: B rows, S tokens, G sequences of up to n tokens in a packed batch, e the width of the embeddings.
 """
@@ -27,15 +27,15 @@ from .stack import StackInfo, check_packable, embed
 
 @dataclass(frozen=True)
 class Text:
-    """The tokens that a stack is called with.
+    """The tokens in a call of a stack.
 
     Attributes:
         ids (`torch.LongTensor`, *optional*): Shape (B, S). None if they are not known.
         embeds (`torch.Tensor`): Shape (B, S, e).
-        mask (`torch.Tensor`, *optional*): Shape (B, S). As the caller gave it, or None.
+        mask (`torch.Tensor`, *optional*): Shape (B, S). The caller's padding mask. None if there is none, or if rows are packed.
         tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
-        packing (`Packing`, *optional*): The sequences in the rows, if rows hold several.
-        prefix (`torch.BoolTensor`, *optional*): Shape (B, S). The prefix that sees all of itself, where the caller gave one.
+        packing (`Packing`, *optional*): The sequences in the rows, if the rows are packed.
+        prefix (`torch.BoolTensor`, *optional*): Shape (B, S). The prefix of each row, if the caller's mask gives one to a prefix-LM.
     """
 
     ids: torch.Tensor | None
@@ -52,8 +52,8 @@ def read_text(
     """Find the tokens in a call of a stack.
 
     Raises:
-        ValueError: The batch is empty, its mask has an unknown form, its cache was filled without an adapter, or its rows hold
-            several sequences that the stack does not keep apart.
+        ValueError: The batch is empty, its mask has an unknown form, its cache was filled without an adapter, or its rows are packed
+            and the stack does not keep their sequences apart.
     """
     given = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
     B, S = given.shape[:2]
@@ -71,8 +71,8 @@ def read_text(
         check_packable(stack, info, late=any(group.model.first_visible_layer > 0 for group in groups))
         if request.prompt_length is not None or cache is not None:
             raise ValueError(
-                "Packed rows, which hold several sequences, cannot be continued: no cache is filled with them, and `generate` takes "
-                "rows of one sequence each."
+                "Packed rows, which hold several sequences, cannot be continued: call the model without a cache, and `generate` with one "
+                "sequence per row."
             )
     ids = request.input_ids if call.get("input_ids") is None else call["input_ids"]
     ids = ids if ids is not None and ids.shape == (B, S) else None
@@ -90,8 +90,8 @@ def read_text(
 def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.Tensor:
     """Position ids (B, S) for a call that has none.
 
-    Rows with an adapter count tokens and not columns, so that padding on the left moves nothing. Rows without one are counted as
-    the bare model does: by columns, unless it counts tokens itself.
+    Rows with an adapter count tokens, not columns, so that left padding moves nothing. Rows without one count as the bare model does: by
+    columns, unless its positions come from the mask.
     """
     B, S = text.tokens.shape
     counted = (text.tokens.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
@@ -104,7 +104,12 @@ def count_positions(text: Text, groups: list[Group], info: StackInfo) -> torch.T
 
 
 def find_scopes(groups: list[Group], text: Text, request: Request, info: StackInfo, training: bool) -> torch.Tensor:
-    """Each row's instruction tokens (B, S), by the rules of its adapter; each sequence's where rows hold several."""
+    """The instruction tokens (B, S) of each row, or of each sequence of packed rows, by the rules of its adapter.
+
+    Raises:
+        ValueError: A scope cannot be told, or mask, template or labels do not fit.
+        TypeError: `instruction_mask` is not a tensor of bools or whole numbers.
+    """
     packing, tokens, ids = text.packing, text.tokens, text.ids
     if packing is not None:
         ids = None if ids is None else packing.unpack(ids, -1)  # (G, n)
@@ -165,11 +170,14 @@ def shown_response(
 
 
 def unpack(request: Request, packing: Packing) -> Request:
-    """The request for a batch with a row per sequence. Vectors of instances come so: one per sequence, row by row."""
+    """The request for a batch with a row per sequence.
+
+    `instance_embeds` and `task_ids` stay as they are: the caller gives one entry per sequence.
+    """
     shape, labels, mask = tuple(packing.segment_ids.shape), request.labels, request.instruction_mask
     if labels is not None and tuple(labels.shape) == shape:
         labels = packing.unpack(labels, -100)  # (G, n)
-        if request.shifted:  # the label beside the last token is that of the next sequence's first
+        if request.shifted:  # the label at the last token belongs to the next sequence's first token
             last = packing.mask.sum(dim=1, keepdim=True).to(labels.device) - 1  # (G, 1)
             labels = labels.scatter(1, last, -100)
     if isinstance(mask, torch.Tensor) and not mask.is_floating_point():  # else `find_scope` complains

@@ -3,9 +3,9 @@
 
 """What a stack is used for, which decides whether its prompt may read whole rows.
 
-A stack does not know its head. The modules around it tell: a class that generates predicts the tokens of its rows, a class with the
-loss of a classifier predicts none of them, and the config of an encoder-decoder model says that it is one. The head may also lie
-outside of the module that the adapter is put on (`model.model = get_peft_model(model.model, ...)`) or in a module of the user's own.
+A stack does not know its head. The modules around it tell: a class that generates predicts the tokens of its rows, a class with a
+classifier's loss predicts none of them, and the config of an encoder-decoder model says that it is one. The head may also lie outside
+the adapted module (`model.model = get_peft_model(model.model, ...)`), or in a module of the user's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .attention import Attention, read_attention
 from .calls import forward_args
 
 
-# The losses of transformers, by the name that a model gives its own, that ask for no token of the row.
+# The losses of transformers, by their `loss_type`, that predict no next token of the row.
 WHOLE_ROW_LOSSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -29,7 +29,7 @@ class Use(NamedTuple):
     Attributes:
         attention (`Attention`): How it attends.
         causal_lm (`bool`): Whether the base model generates, from instruction and response in one row.
-        undeclared (`bool`): Whether the stack is causal and no class around it says whether it predicts the tokens of its rows.
+        undeclared (`bool`): Whether the stack is causal and no class around it tells if it predicts the tokens of its rows.
         encoder_of_pair (`bool`): Whether it is the encoder of an encoder-decoder model.
         decoder_of_pair (`bool`): Whether it is the decoder of one, whose encoder may take audio or images.
     """
@@ -60,7 +60,7 @@ def read_use(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> U
             return Use(Attention(causal=False), encoder_of_pair=True)
     stack = model.get_submodule(stacks[layers_name])
     around = _around(model, stacks[layers_name])
-    # The innermost one that reads its tokens through the stack.
+    # The innermost language model whose token embedding is the stack's.
     depths = [n for n, m in enumerate(around) if generates(m) and embedding_of(m) is embedding_of(stack)]
     language_model = around[depths[-1]] if depths else None
     name_there = ".".join(layers_name.split(".")[depths[-1] :]) if depths else ""
@@ -74,13 +74,13 @@ def read_use(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> U
 
 
 def generates(module: nn.Module) -> bool:
-    """Whether a module is a language model of transformers, by what its class says."""
+    """Whether a module's class is a language model of transformers."""
     can_generate = getattr(type(module), "can_generate", None)
     return hasattr(module, "generate") and can_generate is not None and bool(can_generate())
 
 
 def callers(model: nn.Module, stack_name: str) -> dict[str, nn.Module]:
-    """The modules whose calls tell what is predicted, by name: the base model, and the language models within it around the stack."""
+    """The modules whose arguments decide the scope, by name: the base model, and the language models inside it around the stack."""
     parts = stack_name.split(".") if stack_name else []
     within = {
         ".".join(parts[:n]): module for n, module in enumerate(_around(model, stack_name)) if n and generates(module)
@@ -102,7 +102,7 @@ def _around(model: nn.Module, stack_name: str) -> list[nn.Module]:
 
 
 def _pair_of(model: nn.Module, stack_name: str) -> nn.Module | None:
-    """The innermost module around a stack whose config says that it is an encoder-decoder model, or the stack if it says so."""
+    """The innermost encoder-decoder model around a stack, or the stack, by its config; None if there is none."""
     *outer, stack = _around(model, stack_name)
     return next((m for m in [*outer[::-1], stack] if _says(m, "is_encoder_decoder")), None)
 
@@ -112,7 +112,7 @@ def _says(module: nn.Module, name: str) -> bool:
 
 
 def _is_decoder(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> bool:
-    """Whether a stack of an encoder-decoder model is a decoder: it takes the encoder's states and is causal."""
+    """Whether a stack of an encoder-decoder model is a decoder: causal, and it takes the encoder's states."""
     stack = model.get_submodule(stacks[layers_name])
     if "encoder_hidden_states" not in forward_args(stack):
         return False

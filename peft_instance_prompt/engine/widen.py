@@ -25,19 +25,31 @@ from .text import Text
 def widen(
     stack: PreTrainedModel, info: StackInfo, call: dict[str, Any], text: Text, layout: Layout, num_slots: int
 ) -> dict[str, Any]:
-    """The call with a place for the slots in each argument that has a column per token; an instance has up to `num_slots`."""
+    """The call with room for the slots in each argument that has a column per token.
+
+    Args:
+        stack (`PreTrainedModel`): The stack.
+        info (`StackInfo`): Facts about it.
+        call (`dict`): Its arguments, with `inputs_embeds` over N positions and the others over S tokens.
+        text (`Text`): The tokens.
+        layout (`Layout`): Where slots and tokens stand.
+        num_slots (`int`): The largest number of slots that an instance has, for the message of `check_fits`.
+
+    Raises:
+        ValueError: An argument has a column per token and is not known, or the sequence does not fit the model.
+    """
     (B, S), L = text.tokens.shape, layout.num_slots
     check_arguments(call, B, S)
     wide = dict(call)
     for name in PER_QUERY_ARGUMENTS:
         if (rows := call.get(name)) is not None:  # (B, 1, S, keys)
             rows = rows.transpose(1, 2).expand(B, S, 1, -1)  # (B, S, 1, keys)
-            # A slot sees what the token that it follows sees, as in generation, where nothing stands behind it yet.
+            # A slot sees what the token before it sees, as in generation, where no token stands behind it yet.
             own = take(rows, torch.maximum(layout.before_token - 1, layout.first))  # (B, L, 1, keys)
             wide[name] = insert(rows, own, layout).transpose(1, 2)  # (B, 1, N, keys)
     per_layer = wide.pop("per_layer_inputs", None)
     per_layer = embed_per_layer(stack, text.ids, text.embeds) if per_layer is None else per_layer
-    if per_layer is not None:  # (B, S, layers, width); the slots begin as copies of the first token, here too
+    if per_layer is not None:  # (B, S, layers, width); slots begin as copies of the first token here, too
         own = take(per_layer, layout.first)  # (B, L, layers, width)
         wide["per_layer_inputs"] = insert(per_layer, own, layout)  # (B, N, layers, width)
     if call.get("token_type_ids") is not None:
@@ -60,10 +72,10 @@ def widen(
 
 
 def check_arguments(call: dict[str, Any], num_rows: int, num_tokens: int) -> None:
-    """Refuse an argument that seems to have a column for each of S tokens, and in which the place of slots is not known.
+    """Refuse an unknown argument that seems to have a column for each of S tokens.
 
     Raises:
-        ValueError: There is one.
+        ValueError: There is such an argument.
     """
     B, S = num_rows, num_tokens
     for name, value in call.items():
@@ -83,16 +95,16 @@ def check_arguments(call: dict[str, Any], num_rows: int, num_tokens: int) -> Non
 
 
 def no_padding(stack: PreTrainedModel, segment_ids: torch.Tensor) -> torch.Tensor | None:
-    """The mask of a packed call, as (B, N) as `segment_ids`. Each layer's own keeps sequences apart, see `fill.py`.
+    """A padding mask of ones, (B, N) like `segment_ids`, for a packed call; `fill.py` changes each layer's mask to keep sequences apart.
 
-    Without a mask, transformers would tell sequences apart by position ids, and those of late slots do not count on. Flash
-    attention goes by the lengths instead.
+    Without a mask, transformers would split the rows by position ids, where late slots look like boundaries. Flash attention gets None
+    and goes by the lengths.
     """
     return None if is_flash(stack) else torch.ones_like(segment_ids)
 
 
 def lengths_of(stack: PreTrainedModel, segment_ids: torch.Tensor, call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that say how long the sequences of `segment_ids` (B, N) are: those of the call; all for flash attention."""
+    """The length arguments for the sequences of `segment_ids` (B, N): those that the call has; for flash attention, all."""
     begins = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero().flatten()
     ends = torch.nn.functional.pad(begins, (0, 1), value=segment_ids.numel()).to(torch.int32)  # (segments + 1,)
     names = [name for name in LENGTH_ARGUMENTS if is_flash(stack) or call.get(name) is not None]
@@ -106,17 +118,17 @@ def is_flash(stack: PreTrainedModel) -> bool:
 def widen_mask(
     stack: PreTrainedModel, info: StackInfo, call: dict[str, Any], text: Text, layout: Layout, embeds: torch.Tensor
 ) -> Any:
-    """The attention mask over N positions, in the form that the stack takes; room for them in a static cache."""
+    """The attention mask over N positions, in the form that the stack takes. Makes room for the slots in a static cache."""
     (B, S), L = text.tokens.shape, layout.num_slots
     cache = cache_of(call)[1]
     mask = None
-    # Without a mask, position ids that do not count on would be taken for those of several sequences in a row.
+    # Without a mask, transformers would take position ids that do not increase by 1 for boundaries of packed sequences.
     if text.mask is not None or not layout.all_used or layout.table.late_layers:
         mask = insert(text.tokens if text.mask is None else text.mask, layout.used, layout)  # (B, N)
     if cache is not None and cache.is_compileable:
         make_room(cache, L, info.sliding_window, info.image_layers)
     mask = pad_to_static_cache(mask, cache, B, S + L)
-    # The kernel of a prefix-LM hides no later token by itself.
+    # The kernel of a prefix-LM is not causal without a mask.
     later = beyond_causal(call.get("attention_mask"), if_none=info.prefix_lm)  # (B, S, S)
     if later is None:
         return mask
@@ -126,7 +138,7 @@ def widen_mask(
 
 
 def check_fits(info: StackInfo, position_ids: torch.Tensor | None, num_positions: int, num_slots: int) -> None:
-    """Raise a ValueError if the stack has learned embeddings for fewer positions."""
+    """Raise a ValueError if the sequence needs more positions than the stack has learned embeddings for."""
     if info.max_positions is None or num_positions <= info.max_positions:
         return
     if position_ids is not None:

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Wrappers of methods of a module: attributes of the object that hide a method of its class, as accelerate's hooks do.
+"""Wrappers of a module's methods: attributes of the object that hide a method of its class, as accelerate's hooks do.
 
-Hooks of torch run in `module(...)` only. Tools such as sentence-transformers call `module.forward(...)`, and would get the
-base model without any sign of it. A wrapper has the signature of the method, survives `copy.deepcopy`, pickle and the
-replicas of `DataParallel`, works above and beneath other wrappers, and leaves the module's class alone.
+Hooks of torch run in `module(...)` only. Tools such as sentence-transformers call `module.forward(...)`, and would silently get the base
+model. A wrapper has the signature of its method, survives `copy.deepcopy`, pickle and `DataParallel` replicas, works above and beneath
+other wrappers, and leaves the module's class alone.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 
-# The attribute of a module that lists its wrappers. One beneath another cannot be reached through it.
+# The attribute of a module that lists its wrappers. A wrapper beneath one of a different package can be found only here.
 _KEY = "_instance_prompt_wrappers"
 _REPLICATE = "_replicate_for_data_parallel"  # torch's name
 
 
 class MethodWrapper:
-    """Stands for a method of a module. A subclass names the method and defines `run`.
+    """Wraps a method of a module. A subclass names the method and defines `run`.
 
     Args:
         module (`nn.Module`): The module.
@@ -38,11 +38,11 @@ class MethodWrapper:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        # accelerate's own wrapper of `forward` calls `_old_forward`, and accelerate puts a new one over it whenever it
-        # dispatches the model again. So ours goes beneath.
+        # accelerate's own wrapper of `forward` calls `_old_forward`, and accelerate replaces its wrapper each time it dispatches the
+        # model. So ours goes beneath.
         beneath = self.method == "forward" and "_old_forward" in module.__dict__
         self.attribute = "_old_forward" if beneath else self.method
-        # The attribute that hides the class's method, if any. The method is looked up at each call: FSDP2 replaces the class.
+        # The attribute that hid the class's method before, if any. The class's method is looked up at each call: FSDP2 replaces the class.
         self.hidden = module.__dict__.get(self.attribute)
         self.removed = False
         self.__doc__ = self.__wrapped__.__doc__
@@ -54,7 +54,7 @@ class MethodWrapper:
         setattr(self.module, self.attribute, self)
 
     def remove(self) -> None:
-        """Take the wrapper out of its module. One beneath a wrapper of another package stays, and only calls the method."""
+        """Take the wrapper out of its module. Beneath a wrapper of a different package it stays, and only calls the method."""
         self.removed = True
         own = self.module.__dict__
         own[_KEY].remove(self)
@@ -75,7 +75,7 @@ class MethodWrapper:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The method that it stands for."""
+        """The wrapped method."""
         return self.hidden or getattr(type(self.module), self.method).__get__(self.module)
 
     @property
@@ -94,20 +94,20 @@ class MethodWrapper:
         return self.call_wrapped(*args, **kwargs) if self.removed else self.run(*args, **kwargs)
 
     def call_wrapped(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method that it stands for."""
+        """Call the wrapped method."""
         if self.hidden is not None:
             return self.hidden(*args, **kwargs)
         return getattr(type(self.module), self.method)(self.module, *args, **kwargs)  # torch.compile binds no methods
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Called in place of the method, which is `call_wrapped`."""
+        """Run in place of the wrapped method, which `call_wrapped` calls."""
         raise NotImplementedError
 
 
 class Replicate:
     """Makes the replicas of a module for `torch.nn.DataParallel`.
 
-    torch copies the module's `__dict__`, where methods are bound to the module itself: a replica would run the module's weights.
+    torch copies the module's `__dict__`, where methods are bound to the module itself: a replica would run the original's weights.
 
     Args:
         module (`nn.Module`): The module.
@@ -125,7 +125,7 @@ class Replicate:
 
 
 def rebound(value: Any, module: nn.Module, replica: nn.Module) -> Any:
-    """What is bound to a module, bound to its replica; everything else as it is."""
+    """A value bound to a module, bound to its replica instead; any other value as it is."""
     if isinstance(value, MethodWrapper):
         return value.bound_to(replica)
     if isinstance(value, Replicate):

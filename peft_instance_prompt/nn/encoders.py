@@ -3,10 +3,10 @@
 
 """The table and the small networks of IPT.
 
-A network is two functions: one makes its parameters, one computes with them. In a batch of several adapters, the parameters have a
-dimension over the instances in front.
+A network is two functions: one makes its parameters, one computes with them. In a mixed batch, the parameters have a dimension over
+the instances in front.
 
-Shapes: G instances, T tokens of which the first few of each instance count, w the width of their vectors, m the inner width.
+Shapes: G instances; T tokens, of which the first `counts[g]` of instance g are real; w the width of their vectors; m the inner width.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Weights = Mapping[str, torch.Tensor]  # parameters by name
 
 
 class Table(nn.Module):
-    """A second embedding table (V, w), in full or as the product of a (V, r) and an (r, w) matrix.
+    """A second embedding table (V, w), stored in full or as the product of a (V, r) and an (r, w) matrix.
 
     Args:
         vocab_size (`int`): V.
         width (`int`): w.
         rank (`int`, *optional*): r. Default: a full table.
-        trainable (`bool`): Whether it is trained. If not, its tensors are buffers: PEFT trains all of an adapter's parameters.
+        trainable (`bool`): Whether it is trained. Defaults to True. If False, its tensors are buffers, since PEFT trains all parameters.
     """
 
     weight: torch.Tensor
@@ -51,6 +51,7 @@ class Table(nn.Module):
         self.low_rank = rank is not None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors (G, T, w) of token ids (G, T)."""
         vectors = nn.functional.embedding(ids, self.weight)  # (G, T, w) or (G, T, r)
         return vectors @ self.up if self.low_rank else vectors  # (G, T, w)
 
@@ -59,9 +60,9 @@ class Encoder(NamedTuple):
     """A small network from the vectors of the tokens to features of the instance.
 
     Attributes:
-        parameters (`Callable`): From (w, m) to the parameters at the start, by name, with a first dimension of 1.
-        run (`Callable`): From the vectors (G, T, w), the numbers (G,) of tokens that count, and the parameters by name, without
-            their first dimension or with one over the instances in its place, to features (G, 1, f).
+        parameters (`Callable`): From (w, m) to the initial parameters by name, with a first dimension of 1.
+        run (`Callable`): From the vectors (G, T, w), the number (G,) of real tokens, and the parameters by name to features (G, 1, f). The
+            parameters come without their first dimension, or with one over the instances in its place.
         features_per_unit (`int`): f / m.
     """
 
@@ -71,7 +72,7 @@ class Encoder(NamedTuple):
 
 
 def counted_tokens(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Which of the tokens count, (G, T)."""
+    """Which tokens are real, (G, T), as bools."""
     return torch.arange(vectors.shape[1], device=counts.device) < counts[:, None]
 
 
@@ -79,15 +80,15 @@ KERNELS = (3, 4, 5)  # tokens
 
 
 def cnn_parameters(w: int, m: int) -> dict[str, nn.Parameter]:
+    """Three kernels (1, size * w, m) and their biases (1, 1, m), by name."""
     kernels = {f"encoder_kernel_{size}": fan_in_uniform(1, size * w, m) for size in KERNELS}
     return kernels | {f"encoder_bias_{size}": fan_in_uniform(1, 1, m, fan_in=size * w) for size in KERNELS}
 
 
 def run_cnn(vectors: torch.Tensor, counts: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """For each kernel of 3, 4 and 5 tokens and each of m channels the maximum over time: (G, T, w) to (G, 1, 3m).
+    """The maximum over time of each of m channels, for kernels of 3, 4 and 5 tokens: (G, T, w) to (G, 1, 3m).
 
-    Only windows that lie within an instance's tokens count; an instance with fewer tokens than a kernel has one window, filled up
-    with zeros.
+    A window must lie within the real tokens. An instance with fewer tokens than the kernel has one window, padded with zeros.
     """
     vectors = vectors.masked_fill(~counted_tokens(vectors, counts)[..., None], 0.0)  # (G, T, w)
     vectors = nn.functional.pad(vectors, (0, 0, 0, max(KERNELS[-1] - vectors.shape[1], 0)))  # (G, max(T, 5), w)
@@ -102,16 +103,18 @@ def run_cnn(vectors: torch.Tensor, counts: torch.Tensor, weights: Weights) -> to
 
 
 def mlp_parameters(w: int, m: int) -> dict[str, nn.Parameter]:
+    """A matrix (1, w, m) and its bias (1, 1, m), by name."""
     return {"encoder_hidden": fan_in_uniform(1, w, m), "encoder_bias": fan_in_uniform(1, 1, m, fan_in=w)}
 
 
 def run_mlp(vectors: torch.Tensor, counts: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """A hidden layer of m units on the mean over tokens: (G, T, w) to (G, 1, m)."""
+    """A hidden layer of m units on the mean over real tokens: (G, T, w) to (G, 1, m)."""
     mean = mean_pool(vectors, counted_tokens(vectors, counts))[:, None]  # (G, 1, w)
     return torch.relu(mean @ weights["encoder_hidden"] + weights["encoder_bias"])  # (G, 1, m)
 
 
 def lstm_parameters(w: int, m: int) -> dict[str, nn.Parameter]:
+    """The parameters of a two-layer bidirectional LSTM with m units per direction, by name; the last dimension is the 4m gates."""
     shapes: dict[str, tuple[int, ...]] = {"input_0": (1, 2, w), "input_1": (1, 2, 2 * m)}  # (1, directions, width)
     shapes |= {
         "hidden": (1, 2, 2, m),
@@ -124,7 +127,7 @@ def lstm_parameters(w: int, m: int) -> dict[str, nn.Parameter]:
 def run_lstm(vectors: torch.Tensor, counts: torch.Tensor, weights: Weights) -> torch.Tensor:
     """The last states of both directions of a two-layer LSTM with m units each: (G, T, w) to (G, 1, 2m).
 
-    A loop, since torch's own LSTM cannot skip padding without a copy to the host, nor have weights per instance.
+    This is a loop, since torch's LSTM needs a copy to the host to skip padding, and cannot take weights per instance.
     """
     G, T = vectors.shape[:2]
     counted = counted_tokens(vectors, counts)  # (G, T)

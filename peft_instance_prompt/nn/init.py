@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Parameters at the start."""
+"""Initial values of parameters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 
 def fan_in_uniform(*shape: int, fan_in: int | None = None) -> nn.Parameter:
-    """A parameter that is drawn as `torch.nn.Linear` draws its own: uniform in `+-1 / sqrt(fan_in)`.
+    """A parameter with the initial distribution of `torch.nn.Linear`: uniform in `+-1 / sqrt(fan_in)`.
 
     Args:
-        shape (`int`): The shape, (..., a, b) for matrices from a to b features.
-        fan_in (`int`, *optional*): The number of features that a matrix reads. Defaults to a; a bias needs it.
+        shape (`int`): The shape: (..., a, b) for matrices from a to b features.
+        fan_in (`int`, *optional*): The number of features that the matrix reads. Defaults to a. Set it for a bias.
     """
     bound = (shape[-2] if fan_in is None else fan_in) ** -0.5
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))

@@ -10,7 +10,7 @@ import torch
 
 def kron_sum(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """
-    The matrix `W = sum_i A_i kron B_i` in full, for looking at it; [`phm_linear`] never builds it.
+    The full matrix `W = sum_i A_i kron B_i`, for inspection; [`phm_linear`] never builds it.
 
     Args:
         A (`torch.Tensor` of shape `(n, p, r)`): Left factors.
@@ -29,20 +29,20 @@ def phm_linear(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, bias: torch.Te
     `x W + bias` with `W = sum_{i<n} A_i kron B_i`, the PHM layer of IDPG (NAACL 2022, https://arxiv.org/abs/2204.04497) after
     https://arxiv.org/abs/2102.08597. It has `n^3 + in * out / n` weights, a dense layer `in * out`.
 
-    Leading dimensions broadcast as in `x @ W`: factors without any serve all inputs; with the dimension G in front, each of G
-    inputs has its own.
+    Leading dimensions broadcast as in `x @ W`: factors without leading dimensions serve all inputs; factors with a dimension G in front
+    give each of G inputs its own.
 
     Args:
         x (`torch.Tensor` of shape `(..., T, in)`): Input.
         A (`torch.Tensor` of shape `(..., n, n, n)`): Left factors.
         B (`torch.Tensor` of shape `(..., n, in / n, out / n)`): Right factors.
-        bias (`torch.Tensor` of shape `(..., 1, out)`, *optional*): Added in the end.
+        bias (`torch.Tensor` of shape `(..., 1, out)`, *optional*): Added at the end. Default: none.
 
     Returns:
         `torch.Tensor` of shape `(..., T, out)`: In the dtype of `x`; computed in the wider of the dtypes of `x` and `B`.
 
     Raises:
-        ValueError: If the factors are not n each, or the last dimension of `x` is not theirs.
+        ValueError: If `A` and `B` do not have these shapes, or the last dimension of `x` is not `in`.
     """
     n, (width, out) = A.shape[-1], B.shape[-2:]
     if A.shape[-3:] != (n, n, n) or B.shape[-3] != n:

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-From the instance's token states to one or a few vectors per row.
+Pooling: from an instance's token states to one or a few vectors per row.
 
 Shapes: B rows, S tokens, d features, l output vectors. `mask` (B, S) is bool, True where a token is part of the
-instance. The states at other positions never reach the result or a gradient, not even as 0 * NaN: attention
-kernels may leave NaN at padding. Each result has the dtype of the states; sums and softmaxes run in float32 at least.
+instance. States at other positions never reach a result or a gradient, not even as 0 * NaN, since attention
+kernels may leave NaN at padding. Results have the dtype of the states; sums and softmaxes run in float32 at least.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 def attention_pool(values: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    Self-attention pooling of IAPT (https://arxiv.org/abs/2405.18203): for each of the `l` score columns a softmax over
-    the row's tokens (without scaling), then the weighted sum of the values.
+    Self-attention pooling of IAPT (https://arxiv.org/abs/2405.18203): for each of the `l` score columns, a softmax over
+    the row's tokens without scaling, then the weighted sum of the values.
 
     Args:
-        values (`torch.Tensor` of shape `(B, S, m)`): What is pooled.
-        scores (`torch.Tensor` of shape `(B, S, l)`): Logits of the tokens, a column per output vector.
+        values (`torch.Tensor` of shape `(B, S, m)`): The vectors to pool.
+        scores (`torch.Tensor` of shape `(B, S, l)`): Logits of the tokens, one column per output vector.
         mask (`torch.Tensor` of shape `(B, S)`): Bool, True for the tokens to pool.
 
     Returns:
@@ -42,13 +42,13 @@ def attention_pool(values: torch.Tensor, scores: torch.Tensor, mask: torch.Tenso
 
 def mean_attention(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
-    One head of self-attention over each row's tokens, averaged over the tokens that ask: the share that each token has in
-    the mean of the outputs. Used by ID-SPAM (https://arxiv.org/abs/2506.05629).
+    The attention weights of one head of self-attention over each row's tokens, averaged over the queries: the share of each
+    token in the mean of the head's outputs. Used by ID-SPAM (https://arxiv.org/abs/2506.05629).
 
     Args:
-        queries (`torch.Tensor` of shape `(B, S, k)`): What a token asks.
-        keys (`torch.Tensor` of shape `(B, S, k)`): What it is asked: scores are products of both, divided by `sqrt(k)`.
-        mask (`torch.Tensor` of shape `(B, S)`): Bool, True for the tokens that ask and are asked.
+        queries (`torch.Tensor` of shape `(B, S, k)`): The queries.
+        keys (`torch.Tensor` of shape `(B, S, k)`): The keys. Scores are `queries @ keys^T / sqrt(k)`.
+        mask (`torch.Tensor` of shape `(B, S)`): Bool, True for the tokens that are queries and keys.
 
     Returns:
         `torch.Tensor` of shape `(B, S)`: Each row sums to 1; zeros for a row with no token. In the dtype of `queries`.
@@ -62,7 +62,7 @@ def mean_attention(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor
     scores = at_least_float32(asking @ asked.transpose(-1, -2)) * queries.shape[-1] ** -0.5  # (B, S, S)
     weights = scores.masked_fill(~mask.unsqueeze(-2), torch.finfo(scores.dtype).min).softmax(dim=-1)  # (B, S, S)
     counts = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # (B, 1)
-    # An empty row's weights are uniform, but none of its tokens asks.
+    # An empty row's weights are uniform, but none of its tokens is a query.
     return (weights.masked_fill(dropped, 0.0).sum(dim=-2) / counts).to(queries.dtype)  # (B, S)
 
 
@@ -158,9 +158,9 @@ def last_token(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def adaptive_avg_pool(states: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
     """
-    `torch.nn.AdaptiveAvgPool1d` over each row's kept tokens, for all rows at once though their numbers n differ: output
-    i is the mean of the tokens floor(i n / l) to ceil((i + 1) n / l) - 1. With n < l the bins overlap. Used by LPT's
-    `appg` (https://arxiv.org/abs/2210.11292).
+    `torch.nn.AdaptiveAvgPool1d` over each row's kept tokens, for all rows at once, although their numbers n of tokens
+    differ. Output i is the mean of the tokens floor(i n / l) to ceil((i + 1) n / l) - 1. If n < l, the bins overlap. Used
+    by LPT's `appg` (https://arxiv.org/abs/2210.11292).
 
     Args:
         states (`torch.Tensor` of shape `(B, S, d)`): Token states.
@@ -197,7 +197,7 @@ def adaptive_max_pool(states: torch.Tensor, mask: torch.Tensor, length: int) -> 
         ValueError: If `length` is below 1, `mask` is not bool, or its shape does not fit `states`.
     """
     _check_mask(mask, states=states)
-    # Bin by bin and outside autograd: at no time is there a (B, l, S, d), and backward keeps the indices only.
+    # Bin by bin and outside autograd, so that no (B, l, S, d) is ever made, and backward keeps only the indices.
     index = [
         states.detach().masked_fill(~inside.unsqueeze(-1), -torch.inf).argmax(dim=-2)  # (B, d)
         for inside in _adaptive_bins(mask, length).unbind(dim=-2)  # l times (B, S)
@@ -222,7 +222,7 @@ def rms(states: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 def rms_norm(states: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """
-    Divide each vector by its [`rms`]; there is no weight.
+    Divide each vector by its [`rms`]. There is no learned weight.
 
     Args:
         states (`torch.Tensor` of shape `(..., d)`): Vectors.
@@ -241,8 +241,8 @@ def _rms(states: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or its copy in float32 if it is in float16 or bfloat16."""
-    # `promote_types` would be one more operator, five times a layer.
+    """`x` if it is float32 or float64, else a float32 copy."""
+    # `promote_types` would be one more operator, five times per layer.
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -264,7 +264,7 @@ def _adaptive_bins(mask: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _check_mask(mask: torch.Tensor, **tensors: torch.Tensor) -> None:
-    # An attention mask of 0 and 1 would index and invert to something else without an error.
+    # A mask of 0 and 1 would index and invert to wrong values without an error.
     if mask.dtype != torch.bool:
         raise ValueError(f"`mask` must be a bool tensor, got {mask.dtype}.")
     for name, tensor in tensors.items():

@@ -38,7 +38,7 @@ FIXED_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def gelu_coefficients(fit: Literal["wide", "tight"] = "wide") -> torch.Tensor:
     """
-    The coefficients with which [`rational`] is an approximation of GELU.
+    The coefficients with which [`rational`] approximates GELU.
 
     Args:
         fit (`str`, *optional*, defaults to `"wide"`):
@@ -58,23 +58,23 @@ def gelu_coefficients(fit: Literal["wide", "tight"] = "wide") -> torch.Tensor:
 
 def rational(x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """
-    Learned rational activation with 12 numbers, the activation of IAPT (https://arxiv.org/abs/2405.18203):
+    Learned rational activation with 12 coefficients, the activation of IAPT (https://arxiv.org/abs/2405.18203):
     `g(x) = sum_{j=0..6} a_j x^j / (1 + |sum_{i=1..5} b_i x^i|)`.
 
     The denominator is at least 1, so there are no poles. With [`gelu_coefficients`], `g` grows like `x^2` outside the range of
-    the fit (degree 6 over degree 4), hence feed it normalised inputs; in float32 the powers overflow from about `|x| = 1e6` on.
+    the fit (degree 6 over degree 4), so normalise its inputs. In float32 the powers overflow from about `|x| = 1e6` on.
 
     Args:
         x (`torch.Tensor` of shape `(..., l, m)`): Input.
         coefficients (`torch.Tensor` of shape `(..., 1, 12)`):
-            `a_0` to `a_6`, then `b_1` to `b_5`. Leading dimensions broadcast: `(1, 12)` serves all inputs, `(G, 1, 12)` gives
+            `a_0` to `a_6`, then `b_1` to `b_5`. Leading dimensions broadcast: `(1, 12)` serves all inputs; `(G, 1, 12)` gives
             each of G inputs its own function.
 
     Returns:
         `torch.Tensor` of shape `(..., l, m)`: `g(x)` in the dtype of `x`; float16 and bfloat16 are computed in float32.
 
     Raises:
-        ValueError: If `coefficients` are not 12.
+        ValueError: If the last dimension of `coefficients` is not 12.
     """
     if coefficients.shape[-1] != 12:
         raise ValueError(f"`coefficients` must have the shape (..., 1, 12), got {tuple(coefficients.shape)}.")

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Does a linear rule tell the classes of points apart, on points that it was not fitted on?"""
+"""Leave-one-out ridge regression: does a linear rule tell classes apart on points that it was not fitted on?"""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 def leave_one_out(points: torch.Tensor, targets: torch.Tensor, ridge: float = 0.1) -> torch.Tensor:
-    """For each point, what ridge regression on all other points predicts for it.
+    """The prediction for each point by ridge regression on all other points.
 
-    In closed form: with `C = K + r I` over the kernel `K` of the points, and `a = C^-1 y`, the prediction for point i by the others is
+    It has a closed form: with the kernel `K` of the points, `C = K + r I` and `a = C^-1 y`, the prediction for point i is
     `y_i - a_i / (C^-1)_ii`.
 
     Args:
-        points (`torch.Tensor` of shape `(n, k)`): At least 2. They are centred, and have a constant feature added.
-        targets (`torch.Tensor` of shape `(n, c)`): For classes, 1 in the column of the class and 0 elsewhere.
+        points (`torch.Tensor` of shape `(n, k)`): At least 2 points. The function centres them and adds a constant feature.
+        targets (`torch.Tensor` of shape `(n, c)`): For classes: 1 in the column of the class, 0 elsewhere.
         ridge (`float`, *optional*, defaults to 0.1): The penalty, in units of the mean square length of a point.
 
     Returns:

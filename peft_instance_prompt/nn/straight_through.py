@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Straight-through choices of Dynamic Prompting (https://arxiv.org/abs/2303.02909): where a row's prompt stands, and how
-long it is. Forward takes one candidate per row, backward gives each candidate's weight the gradient that the sum
-`sum_j weights[:, j] * C_j` over all candidates C_j would give, without ever building them.
+Straight-through choices of Dynamic Prompting (https://arxiv.org/abs/2303.02909): the position and the length of a row's
+prompt. Forward takes one candidate per row. Backward gives each candidate's weight its gradient in the sum
+`sum_j weights[:, j] * C_j` over all candidates C_j, without building the candidates.
 
-Shapes: B rows, S tokens, d features, l prompt vectors, hence l + 1 candidates of either choice.
+Shapes: B rows, S tokens, d features, l prompt vectors, hence l + 1 candidates for each choice.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .pooling import at_least_float32
 
 class SamplingSwitch(nn.Dropout):
     """
-    Whether choices are drawn at random: `on` while the module is in training mode, or always, and `p` is above 0.
+    Whether choices are sampled: `on` if `p` is above 0 and the module is in training mode, or `in_evaluation` is set.
 
-    It is a `torch.nn.Dropout`, so that sampling goes off with dropout: a trainer that sets `p = 0`, so that a text has
-    the same probability in each pass, must not get another choice in each.
+    It is a `torch.nn.Dropout`, so that sampling is switched off with dropout: a trainer that sets `p = 0`, so that a text
+    has the same probability in each pass, must not get a different choice in each pass.
 
     Args:
-        in_evaluation (`bool`): Whether it is on in evaluation mode, too.
+        in_evaluation (`bool`): Whether it is on in evaluation mode, too. Defaults to False.
     """
 
     def __init__(self, in_evaluation: bool = False) -> None:
@@ -49,12 +49,12 @@ def straight_through_choice(
     Args:
         logits (`torch.Tensor` of shape `(B, K)`): Finite scores of the candidates.
         temperature (`float`): Divides the logits, above 0. Without noise it changes the gradient only.
-        noise (`bool`): Add Gumbel noise, that is sample from `softmax(logits)`, for training; otherwise take the largest.
+        noise (`bool`): Whether to add Gumbel noise, which samples from `softmax(logits)`. If False, take the largest logit.
 
     Returns:
         `tuple` of the chosen index, int64 of shape `(B,)`, and the weights of shape `(B, K)`: exactly one-hot in value,
-        with the gradient of the softmax. The weights are float32 at least even if the logits are in half precision, as
-        the gradients that arrive at them are sums over whole sequences.
+        with the gradient of the softmax. The weights are float32 at least, even for logits in half precision, since their
+        gradients are sums over whole sequences.
 
     Raises:
         ValueError: If `temperature` is not above 0.
@@ -73,9 +73,9 @@ def straight_through_choice(
 
 def length_gate(weights: torch.Tensor) -> torch.Tensor:
     """
-    Gates of the prompt vectors for a choice of length: candidate i keeps the first i prompts, so prompt k is kept with
-    `sum_{i > k} weights[:, i]`. To be multiplied on the prompts, with the dropped ones also masked out of attention.
-    The gradient is that of the sum over the candidates in which the dropped prompts are zeros.
+    Gates of the prompt vectors for a choice of length. Candidate i keeps the first i prompts, so the gate of prompt k is
+    `sum_{i > k} weights[:, i]`. Multiply the prompts by it, and also hide the dropped ones from attention. The gradient is
+    that of the sum over candidates in which the dropped prompts are zeros.
 
     Args:
         weights (`torch.Tensor` of shape `(B, l + 1)`): One-hot over the lengths 0 to l, see [`straight_through_choice`].
@@ -97,19 +97,19 @@ def attach_position_gradient(
     used: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Give the weights of a choice of position their gradient. Candidate j puts j of a row's l prompts P behind the instance
-    text, which are the tokens `start` to `end - 1`, and the rest before it:
+    Attach the gradient of a discrete choice of position to its weights. The instance text is the tokens `start` to
+    `end - 1`. Candidate j puts j of a row's l prompts P behind it, and the rest before it:
 
     - `order="paper"`: `P[:l - j]` directly before token `start`, `P[l - j:]` directly before token `end`,
     - `order="dpt"` (the released code): `P[j:]` directly before token `start`, `P[:j]` directly before token `end`,
 
-    and all tokens keep their order. Where the text is empty, all prompts stand before the same token, in their own order. Of a
-    row that uses only its first u prompts, the others are left out of this arrangement, and l - u positions that attention does
-    not see stand behind it.
+    All tokens keep their order. If the text is empty, all prompts stand before the same token, in their own order. If a row
+    uses only its first u prompts, the arrangement leaves out the others, and l - u positions that attention does not see stand
+    behind it.
 
-    With `C_j` the arrangement, backward gives `weights[b, j]` the gradient `<grad_out[b], C_j[b]>`, including the terms of
-    the tokens outside the text, which are the same for each j. `out` gets its gradient as it is. Nothing else gets a gradient
-    here: prompts and tokens have theirs through `out`.
+    With `C_j` the arrangement of candidate j, backward gives `weights[b, j]` the gradient `<grad_out[b], C_j[b]>`. It includes
+    the terms of tokens outside the text, which are the same for each j. The gradient of `out` passes unchanged. Prompts and
+    tokens get no gradient here; they have theirs through `out`.
 
     Args:
         out (`torch.Tensor` of shape `(B, S + l, d)`): The arrangement of the chosen candidates.
@@ -119,11 +119,11 @@ def attach_position_gradient(
         start (`torch.Tensor` of shape `(B,)`): int64, the text's first token; `0 <= start <= end`.
         end (`torch.Tensor` of shape `(B,)`): int64, one behind the text's last token; `end <= S`.
         order (`str`, *optional*, defaults to `"paper"`): `"paper"` or `"dpt"`.
-        used (`torch.Tensor` of shape `(B,)`, *optional*): int64, the number u of prompts that a row uses. Default: l.
+        used (`torch.Tensor` of shape `(B,)`, *optional*): int64, the number u of prompts that each row uses. Default: l.
 
     Returns:
-        `torch.Tensor` of shape `(B, S + l, d)`: `out`, a view with the same values and dtype. The gradient of `weights`
-        is computed in float32 at least and in memory of the order of the sequence, not of l + 1 sequences.
+        `torch.Tensor` of shape `(B, S + l, d)`: a view of `out`. The gradient of `weights` is computed in float32 at least, in
+        memory of about two sequences, not of l + 1.
 
     Raises:
         ValueError: If `order` is unknown or a shape does not fit `prompts` and `tokens`.
@@ -174,13 +174,13 @@ def _candidate_scores(
     used: torch.Tensor,
     order: str,
 ) -> torch.Tensor:
-    """(B, l + 1), `<grad[b], C_j[b]>`."""
+    """The products `<grad[b], C_j[b]>`, (B, l + 1)."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     grad, prompts, tokens = grad.to(dtype), prompts.to(dtype), tokens.to(dtype)
     (S, d), l = tokens.shape[-2:], prompts.shape[-2]
     start, end, used = start.unsqueeze(-1), end.unsqueeze(-1), used.unsqueeze(-1)  # (B, 1) each
 
-    # How many of the prompts that are used stand behind the text.
+    # The number of used prompts behind the text.
     j = torch.arange(l + 1, device=grad.device)  # (l + 1,)
     behind = (j - (l - used)).clamp(min=0) if order == "paper" else torch.minimum(j, used)  # (B, l + 1)
     behind = behind.masked_fill(start == end, 0)
@@ -188,7 +188,7 @@ def _candidate_scores(
     place = torch.arange(S, device=grad.device)  # (S,)
     before = place < start  # (B, S)
     outside = (before | (place >= end)).unsqueeze(-1)  # (B, S, 1)
-    # Before the text a token stays where it is, behind it it moves by u: the same for each j.
+    # A token before the text stays in place; a token behind it moves by u: the same for each j.
     moved = _take(grad, torch.where(before, place, place + used))  # (B, S, d)
     same = (moved * tokens).masked_fill(~outside, 0.0).sum(dim=(-2, -1)).unsqueeze(-1)  # (B, 1)
     # A token of the text moves by the number of prompts before it.
@@ -214,10 +214,10 @@ def _take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _shifted_products(grad: torch.Tensor, tokens: torch.Tensor, l: int) -> torch.Tensor:
     """
-    (B, l + 1), `sum_t <grad[b, t + a], tokens[b, t]>` for the shifts a = 0 to l.
+    The sums `sum_t <grad[b, t + a], tokens[b, t]>` for the shifts a = 0 to l, (B, l + 1).
 
-    Blocks of c tokens times the c + l places they can reach, then sums along the diagonals: less work than all pairs of
-    positions, less traffic than a pass per shift, and (c + l) / c copies of the sequence, at most about 2.
+    Multiply blocks of c tokens by the c + l places that they can reach, then sum along the diagonals: less work than all pairs
+    of positions, less traffic than one pass per shift, and (c + l) / c copies of the sequence, at most about 2.
     """
     S = tokens.shape[-2]
     c = min(S, max(32, l))

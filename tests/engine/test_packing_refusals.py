@@ -58,5 +58,5 @@ def test_other_kinds_of_attention_are_refused() -> None:
     model = adapted(causal_lm("gemma3"), METHODS["iapt"](task_type="CAUSAL_LM"))
     layer = model.get_base_model().model.iapt
     layer.info = dataclasses.replace(layer.info, attention_kinds=frozenset({"full_attention", "chunked_attention"}))
-    with pytest.raises(ValueError, match="Gemma3TextModel: layers of the kind 'chunked_attention'"):
+    with pytest.raises(ValueError, match="Gemma3TextModel: its 'chunked_attention' layers"):
         model(**packed([texts(*LENGTHS)]))

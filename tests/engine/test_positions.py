@@ -136,7 +136,7 @@ def test_rows_without_adapter_are_counted_as_the_bare_model_counts() -> None:
 def test_a_stack_that_gives_embeddings_no_positions_is_refused() -> None:
     """ESM adds positions to what it looks up, and none to embeddings that it is given, which the prompts stand between."""
     sizes = {**_small, "position_embedding_type": "absolute", "token_dropout": False, "mask_token_id": 3}
-    with pytest.raises(ValueError, match="other states for `inputs_embeds`"):
+    with pytest.raises(ValueError, match="different states for `inputs_embeds`"):
         get_peft_model(tf.EsmModel(tf.EsmConfig(**sizes)).eval(), IAPTConfig())
 
 

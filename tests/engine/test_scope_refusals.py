@@ -106,7 +106,7 @@ def test_bad_attention_mask(kind: str) -> None:
         causal = torch.ones(2, 1, 11, 11).tril().bool()
         assert_same(model(IDS, attention_mask=causal).logits, model(IDS).logits)
         causal[:, :, 5:, 2] = False  # not padding: the tokens before 5 see it
-        with pytest.raises(ValueError, match=r"`attention_mask` as None, or as 2-D.*\(2, 1, 11, 11\)"):
+        with pytest.raises(ValueError, match=r"`attention_mask` does not tell.*\(2, 1, 11, 11\).*as None, as 2-D"):
             model(IDS, attention_mask=causal)
 
 
@@ -142,7 +142,7 @@ def test_several_turns_are_said_once(unsaid: None) -> None:
     labels[:, 3:5] = IDS[:, 3:5]
     from_labels(labels, TOKENS, shifted=False)
     labels[:, 8:] = IDS[:, 8:]
-    with pytest.warns(UserWarning, match="several labelled stretches.*`response_template`"):
+    with pytest.warns(UserWarning, match="several labelled spans.*`response_template`"):
         mask = from_labels(labels, TOKENS, shifted=False)
     assert mask.sum(dim=1).tolist() == [3, 3]
     from_labels(labels, TOKENS, shifted=False)  # warnings are errors here
