@@ -128,7 +128,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                         hook.remove()
                 for stand_in in stand_ins(caller, StandIn):
                     stand_in.remove()
-        release_context(layers)
+        release_context(stack)
 
     @torch.compiler.disable
     def open(self, stack: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,18 @@ def test_gradient_checkpointing(method: str, family: str, use_reentrant: bool) -
         assert_same(thread_result[name], expected[name], 2e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_unload_restores_the_checkpoint_functions(family: str) -> None:
+    """Of the stack, too, which has one where it has a switch."""
+    model = prompted("iapt", family)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    own = {name: vars(m).get("_gradient_checkpointing_func") for name, m in model.get_base_model().named_modules()}
+    gradients(model)
+    base = model.unload()
+    kept = {name: function for name, function in own.items() if function is not None}
+    assert kept and all(vars(base.get_submodule(n))["_gradient_checkpointing_func"] is f for n, f in kept.items())
+
+
 def test_two_losses_before_one_backward(method: str) -> None:
     model = prompted(method)
     other = batch(7, 7, seed=2)
