@@ -132,7 +132,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                         hook.remove()
                 for wrapper in wrappers(caller, MethodWrapper):
                     wrapper.remove()
-        release_context(layers)
+        release_context(stack)
 
     @torch.compiler.disable
     def open(self, stack: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -90,15 +90,19 @@ class InContext:
 
 
 def keep_context(stack: nn.Module) -> None:
-    """Wrap the checkpoint functions of a stack's layers."""
+    """Wrap the checkpoint functions of a stack's layers.
+
+    That is done in a call, and stays: checkpointing is switched on after an adapter is attached, at whatever module around the layers,
+    and a wrapper that one call took away would be missing in another thread's.
+    """
     for _, module in walk(stack):
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if checkpoint is not None and not isinstance(checkpoint, InContext):
             setattr(module, "_gradient_checkpointing_func", InContext(checkpoint))
 
 
-def release_context(layers: nn.Module) -> None:
-    """Restore the layers' checkpoint functions."""
-    for module in layers.modules():
+def release_context(stack: nn.Module) -> None:
+    """Restore the checkpoint functions of a stack and its layers."""
+    for module in stack.modules():
         if isinstance(checkpoint := getattr(module, "_gradient_checkpointing_func", None), InContext):
             module._gradient_checkpointing_func = checkpoint.checkpoint
