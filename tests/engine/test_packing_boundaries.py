@@ -57,7 +57,7 @@ def test_a_row_of_one_sequence_is_no_packed_row() -> None:
         ({"seq_idx": torch.zeros(1, 20)}, "by `position_ids` a sequence begins at token 7 of row 0, by `seq_idx` none"),
         ({"seq_idx": torch.zeros(1, 19)}, "`seq_idx` must have the shape of the tokens"),
         ({"cu_seq_lens_q": boundaries(7, 4, 9), "max_length_q": 8}, "`max_length_q` is 8, but a sequence has 9 tokens"),
-        ({"position_ids": torch.tensor([[3, 4, 5, 6, *range(16)]])}, "token 0 of row 0 has position 3.*middle of a text"),
+        ({"position_ids": torch.tensor([[3, 4, 5, 6, *range(16)]])}, "token 0 of row 0 has position 3.*inside a text"),
         ({"position_ids": torch.tensor([[*range(10), *range(30, 40)]])}, "token 10 of row 0 has position 30"),
         (
             {"cu_seq_lens_q": boundaries(7, 4, 9), "attention_mask": torch.tensor([[0, *[1] * 19]])},
