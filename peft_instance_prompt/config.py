@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Literal, Optional, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .adapter_files import read_kind, staged
 from .checks import LARGEST, check_choice, check_int, check_pattern
-from .folder import read_kind
 from .lora_words import refuse_unknown_fields
 from .model_card import write_card
-from .saving import staged
 
 
 PLAIN_POSITIONS = ("before", "after_first", "end")
