@@ -30,8 +30,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from . import __version__, commands
-from .adapter_files import PREFIX, check_files, check_tensors, expected_tensors, read_kind
-from .attaching import make_generator
+from .adapter_files import check_files, check_tensors, read_kind
+from .attaching import PREFIX, expected_tensors, make_generator
 from .config import InstancePromptConfig
 from .engine.stack import StackInfo
 from .generator import PromptGenerator

@@ -1,19 +1,15 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""An adapter's folder: a reader gets the adapter as it was saved, or a refusal before anything of the model is changed.
-
-[`expected_tensors`] says which tensors an adapter's file has; loading, `python -m peft_instance_prompt` and the vLLM plugin compare
-a file with it.
+"""An adapter's folder: a reader gets an adapter as it was saved, or a refusal before anything of the model is changed.
 
 Saving. PEFT and transformers write the files to their final places, one after the other. [`guard_saving`] extends their
 `save_pretrained`: they write into a folder within the folder, the config gets the digest of the weights, and then each file takes the
 place of the old one, the config last. In the moment between, and for good if the writer is killed then, the digest does not match.
 
-Loading. PEFT and transformers load the tensors that fit and ignore the rest: missing tensors keep their random start, and a tensor
-that is named like one of the base model overwrites it. [`guard_loading`] extends `PeftModel.from_pretrained`,
-`PeftModel.load_adapter` and the `load_adapter` of transformers' models: they read the folder and compare first. PEFT then reads it
-once more, and the tuner compares what PEFT got.
+Loading. PEFT and transformers load the tensors that fit and ignore the rest: missing tensors keep their random start, and one that is
+named like a tensor of the base model overwrites it. [`guard_loading`] extends their three ways to load: they read the folder and
+compare it with the expected tensors first. PEFT then reads it once more, and what it got is compared before it is loaded.
 
 Adapters of other packages are saved and loaded as before.
 """
@@ -32,28 +28,43 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .attaching import check_adapter_name, check_free, is_loading, mark_as_loading, settle
+from .attaching import (
+    PREFIX,
+    Expected,
+    check_adapter_name,
+    check_free,
+    embedding_names,
+    is_loading,
+    is_whole,
+    mark_as_loading,
+    settle,
+)
 
 
 if TYPE_CHECKING:
-    from .config import InstancePromptConfig
-    from .generator import PromptGenerator
+    from peft.peft_model import PeftModel
 
-PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
+    from .config import InstancePromptConfig
+
 SHOWN = 3  # how many names an error tells of each kind
 STAGE = ".saving-"
 LEFT_OVER = 3600  # seconds after which the files of a killed writer are removed
+# What a `PeftModel` for a task adds to the `modules_to_save` of its adapters.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -100,10 +111,7 @@ def check_files(folder: Path) -> None:
 
 
 def digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the types, shapes and bytes of tensors; their names and devices do not count.
-
-    Loading renames tensors and moves them to another device before this package sees them.
-    """
+    """SHA-256 over the types, shapes and bytes of tensors. Not over their names and devices, which loading changes."""
     parts = []
     for tensor in weights.values():
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # (bytes,)
@@ -123,62 +131,6 @@ def read_weights(
 
 
 # ----------------------------------------------------------------------------------------------------------- comparing
-
-
-class Expected(NamedTuple):
-    """A tensor of an adapter's file: its shape, None for a size that is not known, and whether it holds whole numbers."""
-
-    shape: Sequence[int | None]
-    whole: bool
-
-
-def expected_tensors(
-    config: InstancePromptConfig, generators: Mapping[str, Sequence[PromptGenerator]], base: nn.Module | None = None
-) -> dict[str, Expected]:
-    """The tensors of an adapter's file, by name.
-
-    Args:
-        config (`InstancePromptConfig`): The adapter's config.
-        generators (`Mapping[str, Sequence[PromptGenerator]]`): By the name of each stack, a generator without values. Several,
-            where the base model is not known: a size that differs between them is not known either.
-        base (`nn.Module`, *optional*): The base model, for the tensors of `modules_to_save` and of saved embeddings. Without it, no
-            such tensors are among those expected.
-    """
-    expected = {}
-    for stack, guesses in generators.items():
-        path = PREFIX + generator_path(config, stack)
-        first, *others = [generator.state_dict() for generator in guesses]
-        for name in set(first).intersection(*others):
-            sizes = zip(*(tensors[name].shape for tensors in (first, *others)))
-            shape = [found[0] if len(set(found)) == 1 else None for found in sizes]
-            expected[f"{path}.{name}"] = Expected(shape, is_whole(first[name]))
-    for module_name, module in saved_modules(config, base).items() if base is not None else ():
-        for name, tensor in module.state_dict().items():
-            expected[f"{PREFIX}{module_name}.{name}"] = Expected(tensor.shape, is_whole(tensor))
-    return expected
-
-
-def generator_path(config: InstancePromptConfig, stack: str) -> str:
-    """Where the generator of a stack lies in the base model; below it come the adapters' names, but not in a file."""
-    prefix = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix
-    return f"{stack}.{prefix.removesuffix('_')}.{prefix}generator".removeprefix(".")
-
-
-def saved_modules(config: InstancePromptConfig, base: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a base model that are saved in full with an adapter, by name: its `modules_to_save`, and embeddings."""
-    ends = tuple(config.modules_to_save or ())
-    embeddings = set(embedding_names(base)).intersection(config.saved_embedding_layers or ())
-    found: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()  # what lies in adapters is no module of the base model
-    for name, module in base.named_modules(remove_duplicate=False) if ends or embeddings else ():
-        if name.startswith(inside):
-            continue
-        wrapped = isinstance(module, AuxiliaryTrainingWrapper)
-        if wrapped or isinstance(module, BaseTunerLayer):
-            inside += (f"{name}.",)
-        if name in embeddings or name.endswith(ends):
-            found[name] = module.original_module if wrapped else module
-    return found
 
 
 def check_tensors(
@@ -236,11 +188,6 @@ def check_tensors(
         raise ValueError(misfit)
 
 
-def is_whole(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds whole numbers."""
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
 def is_finite(tensor: torch.Tensor) -> bool:
     return bool(
         (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all()
@@ -255,21 +202,6 @@ def fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
     return len(shape) == len(wanted) and all(size in (None, found) for size, found in zip(wanted, shape))
 
 
-def embedding_names(model: torch.nn.Module) -> list[str]:
-    """The names of a base model's input embeddings and of its head, without the copies that adapters have of them."""
-    layers = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            layers.append(getattr(model, getter)())
-        except (AttributeError, NotImplementedError):  # no model of transformers, or one without
-            continue
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(module is layer for layer in layers) and not isinstance(module, AuxiliaryTrainingWrapper)
-    ]
-
-
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
@@ -277,12 +209,7 @@ def embedding_names(model: torch.nn.Module) -> list[str]:
 def staged(folder: str | os.PathLike, *kept: str) -> Iterator[Path]:
     """A new folder to write into. When the block ends, each of its files replaces that of `folder`, a config after the weights.
 
-    Args:
-        folder (`str`): The folder. It is created if it is missing.
-        *kept (`str`): Files of `folder` that are to be changed and not written anew; they are copied first.
-
-    Raises:
-        ValueError: `folder` is a file.
+    The files `kept` are to be changed and not written anew; they are copied first. A ValueError if `folder` is a file.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -380,13 +307,7 @@ def _guarded(save: Any, config_cls: type[PeftConfig], native: bool) -> Any:
 def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstancePromptConfig | None:
     """The config in a folder or on the hub; None if it belongs to another package.
 
-    Args:
-        config_cls (`type`): The base class of the configs that are wanted.
-        model_id (`str`): The folder or the repository.
-        **kwargs: As for [`~peft.PeftConfig.from_pretrained`].
-
-    Raises:
-        ValueError: There is none, or it cannot be read.
+    A ValueError if there is none, or none that can be read. The arguments are as for [`~peft.PeftConfig.from_pretrained`].
     """
     folder = Path(model_id, kwargs.get("subfolder") or "")
     kind = read_kind(folder)
@@ -399,48 +320,35 @@ def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstancePromp
 def check_fit(
     source: str,
     config: InstancePromptConfig,
+    weights: Mapping[str, torch.Tensor],
     model: nn.Module,
     adapter_name: str,
-    weights: Mapping[str, torch.Tensor],
-    heads: Sequence[str] = (),
+    task: str | None = None,
     needs_prefix: bool = True,
 ) -> None:
-    """Raise a ValueError if an adapter does not fit a base model or has not the weights that its config was saved with.
+    """Raise a ValueError if a new adapter does not fit a base model, or has not the weights that its config was saved with.
 
-    Args:
-        source (`str`): Where it comes from.
-        config (`InstancePromptConfig`): Its config.
-        model (`nn.Module`): The base model.
-        adapter_name (`str`): The name that it is to get.
-        weights (`Mapping[str, torch.Tensor]`): Its weights.
-        heads (`Sequence[str]`): Names that PEFT will add to the config's `modules_to_save`.
-        needs_prefix (`bool`): As in [`check_tensors`].
+    `model` is the base model, `task` the one that a `PeftModel` is made for; the others are as for [`check_tensors`].
     """
     check_adapter_name(adapter_name)
     trial = copy.deepcopy(config)
-    if heads:
-        trial.modules_to_save = [*(trial.modules_to_save or ()), *heads]
+    trial.modules_to_save = [*(trial.modules_to_save or ()), *HEADS.get(task or "", ())]
     names = {*(getattr(model, "peft_config", None) or {}), adapter_name}
     expected = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prepare(trial, model, names)
     check_tensors(source, expected, weights, config.weights_digest, needs_prefix=needs_prefix)
 
 
-def heads_of(peft_model_cls: type) -> list[str]:
-    """What the class of a `PeftModel` adds to the `modules_to_save` of its adapters."""
-    from peft import (
-        PeftModelForQuestionAnswering,
-        PeftModelForSequenceClassification,
-        PeftModelForTokenClassification,
-    )
-
-    if issubclass(peft_model_cls, PeftModelForQuestionAnswering):
-        return ["qa_outputs"]
-    classifiers = (PeftModelForSequenceClassification, PeftModelForTokenClassification)
-    return ["classifier", "score"] if issubclass(peft_model_cls, classifiers) else []
+def check_arrived(tuner: Any, model: PeftModel, adapter_name: str, weights: Mapping[str, torch.Tensor]) -> None:
+    """Compare once more what PEFT has read, which may be another file by now, before it loads that into an adapter."""
+    config = model.peft_config[adapter_name]
+    expected = tuner.expected_tensors(config, model.get_base_model())
+    found = {key.replace(f".modules_to_save.{adapter_name}.", ".", 1): tensor for key, tensor in weights.items()}
+    check_tensors(f"the folder of {adapter_name!r}", expected, found, config.weights_digest)
+    settle(config)
 
 
 def guard_loading(config_cls: type) -> None:
-    """Make the three ways to load an adapter refuse one that has a `config_cls` and does not fit, before they change anything."""
+    """Make the three ways to load an adapter with a `config_cls` refuse one that does not fit before they change anything."""
     from peft.peft_model import PeftModel
     from transformers.integrations.peft import PeftAdapterMixin
 
@@ -448,7 +356,7 @@ def guard_loading(config_cls: type) -> None:
 
     @functools.wraps(check)
     def check_new_adapter_config(self: Any, peft_config: PeftConfig, is_trainable: bool) -> None:
-        # `load_adapter` calls it with a config that it has read and makes an adapter of, and nobody else does.
+        # Only `load_adapter` calls it, with a config that it has read and makes an adapter of.
         check(self, peft_config, is_trainable=is_trainable)
         if isinstance(peft_config, config_cls):
             mark_as_loading(peft_config)
@@ -466,21 +374,15 @@ def _guard_from_pretrained(build: Any, config_cls: type) -> Any:
     def from_pretrained(
         cls, model, model_id, adapter_name="default", is_trainable=False, config=None, *args, **kwargs
     ):
-        from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
         found = find_config(config_cls, model_id, **kwargs) if config is None else config
         if not isinstance(found, config_cls):
             return build(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
         check_free(model, None, found)
         renamed = {"key_mapping": getattr(model, "_checkpoint_conversion_mapping", None), **kwargs}
-        heads = heads_of(MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(found.task_type, cls))
-        check_fit(str(model_id), found, model, adapter_name, read_weights(model_id, **renamed), heads)
+        check_fit(str(model_id), found, read_weights(model_id, **renamed), model, adapter_name, found.task_type)
         own = mark_as_loading(copy.deepcopy(found))
-        try:
-            with taken_out_on_error(model, adapter_name):
-                return build(cls, model, model_id, adapter_name, is_trainable, own, *args, **kwargs)
-        finally:
-            settle(own)
+        with taken_out_on_error(model, adapter_name):
+            return build(cls, model, model_id, adapter_name, is_trainable, own, *args, **kwargs)
 
     return from_pretrained
 
@@ -491,28 +393,27 @@ def _guard_load_adapter(load: Any, config_cls: type) -> Any:
     @functools.wraps(load)
     def load_adapter(self, model_id, adapter_name, *args, **kwargs):
         own = self.peft_config.get(adapter_name)
-        within = own is not None and is_loading(own)  # `from_pretrained` has checked
-        if within or not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type], config_cls):
-            return load(self, model_id, adapter_name, *args, **kwargs)
+        if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type], config_cls) or (own and is_loading(own)):
+            return load(self, model_id, adapter_name, *args, **kwargs)  # or `from_pretrained` has compared
         found = find_config(config_cls, model_id, **kwargs)
         if own is not None and type(found) is not type(own):
             raise ValueError(f"{model_id} holds no adapter of the type {own.peft_type.value}, as {adapter_name!r} is.")
         if found is None:  # PEFT says that the methods cannot be combined
             return load(self, model_id, adapter_name, *args, **kwargs)
         weights, base = read_weights(model_id, **kwargs), self.get_base_model()
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[found.peft_type]
-        try:
-            if own is None:
-                check_fit(str(model_id), found, base, adapter_name, weights, heads_of(type(self)))
-            else:  # PEFT takes no more than the weights from the folder
-                mark_as_loading(own).weights_digest = found.weights_digest
-                own.saved_embedding_layers = found.saved_embedding_layers
-                check_tensors(str(model_id), tuner.expected_tensors(own, base), weights, found.weights_digest)
+        if own is None:
+            task = next((config.task_type for config in self.peft_config.values()), None)
+            check_fit(str(model_id), found, weights, base, adapter_name, task)
             with taken_out_on_error(base, adapter_name):
                 return load(self, model_id, adapter_name, *args, **kwargs)
+        try:  # PEFT takes no more than the weights from the folder
+            mark_as_loading(own).weights_digest = found.weights_digest
+            own.saved_embedding_layers = found.saved_embedding_layers
+            expected = PEFT_TYPE_TO_TUNER_MAPPING[own.peft_type].expected_tensors(own, base)
+            check_tensors(str(model_id), expected, weights, own.weights_digest)
+            return load(self, model_id, adapter_name, *args, **kwargs)
         finally:
-            if adapter_name in self.peft_config:
-                settle(self.peft_config[adapter_name])
+            settle(own)
 
     return load_adapter
 
@@ -531,21 +432,19 @@ def _guard_native(load: Any, config_cls: type) -> Any:
         found = find_config(config_cls, source, **hub) if peft_config is None and source is not None else peft_config
         if not isinstance(found, config_cls):
             return load(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
-        name, text = adapter_name or "default", str(source or "the state dict")
+        name = adapter_name or "default"
         weights = read_weights(source, **hub) if adapter_state_dict is None else adapter_state_dict
-        check_fit(text, found, self, name, weights, needs_prefix=False)
+        check_fit(str(source or "the state dict"), found, weights, self, name, needs_prefix=False)
         # Into a model that lies on disk in part, transformers loads from files only.
         reads = adapter_state_dict is None and "disk" in (getattr(self, "hf_device_map", None) or {}).values()
         own = mark_as_loading(copy.deepcopy(found))
-        try:
-            with taken_out_on_error(self, name):
-                info = load(self, peft_model_id, name, own, None if reads else weights, *args, **kwargs)
-                if reads and digest(read_weights(source, **hub)) != digest(weights):
-                    raise ValueError(f"{source} is being rewritten: load it again later.")
-                if own.saved_embedding_layers:
-                    self.tie_weights()  # transformers puts a new parameter in the place of the one that the head shares
-        finally:
-            settle(own)
+        with taken_out_on_error(self, name):
+            info = load(self, peft_model_id, name, own, None if reads else weights, *args, **kwargs)
+            if reads and digest(read_weights(source, **hub)) != digest(weights):
+                raise ValueError(f"{source} is being rewritten: load it again later.")
+        if own.saved_embedding_layers:
+            self.tie_weights()  # transformers puts a new parameter in the place of the one that the head shares
+        settle(own)
         return info
 
     return load_adapter

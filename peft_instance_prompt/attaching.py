@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of a config and a name before an adapter is attached."""
+"""Before an adapter is attached: checks of its config and its name, and the tensors that it will have."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import functools
 import inspect
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import psutil
 import torch
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # The sizes of the adapter's stack that a config keeps.
 SIZES = ("hidden_size", "num_layers", "vocab_size")
 LONGEST_NAME = 255  # bytes in the name of a folder
+PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT cannot wrap them
 
 
@@ -91,7 +92,7 @@ def is_loading(config: PeftConfig) -> bool:
     return vars(config).get(_TAKEN) == "loading"
 
 
-def mark_as_loading(config: InstancePromptConfig) -> InstancePromptConfig:
+def mark_as_loading(config: Any) -> Any:
     config.__dict__[_TAKEN] = "loading"
     return config
 
@@ -152,19 +153,17 @@ def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> Non
         raise ValueError(f"An adapter cannot be named {clash[0]!r}: a part of its tensors' names is called so.")
 
 
-def check_modules_to_save(
-    config: PeftConfig, model: nn.Module, layers: Iterable[nn.Module], added: Collection[str]
-) -> None:
+def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: nn.Module, added: Collection[str]) -> None:
     """Raise a ValueError if `modules_to_save` names a module that PEFT cannot copy.
 
     Args:
         config (`PeftConfig`): The config. PEFT takes each module whose name *ends* with one of its `modules_to_save`.
         model (`nn.Module`): The base model.
-        layers (`Iterable[nn.Module]`): The layers that prompts are written between: a copy of one would take its hooks
-            along, and a copy of the stack the adapters in it.
+        layers (`nn.ModuleList`): The layers that prompts are written between: a copy of one would take its hooks along, and a copy
+            of the stack the adapters in it.
         added (`Collection[str]`): The names of the modules that the adapter adds.
     """
-    layers = set(layers)
+    written = set(layers.children())
     for wanted in config.modules_to_save or ():
         own = any(name.endswith(wanted) for name in added)
         inside: tuple[str, ...] = ()
@@ -178,7 +177,7 @@ def check_modules_to_save(
                 )
             if not name.endswith(wanted):
                 continue
-            if isinstance(module, (*CONTAINERS, BaseTunerLayer)) or not layers.isdisjoint(module.modules()):
+            if isinstance(module, (*CONTAINERS, BaseTunerLayer)) or not written.isdisjoint(module.modules()):
                 raise ValueError(
                     "`modules_to_save` must name modules that can be copied, such as a head: no lists, no adapters, and "
                     f"nothing that holds the layers which prompts are written between; {wanted!r} names {name!r}, a "
@@ -198,6 +197,82 @@ def make_generator(config: InstancePromptConfig, info: StackInfo) -> PromptGener
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"An adapter of the config's size cannot be made ({sizes(config)}): {reason}.") from error
+
+
+class Expected(NamedTuple):
+    """A tensor of an adapter's file: its shape, None for a size that is not known, and whether it holds whole numbers."""
+
+    shape: Sequence[int | None]
+    whole: bool
+
+
+def expected_tensors(
+    config: InstancePromptConfig, generators: Mapping[str, Sequence[PromptGenerator]], base: nn.Module | None = None
+) -> dict[str, Expected]:
+    """The tensors of an adapter's file, by name.
+
+    Args:
+        config (`InstancePromptConfig`): The adapter's config.
+        generators (`Mapping[str, Sequence[PromptGenerator]]`): By the name of each stack, a generator without values. Several,
+            where the base model is not known: a size that differs between them is not known either.
+        base (`nn.Module`, *optional*): The base model, for the tensors of `modules_to_save` and of saved embeddings. Without it, no
+            such tensors are among those expected.
+    """
+    expected = {}
+    for stack, guesses in generators.items():
+        path = PREFIX + generator_path(config, stack)
+        first, *others = [generator.state_dict() for generator in guesses]
+        for name in set(first).intersection(*others):
+            sizes = zip(*(tensors[name].shape for tensors in (first, *others)))
+            shape = [found[0] if len(set(found)) == 1 else None for found in sizes]
+            expected[f"{path}.{name}"] = Expected(shape, is_whole(first[name]))
+    for module_name, module in saved_modules(config, base).items() if base is not None else ():
+        for name, tensor in module.state_dict().items():
+            expected[f"{PREFIX}{module_name}.{name}"] = Expected(tensor.shape, is_whole(tensor))
+    return expected
+
+
+def generator_path(config: InstancePromptConfig, stack: str) -> str:
+    """Where the generator of a stack lies in the base model; below it come the adapters' names, but not in a file."""
+    prefix = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix
+    return f"{stack}.{prefix.removesuffix('_')}.{prefix}generator".removeprefix(".")
+
+
+def saved_modules(config: InstancePromptConfig, base: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a base model that are saved in full with an adapter, by name: its `modules_to_save`, and embeddings."""
+    ends = tuple(config.modules_to_save or ())
+    embeddings = set(embedding_names(base)).intersection(config.saved_embedding_layers or ())
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()  # what lies in adapters is no module of the base model
+    for name, module in base.named_modules(remove_duplicate=False) if ends or embeddings else ():
+        if name.startswith(inside):
+            continue
+        wrapped = isinstance(module, AuxiliaryTrainingWrapper)
+        if wrapped or isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+        if name in embeddings or name.endswith(ends):
+            found[name] = module.original_module if wrapped else module
+    return found
+
+
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def embedding_names(model: torch.nn.Module) -> list[str]:
+    """The names of a base model's input embeddings and of its head, without the copies that adapters have of them."""
+    layers = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layers.append(getattr(model, getter)())
+        except (AttributeError, NotImplementedError):  # no model of transformers, or one without
+            continue
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(module is layer for layer in layers) and not isinstance(module, AuxiliaryTrainingWrapper)
+    ]
 
 
 def sizes(config: PeftConfig) -> str:

@@ -19,9 +19,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .adapter_files import Expected, check_tensors, expected_tensors, generator_path
+from .adapter_files import check_arrived
 from .attaching import (
     SIZES,
+    Expected,
     check_adapter_name,
     check_free,
     check_memory,
@@ -29,6 +30,8 @@ from .attaching import (
     check_sizes,
     check_task,
     check_tensor_names,
+    expected_tensors,
+    generator_path,
     is_loading,
     is_taken,
     make_generator,
@@ -282,10 +285,8 @@ class InstancePromptModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: dict) -> dict:
-        if is_loading(config):  # what PEFT has read may be another file than the one that was compared before
-            found = {key.replace(f".modules_to_save.{adapter_name}.", ".", 1): x for key, x in state_dict.items()}
-            expected = cls.expected_tensors(config, model.get_base_model())
-            check_tensors(f"the folder of {adapter_name!r}", expected, found, config.weights_digest)
+        if is_loading(config):
+            check_arrived(cls, model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -338,7 +339,7 @@ def names_added(path: str, generator: nn.Module, adapter_names: Iterable[str]) -
     ]
 
 
-def remove_layer(model: nn.Module, name: str, layer: InstancePromptLayer) -> None:
+def remove_layer(model: Any, name: str, layer: InstancePromptLayer) -> None:
     """Take a layer and its hooks out of the base model."""
     stack_name, _, own = name.rpartition(".")
     stack = model.get_submodule(stack_name)
@@ -347,28 +348,30 @@ def remove_layer(model: nn.Module, name: str, layer: InstancePromptLayer) -> Non
 
 
 @contextmanager
-def taken_out_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     """If the block raises, take the adapter that it has added to a base model out again. Older adapters are active as before.
 
     All refusals come before anything is changed. This is for what fails in the midst: no memory is left, or an interrupt.
     """
     kinds = (InstancePromptLayer, ModulesToSaveWrapper)
-    before = {m: (m._active_adapter, adapter_name in adapters_in(m)) for _, m in walk(model) if isinstance(m, kinds)}
+    active = {module: module._active_adapter for _, module in walk(model) if isinstance(module, kinds)}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = getattr(model, "peft_config", None)  # PEFT writes into a dict that the base model may share
     known = dict(configs or {})
     try:
         yield
     except BaseException:
-        for name, module in reversed([pair for pair in walk(model) if isinstance(pair[1], kinds)]):
-            if module in before:
-                module._active_adapter, was_there = before[module]
-                if not was_there and adapter_name in adapters_in(module):
-                    del adapters_in(module)[adapter_name]
+        attached: list[tuple[str, Any]] = [pair for pair in walk(model) if isinstance(pair[1], kinds)]
+        for name, module in reversed(attached):
+            parent, _, own = name.rpartition(".")
+            if module in active:
+                module._active_adapter = active[module]
+                adapters = getattr(module, module.adapter_layer_names[0])
+                if adapter_name in adapters:
+                    del adapters[adapter_name]
             elif isinstance(module, InstancePromptLayer):
                 remove_layer(model, name, module)
             else:
-                parent, _, own = name.rpartition(".")
                 setattr(model.get_submodule(parent), own, module.original_module)
         for parameter, value in trained:
             parameter.requires_grad = value
@@ -380,8 +383,3 @@ def taken_out_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
         if not known:
             vars(model).pop("_hf_peft_config_loaded", None)  # transformers sets it before it attaches
         raise
-
-
-def adapters_in(module: InstancePromptLayer | ModulesToSaveWrapper) -> nn.ModuleDict:
-    """The adapters that PEFT's layer or wrapper holds, by name."""
-    return getattr(module, module.adapter_layer_names[0])

@@ -16,8 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..adapter_files import PREFIX, check_tensors, digest, expected_tensors, generator_path, read_kind, read_weights
-from ..attaching import check_sizes, check_task, make_generator
+from ..adapter_files import check_tensors, digest, read_kind, read_weights
+from ..attaching import PREFIX, check_sizes, check_task, expected_tensors, generator_path, make_generator
 from ..config import InstancePromptConfig
 from ..engine.stack import StackInfo, describe
 from ..generator import INPUT, PromptGenerator, Source

@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from ..adapter_files import embedding_names, read_kind
+from ..adapter_files import read_kind
+from ..attaching import embedding_names
 from ..config import PAIR_POSITIONS
 from ..engine.layout import arrange
 from ..engine.place import at_separator
