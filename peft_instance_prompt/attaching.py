@@ -116,10 +116,12 @@ def guard_attaching(config_cls: type) -> None:
 
 
 def _guarded(method: Callable, config_cls: type) -> Callable:
+    from .model import taken_out_on_error
+
     signature = inspect.signature(method)
 
     @functools.wraps(method)
-    def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
         model, config = call.arguments.get("model"), call.arguments["peft_config"]
         own = isinstance(config, config_cls)
@@ -132,8 +134,10 @@ def _guarded(method: Callable, config_cls: type) -> Callable:
         # One copy for all: for classifiers, PEFT writes `modules_to_save` into it after it has handed it on.
         call.arguments["peft_config"] = taken = copy.deepcopy(config)
         taken.__dict__[_TAKEN] = "new"
+        base = self.get_base_model() if model is None else model
         try:
-            return method(*call.args, **call.kwargs)
+            with taken_out_on_error(base, call.arguments.get("adapter_name", "default")):
+                return method(*call.args, **call.kwargs)
         finally:
             del taken.__dict__[_TAKEN]
 

@@ -68,28 +68,23 @@ class InstancePromptModel(BaseTuner):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Attach an adapter as PEFT does, or raise and leave the model as it was."""
-        try:
-            check_adapter_name(adapter_name)
-            # What is found out about the model is kept on a copy: the caller may use the config for another one.
-            if not is_taken(self.peft_config[adapter_name]):
-                self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-            config = self.peft_config[adapter_name]
-            if not is_loading(config):
-                config.weights_digest = config.saved_embedding_layers = None  # they describe a file
-            if "transformers.trainer" in sys.modules:
-                from .trainers import guard_trainers
+        """Attach an adapter as PEFT does."""
+        check_adapter_name(adapter_name)
+        # What is found out about the model is kept on a copy: the caller may use the config for another one.
+        if not is_taken(self.peft_config[adapter_name]):
+            self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        if not is_loading(config):
+            config.weights_digest = config.saved_embedding_layers = None  # they describe a file
+        if "transformers.trainer" in sys.modules:
+            from .trainers import guard_trainers
 
-                guard_trainers()
-            with taken_out_on_error(model, adapter_name):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-                for _, module in walk(model):
-                    hooks = module._forward_pre_hooks
-                    if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in hooks.values():
-                        module.register_forward_pre_hook(name_rows, with_kwargs=True)
-        except BaseException:
-            del self.peft_config[adapter_name]
-            raise
+            guard_trainers()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for _, module in walk(model):
+            hooks = module._forward_pre_hooks
+            if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in hooks.values():
+                module.register_forward_pre_hook(name_rows, with_kwargs=True)
 
     def _prepare_adapter_config(self, peft_config: InstancePromptConfig, model_config: dict) -> InstancePromptConfig:
         self.prepare(peft_config, self.model, self.peft_config)
