@@ -6,11 +6,11 @@
 from importlib import import_module
 from typing import Any
 
+from .adapter_files import guard_loading, guard_saving
 from .attaching import guard_attaching
 from .config import InstancePromptConfig
 from .engine.calls import warn_of_untested_release
 from .engine.request import instruction_scope
-from .loading import guard_loading
 from .methods import (
     Choices,
     DynamicPromptConfig,
@@ -28,7 +28,6 @@ from .methods import (
 )
 from .model_card import teach_peft
 from .registry import register_method
-from .saving import guard_saving
 from .task_ids import carry_task_ids
 
 

@@ -30,9 +30,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from . import __version__, commands
+from .adapter_files import check_files, check_tensors, read_kind
+from .attaching import PREFIX, expected_tensors, make_generator
 from .config import InstancePromptConfig
 from .engine.stack import StackInfo
-from .folder import PREFIX, check_files, check_tensors, is_whole, read_kind
 from .generator import PromptGenerator
 from .nn.rational import GELU_FITS
 from .tools import doctor
@@ -70,7 +71,7 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
         )
     weights = load_file(weights_file)
     stacks = check_weights(config, weights, str(folder))
-    generator = make_generator(config)
+    generator = guess(config)
     activations = [n for n, p in generator.named_parameters() if p is generator.activation_coefficients]
     low, high = COEFFICIENT_RANGE
     coefficients = {
@@ -157,24 +158,18 @@ def read_config(folder: Path) -> InstancePromptConfig:
 WIDTHS = (((1, 1), (1, 1)), ((2, 2), (3, 3)), ((2, 1), (3, 1)), ((1, 2), (1, 3)))
 
 
-def make_generator(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_size: int = 64) -> PromptGenerator:
-    """The adapter's generator on the meta device, for a stack of which only the config's facts are known."""
+def guess(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_size: int = 64) -> PromptGenerator:
+    """The adapter's generator, without values, for a stack of which only what the config says is known."""
     d = config.hidden_size
     sizes = {"hidden_size": d, "embedding_size": d * e, "output_size": d * o, "vocab_size": vocab_size}
     known: dict[str, Any] = {"name": "", "layers_name": "", "num_layers": config.num_layers, "causal": True}
-    info = StackInfo(**{**{field.name: None for field in fields(StackInfo)}, **known, **sizes})
-    try:
-        with torch.device("meta"):
-            return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
-    except RuntimeError as error:  # the product of the sizes exceeds 64 bits
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"An adapter of the config's size cannot be made: {reason}.") from error
+    return make_generator(config, StackInfo(**{**{f.name: None for f in fields(StackInfo)}, **known, **sizes}))
 
 
 def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor], source: str) -> list[str]:
     """The names of the stacks that the weights are for. Raises a ValueError if the weights do not fit the config."""
     mark = f".{PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix}generator."
-    stacks = sorted({key.partition(mark)[0] for key in weights if mark in key})
+    stacks = sorted({key.removeprefix(PREFIX).partition(mark)[0].rpartition(".")[0] for key in weights if mark in key})
     if len(stacks) != len(config.target_modules):
         raise ValueError(
             f"The weights in {source} are for {len(stacks)} stack(s), the config is for {config.target_modules}."
@@ -182,20 +177,14 @@ def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor]
     beside = {key for key in weights if mark not in key and is_declared(config, key)}
     complaints = []
     for widths in WIDTHS:
-        one, two = (make_generator(config, *pair, vocab_size=64 * n).state_dict() for n, pair in enumerate(widths, 1))
-        wanted = {}
-        if one.keys() == two.keys():
-            wanted = {
-                name: [a if a == b else None for a, b in zip(w.shape, two[name].shape)] for name, w in one.items()
-            }
-        expected = {stack + mark + name: shape for stack in stacks for name, shape in wanted.items()}
-        whole = {stack + mark + name for stack in stacks for name, w in one.items() if is_whole(w)}
+        guesses = [guess(config, *pair, vocab_size=64 * n) for n, pair in enumerate(widths, 1)]
+        expected = expected_tensors(config, dict.fromkeys(stacks, guesses))
         try:
-            check_tensors(source, expected, weights, beside, config.weights_digest, whole)
+            check_tensors(source, expected, weights, config.weights_digest, beside, needs_prefix=False)
         except ValueError as error:
             complaints.append(error)
         else:
-            return [stack.removeprefix(PREFIX).rpartition(".")[0] for stack in stacks]
+            return stacks
     raise complaints[0]
 
 

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of a config and a name before an adapter is attached, and the way back if attaching fails."""
+"""Before an adapter is attached: checks of its config and its name, and the tensors that it will have."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import functools
 import inspect
 import re
 import reprlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import psutil
 import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, PeftType, TaskType
 from torch import nn
@@ -28,10 +27,12 @@ if TYPE_CHECKING:
 
     from .config import InstancePromptConfig
     from .engine.stack import StackInfo
+    from .generator import PromptGenerator
 
 # The sizes of the adapter's stack that a config keeps.
 SIZES = ("hidden_size", "num_layers", "vocab_size")
 LONGEST_NAME = 255  # bytes in the name of a folder
+PREFIX = "base_model.model."  # what PEFT puts before the names of a base model's modules
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT cannot wrap them
 
 
@@ -77,13 +78,29 @@ def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | 
     )
 
 
-# The attribute of a config that says, while it is being attached, that it is a copy of the caller's.
+# An attribute that a config has while its adapter is attached or loaded: nobody else has this object, so that it may be filled in.
 _TAKEN = "_instance_prompt_taken"
 
 
 def is_taken(config: PeftConfig) -> bool:
     """Whether a config is a copy already, which may be filled in."""
     return _TAKEN in vars(config)
+
+
+def is_loading(config: PeftConfig) -> bool:
+    """Whether weights are about to be loaded into the adapter that has this config."""
+    return vars(config).get(_TAKEN) == "loading"
+
+
+def mark_as_loading(config: Any) -> Any:
+    config.__dict__[_TAKEN] = "loading"
+    return config
+
+
+def settle(config: InstancePromptConfig) -> None:
+    """Take the mark off the config of an adapter that is loaded, and clear what describes the file."""
+    config.__dict__.pop(_TAKEN, None)
+    config.weights_digest = config.saved_embedding_layers = None
 
 
 def guard_attaching(config_cls: type) -> None:
@@ -99,10 +116,12 @@ def guard_attaching(config_cls: type) -> None:
 
 
 def _guarded(method: Callable, config_cls: type) -> Callable:
+    from .model import taken_out_on_error
+
     signature = inspect.signature(method)
 
     @functools.wraps(method)
-    def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
         model, config = call.arguments.get("model"), call.arguments["peft_config"]
         own = isinstance(config, config_cls)
@@ -114,11 +133,13 @@ def _guarded(method: Callable, config_cls: type) -> Callable:
             return method(*call.args, **call.kwargs)
         # One copy for all: for classifiers, PEFT writes `modules_to_save` into it after it has handed it on.
         call.arguments["peft_config"] = taken = copy.deepcopy(config)
-        vars(taken)[_TAKEN] = True
+        taken.__dict__[_TAKEN] = "new"
+        base = self.get_base_model() if model is None else model
         try:
-            return method(*call.args, **call.kwargs)
+            with taken_out_on_error(base, call.arguments.get("adapter_name", "default")):
+                return method(*call.args, **call.kwargs)
         finally:
-            del vars(taken)[_TAKEN]
+            del taken.__dict__[_TAKEN]
 
     return guarded
 
@@ -132,29 +153,35 @@ def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> Non
         keys (`Iterable[str]`): The new adapter's tensors, by their names in its file.
     """
     parts = {part for key in keys for part in key.split(".")}
-    if "original_module" in parts:
-        raise ValueError(
-            "`modules_to_save` must name modules of the base model; it names a part of the adapter itself."
-        )
     if clash := sorted({"base_model", "model", *parts}.intersection(adapter_names)):
         raise ValueError(f"An adapter cannot be named {clash[0]!r}: a part of its tensors' names is called so.")
 
 
-def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: nn.Module, added: Collection[str]) -> None:
     """Raise a ValueError if `modules_to_save` names a module that PEFT cannot copy.
 
     Args:
         config (`PeftConfig`): The config. PEFT takes each module whose name *ends* with one of its `modules_to_save`.
         model (`nn.Module`): The base model.
-        layers (`Iterable[nn.Module]`): The layers that prompts are written between: a copy of one would take its hooks
-            along, and a copy of the stack the adapters in it.
+        layers (`nn.ModuleList`): The layers that prompts are written between: a copy of one would take its hooks along, and a copy
+            of the stack the adapters in it.
+        added (`Collection[str]`): The names of the modules that the adapter adds.
     """
-    layers = set(layers)
+    written = set(layers.children())
     for wanted in config.modules_to_save or ():
+        own = any(name.endswith(wanted) for name in added)
+        inside: tuple[str, ...] = ()
         for name, module in model.named_modules(remove_duplicate=False):
+            adapter = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            own = own or (name.startswith(inside) and name.endswith(wanted))
+            inside += (f"{name}.",) if adapter else ()
+            if own:
+                raise ValueError(
+                    f"`modules_to_save` must name modules of the base model; {wanted!r} names a part of an adapter."
+                )
             if not name.endswith(wanted):
                 continue
-            if isinstance(module, (*CONTAINERS, BaseTunerLayer)) or not layers.isdisjoint(module.modules()):
+            if isinstance(module, (*CONTAINERS, BaseTunerLayer)) or not written.isdisjoint(module.modules()):
                 raise ValueError(
                     "`modules_to_save` must name modules that can be copied, such as a head: no lists, no adapters, and "
                     f"nothing that holds the layers which prompts are written between; {wanted!r} names {name!r}, a "
@@ -162,88 +189,115 @@ def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: Iterable
                 )
 
 
-def check_memory(build: Callable[[], nn.Module], config: PeftConfig, width: int) -> None:
+def make_generator(config: InstancePromptConfig, info: StackInfo) -> PromptGenerator:
+    """The generator of an adapter, without values: on the device `"meta"`.
+
+    Raises:
+        ValueError: The product of its sizes is no 64-bit number.
+    """
+    try:
+        with torch.device("meta"):
+            return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"An adapter of the config's size cannot be made ({sizes(config)}): {reason}.") from error
+
+
+class Expected(NamedTuple):
+    """A tensor of an adapter's file: its shape, None for a size that is not known, and whether it holds whole numbers."""
+
+    shape: Sequence[int | None]
+    whole: bool
+
+
+def expected_tensors(
+    config: InstancePromptConfig, generators: Mapping[str, Sequence[PromptGenerator]], base: nn.Module | None = None
+) -> dict[str, Expected]:
+    """The tensors of an adapter's file, by name.
+
+    Args:
+        config (`InstancePromptConfig`): The adapter's config.
+        generators (`Mapping[str, Sequence[PromptGenerator]]`): By the name of each stack, a generator without values. Several,
+            where the base model is not known: a size that differs between them is not known either.
+        base (`nn.Module`, *optional*): The base model, for the tensors of `modules_to_save` and of saved embeddings. Without it, no
+            such tensors are among those expected.
+    """
+    expected = {}
+    for stack, guesses in generators.items():
+        path = PREFIX + generator_path(config, stack)
+        first, *others = [generator.state_dict() for generator in guesses]
+        for name in set(first).intersection(*others):
+            sizes = zip(*(tensors[name].shape for tensors in (first, *others)))
+            shape = [found[0] if len(set(found)) == 1 else None for found in sizes]
+            expected[f"{path}.{name}"] = Expected(shape, is_whole(first[name]))
+    for module_name, module in saved_modules(config, base).items() if base is not None else ():
+        for name, tensor in module.state_dict().items():
+            expected[f"{PREFIX}{module_name}.{name}"] = Expected(tensor.shape, is_whole(tensor))
+    return expected
+
+
+def generator_path(config: InstancePromptConfig, stack: str) -> str:
+    """Where the generator of a stack lies in the base model; below it come the adapters' names, but not in a file."""
+    prefix = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix
+    return f"{stack}.{prefix.removesuffix('_')}.{prefix}generator".removeprefix(".")
+
+
+def saved_modules(config: InstancePromptConfig, base: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a base model that are saved in full with an adapter, by name: its `modules_to_save`, and embeddings."""
+    ends = tuple(config.modules_to_save or ())
+    embeddings = set(embedding_names(base)).intersection(config.saved_embedding_layers or ())
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()  # what lies in adapters is no module of the base model
+    for name, module in base.named_modules(remove_duplicate=False) if ends or embeddings else ():
+        if name.startswith(inside):
+            continue
+        wrapped = isinstance(module, AuxiliaryTrainingWrapper)
+        if wrapped or isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+        if name in embeddings or name.endswith(ends):
+            found[name] = module.original_module if wrapped else module
+    return found
+
+
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def embedding_names(model: torch.nn.Module) -> list[str]:
+    """The names of a base model's input embeddings and of its head, without the copies that adapters have of them."""
+    layers = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layers.append(getattr(model, getter)())
+        except (AttributeError, NotImplementedError):  # no model of transformers, or one without
+            continue
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(module is layer for layer in layers) and not isinstance(module, AuxiliaryTrainingWrapper)
+    ]
+
+
+def sizes(config: PeftConfig) -> str:
+    return f"`num_virtual_tokens` {config.num_virtual_tokens}, `bottleneck_dim` {config.bottleneck_dim}"
+
+
+def check_memory(generator: PromptGenerator, config: PeftConfig, width: int) -> None:
     """Raise a ValueError if an adapter, with one prompt of it, is larger than this machine's memory.
 
     Args:
-        build (`Callable[[], nn.Module]`): Makes the generator. It is called under the device `"meta"`.
-        config (`PeftConfig`): The config that it is made from.
+        generator (`PromptGenerator`): From [`make_generator`].
+        config (`PeftConfig`): The config that it was made from.
         width (`int`): The width of a prompt vector.
     """
-    fields = f"`num_virtual_tokens` {config.num_virtual_tokens}, `bottleneck_dim` {config.bottleneck_dim}"
-    try:
-        with torch.device("meta"):
-            generator = build()
-    except RuntimeError as error:  # the product of the sizes is no 64-bit number
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"An adapter of this size cannot be made ({fields}): {reason}.") from error
     prompt = 4 * width * config.num_virtual_tokens
     size = prompt + sum(tensor.nbytes for tensor in chain(generator.parameters(), generator.buffers()))
     if size > (memory := psutil.virtual_memory().total):
         raise ValueError(
-            f"An adapter of this size cannot be made ({fields}): with one prompt it takes {size / 2**30:,.0f} GiB, and this "
-            f"machine has {memory / 2**30:,.0f}."
+            f"An adapter of this size cannot be made ({sizes(config)}): with one prompt it takes {size / 2**30:,.0f} GiB, and "
+            f"this machine has {memory / 2**30:,.0f}."
         )
-
-
-@contextmanager
-def undone_on_error(root: nn.Module) -> Iterator[None]:
-    """If the block raises, restore the submodules, parameters, hooks, attributes and `requires_grad` of all modules of `root`;
-    of modules within older adapters, `training` and `requires_grad` only. The numbers in tensors stay as they are, and so do
-    objects that are no modules, such as a model's config. Changes that other threads make to these modules meanwhile are
-    undone, too."""
-    before = [(module, *_attributes(module)) for module in _outside_adapters(root)]
-    modes = [(module, module.training) for module in root.modules()]
-    trainable = [(p, p.requires_grad) for module, _ in modes for p in module._parameters.values() if p is not None]
-    try:
-        yield
-    except BaseException:
-        for module, attributes, contents in before:
-            _restore(module, attributes, contents)
-        for module, value in modes:
-            module.training = value
-        for parameter, value in trainable:
-            parameter.requires_grad = value
-        raise
-
-
-def _outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    """All modules but what lies in the adapters of PEFT's layers: a thousand of them are many modules."""
-    yield module
-    peft = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    for child in module._modules.values():
-        if peft and isinstance(child, nn.ModuleDict):
-            yield child
-        elif child is not None:
-            yield from _outside_adapters(child)
-
-
-def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A module's attributes, and copies of those that are containers and not empty: hooks, submodules, parameters."""
-    attributes = dict(vars(module))
-    kinds: dict[type, type] = {dict: dict, OrderedDict: dict, list: list, set: set}
-    return attributes, {name: kinds[type(v)](v) for name, v in attributes.items() if type(v) in kinds and v}
-
-
-def _restore(module: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> None:
-    now = vars(module)
-    for name in now.keys() - attributes.keys():
-        del now[name]
-    for name, value in attributes.items():
-        now[name] = value
-        content = contents.get(name, ())
-        if type(value) in (dict, OrderedDict):  # key by key: other threads may be running the module
-            content = dict(content)
-            for key in value.keys() - content.keys():
-                del value[key]
-            for key, item in content.items():
-                if value.get(key, attributes) is not item:
-                    value[key] = item
-        elif type(value) is list and [*map(id, value)] != [*map(id, content)]:
-            value[:] = content
-        elif type(value) is set:
-            value.intersection_update(content)
-            value.update(content)
 
 
 def matches(names: Union[str, Sequence[str]], info: StackInfo) -> bool:

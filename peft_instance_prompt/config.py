@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal, Optional, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .adapter_files import read_kind, staged
 from .checks import check_choice, check_int, check_layers, check_names, check_text
-from .folder import read_kind
 from .lora_words import refuse_unknown_fields
 from .model_card import write_card
-from .saving import staged
 
 
+FORMAT_VERSION = 1  # of a config file; those of 0.2.0 do not say theirs, and count as 0
 PLAIN_POSITIONS = ("before", "after_first", "end")
 PAIR_POSITIONS = ("before_separator", "after_separator")  # of rows that hold two sentences
 
@@ -95,6 +95,9 @@ class InstancePromptConfig(PeftConfig):
         weights_digest (`str`, *optional*):
             Filled in in the file when an adapter is saved: the digest of its weights. Loading compares it, and refuses a
             config and weights of two different saves. If it is None, loading compares nothing.
+        format_version (`int`):
+            Filled in: the form of the config file, 1. A field that a file of an older form lacks gets the default that it had
+            then, see `old_defaults`.
         import_first (`str`, *optional*):
             Filled in: the package that registers the method, for readers of a saved config. Import it before loading the
             adapter.
@@ -108,6 +111,8 @@ class InstancePromptConfig(PeftConfig):
     method: ClassVar[Optional[str]] = None  # set by `register_method`
     paper: ClassVar[Optional[tuple[str, str]]] = None  # title and arXiv number, for the model card
     conditions: ClassVar[tuple[str, ...]] = ("instance", "constant")
+    # By `format_version`: the defaults up to that form, of the class's fields whose default has changed since.
+    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {}
     # Trainers read this field of LoRA's from any config, and set it when a chat template adds tokens.
     trainable_token_indices: ClassVar[Any] = None
 
@@ -161,16 +166,29 @@ class InstancePromptConfig(PeftConfig):
     weights_digest: Optional[str] = field(
         default=None, metadata={"help": "The digest of the weights in the adapter's file; filled in."}
     )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "The form of the config file; filled in."})
     import_first: Optional[str] = field(
         default=None, metadata={"help": "The package to import before the adapter is loaded; filled in."}
     )
 
     def __new__(cls, *args: Any, **kwargs: Any):
+        version = kwargs.get("format_version", 0)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` is {version}, and this release reads config files up to {FORMAT_VERSION}: install a newer "
+                "release of peft-instance-prompt to load the adapter."
+            )
         refuse_unknown_fields(cls, kwargs)
-        return super().__new__(cls)
+        self = super().__new__(cls)
+        if isinstance(version, int) and "peft_type" in kwargs:  # from a file: who makes a config by hand leaves it out
+            self.__dict__.update(_old={k: v for k, v in defaults_of(cls, version).items() if k not in kwargs})
+        return self
 
     def __post_init__(self):
         super().__post_init__()
+        check_int(self, "format_version", minimum=0)
+        for name, value in {**self.__dict__.pop("_old", {}), "format_version": FORMAT_VERSION}.items():
+            setattr(self, name, value)
         if self.method is None:
             raise TypeError(
                 f"{type(self).__name__} is the config of no method: register it with `register_method(name, "
@@ -239,3 +257,13 @@ class InstancePromptConfig(PeftConfig):
         with staged(save_directory, "README.md") as folder:
             super().save_pretrained(str(folder), **kwargs)
             write_card(folder, self)
+
+
+def defaults_of(cls: type, version: int) -> dict[str, Any]:
+    """The defaults of a config's fields in files of a form, where they are other ones now."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        old = vars(base).get("old_defaults", {})
+        for number in sorted(old, reverse=True):
+            found.update(old[number] if number >= version else {})
+    return found

@@ -9,18 +9,20 @@ import copy
 import re
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn, Optional, Union
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from .adapter_files import check_arrived
 from .attaching import (
     SIZES,
+    Expected,
     check_adapter_name,
     check_free,
     check_memory,
@@ -28,9 +30,12 @@ from .attaching import (
     check_sizes,
     check_task,
     check_tensor_names,
+    expected_tensors,
+    generator_path,
+    is_loading,
     is_taken,
+    make_generator,
     matches,
-    undone_on_error,
 )
 from .config import PAIR_POSITIONS, InstancePromptConfig
 from .engine.calls import check_release, check_understood
@@ -40,7 +45,6 @@ from .engine.request import adapters_of, current_request, note
 from .engine.sharded import whole
 from .engine.stack import StackInfo, describe, embed_ids, stack_of, walk
 from .generator import PromptGenerator
-from .loading import check_arrival, is_loading, names_of, take_config
 from .template import find_separator, tokenize_init_text, tokenize_template
 from .text_start import repeat_to
 
@@ -60,44 +64,46 @@ class InstancePromptModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
         check_free(model, adapter_name)
-        known = getattr(model, "peft_config", None)  # transformers' own adapters: PEFT writes into their dict
-        before = dict(known or {})
-        try:
+        with taken_out_on_error(model, adapter_name):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        except BaseException:
-            if known is not None:
-                known.clear()
-                known.update(before)
-            raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Attach an adapter as PEFT does, or raise and leave the model as it was."""
-        try:
-            check_adapter_name(adapter_name)
-            # What is found out about the model is kept on a copy: the caller may use the config for another one.
-            if not is_taken(self.peft_config[adapter_name]):
-                self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-            take_config(self.peft_config[adapter_name])
-            if "transformers.trainer" in sys.modules:
-                from .trainers import guard_trainers
+        """Attach an adapter as PEFT does."""
+        check_adapter_name(adapter_name)
+        # What is found out about the model is kept on a copy: the caller may use the config for another one.
+        if not is_taken(self.peft_config[adapter_name]):
+            self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        if not is_loading(config):
+            config.weights_digest = config.saved_embedding_layers = None  # they describe a file
+        if "transformers.trainer" in sys.modules:
+            from .trainers import guard_trainers
 
-                guard_trainers()
-            with undone_on_error(self):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-                for _, module in walk(model):
-                    hooks = module._forward_pre_hooks
-                    if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in hooks.values():
-                        module.register_forward_pre_hook(name_rows, with_kwargs=True)
-                check_tensor_names(self.peft_config, names_of(type(self), model, adapter_name).values())
-                check_arrival(type(self), model, adapter_name)
-        except BaseException:
-            del self.peft_config[adapter_name]
-            if not self.peft_config:  # transformers sets it before the injection
-                vars(model).pop("_hf_peft_config_loaded", None)
-            raise
+            guard_trainers()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for _, module in walk(model):
+            hooks = module._forward_pre_hooks
+            if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in hooks.values():
+                module.register_forward_pre_hook(name_rows, with_kwargs=True)
 
     def _prepare_adapter_config(self, peft_config: InstancePromptConfig, model_config: dict) -> InstancePromptConfig:
-        """Find the stacks, and refuse what does not fit before anything of the model is changed."""
+        self.prepare(peft_config, self.model, self.peft_config)
+        return peft_config
+
+    @classmethod
+    def prepare(
+        cls, peft_config: InstancePromptConfig, model: nn.Module, adapter_names: Iterable[str]
+    ) -> dict[str, Expected]:
+        """Fill in what a config leaves to the base model, and refuse what does not fit before anything of the model is changed.
+
+        Args:
+            peft_config (`InstancePromptConfig`): The config of a new adapter.
+            model (`nn.Module`): The base model.
+            adapter_names (`Iterable[str]`): The names of all adapters of the model, the new one's among them.
+
+        Returns:
+            `dict[str, Expected]`: The tensors that the adapter's file has.
+        """
         check_release()
         if peft_config.trainable_token_indices is not None:
             raise ValueError(
@@ -105,63 +111,49 @@ class InstancePromptModel(BaseTuner):
                 "embeddings. Add the tokens to model and tokenizer before the trainer is made, and train them with "
                 "`modules_to_save=['embed_tokens', 'lm_head']`."
             )
-        infos = self._find_targets(peft_config)
+        infos = find_targets(peft_config, model)
         for info in infos:
-            layers = self.model.get_submodule(info.layers_name)
-            check_understood(self.model.get_submodule(info.name), info.name, info.causal, layers)
+            layers = model.get_submodule(info.layers_name)
+            check_understood(model.get_submodule(info.name), info.name, info.causal, layers)
         if peft_config.prompt_position is None:
             peft_config.prompt_position = "after_first" if infos[0].begins_with_special else "before"
-        check_task(peft_config, infos, self.model)
+        check_task(peft_config, infos, model)
+        generators = {}
         for info in infos:
             check_sizes(peft_config, info)
-            self.generator_cls.check(peft_config, info)
-            check_modules_to_save(peft_config, self.model, self.model.get_submodule(info.layers_name))
-            check_memory(partial(self.generator_cls, peft_config, info), peft_config, info.hidden_size)
+            cls.generator_cls.check(peft_config, info)
+            generators[info.name] = [generator := make_generator(peft_config, info)]
+            added = names_added(generator_path(peft_config, info.name), generator, adapter_names)
+            check_modules_to_save(peft_config, model, model.get_submodule(info.layers_name), added)
+            check_memory(generator, peft_config, info.hidden_size)
+        expected = expected_tensors(peft_config, generators, model)
+        check_tensor_names(adapter_names, expected)
         if isinstance(peft_config.response_template, str):
-            peft_config.response_template = tokenize_template(peft_config, self.model)
+            peft_config.response_template = tokenize_template(peft_config, model)
         if peft_config.init_text is not None:
             if any(info.decoder_of_pair for info in infos):
                 raise ValueError(
                     f"`init_text` must be None in the decoder of an encoder-decoder model, whose states depend on the encoder's "
                     f"text, got {peft_config.init_text!r}."
                 )
-            peft_config.init_text = tokenize_init_text(peft_config, self.model, infos[0].vocab_size)
+            peft_config.init_text = tokenize_init_text(peft_config, model, infos[0].vocab_size)
         if peft_config.prompt_position in PAIR_POSITIONS and peft_config.separator_id is None:
-            peft_config.separator_id = find_separator(peft_config, self.model)
+            peft_config.separator_id = find_separator(peft_config, model)
         for name in SIZES:
             if hasattr(peft_config, name):
                 setattr(peft_config, name, getattr(infos[0], name))
         peft_config.target_modules = [info.layers_name for info in infos]
-        return peft_config
+        return expected
 
-    def _find_targets(self, peft_config: InstancePromptConfig) -> list[StackInfo]:
-        stacks = describe(self.model)
-        if not stacks:
-            raise ValueError(
-                f"No transformer stack to put a prompt into was found in {type(self.model).__name__}: none of its modules takes "
-                "`input_ids` and `inputs_embeds`, has a table of embeddings and holds a list of layers. Give your text stack this form."
-            )
-        targets, excluded = peft_config.target_modules, peft_config.exclude_modules
-        infos = [info for info in stacks if (not info.decoder_of_pair if targets is None else matches(targets, info))]
-        names = [info.layers_name for info in stacks]
-        if not infos and targets is None:
-            raise ValueError(
-                "The encoder takes audio or images, and its decoder tokens, where a prompt is generated from the start token alone: "
-                f"set `target_modules={[info.name or info.layers_name for info in stacks]!r}`."
-            )
-        if not infos:
-            raise ValueError(
-                f"Leave `target_modules` out: {targets!r} names none of the stacks that hold prompts here, {names}, and by default "
-                "the stack is found. Linear layers hold none."
-            )
-        infos = [info for info in infos if excluded is None or not matches(excluded, info)]
-        if not infos:
-            raise ValueError(f"`exclude_modules` {excluded!r} leaves none of the stacks that hold prompts: {names}.")
-        return infos
+    @classmethod
+    def expected_tensors(cls, peft_config: InstancePromptConfig, model: nn.Module) -> dict[str, Expected]:
+        """The tensors that the file of an adapter of the base model has."""
+        infos = find_targets(peft_config, model)
+        return expected_tensors(peft_config, {info.name: [make_generator(peft_config, info)] for info in infos}, model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: InstancePromptConfig, key: str):
-        # `_find_targets` has applied `exclude_modules`, and the generator applies `layers_to_transform`. PEFT would apply the one
+        # `find_targets` has applied `exclude_modules`, and the generator applies `layers_to_transform`. PEFT would apply the one
         # to parts of stacks and pass over a stack because of the other.
         if key in (peft_config.target_modules or ()):
             return True
@@ -199,7 +191,7 @@ class InstancePromptModel(BaseTuner):
             layer = InstancePromptLayer(info, self.prefix)
             stack.add_module(name, layer)
             layer.register_hooks(self.model, stack, target)
-        if generator.from_text and not is_loading():  # a saved adapter brings the states along
+        if generator.from_text and not is_loading(peft_config):  # a saved adapter brings the states along
             if not in_memory:
                 raise ValueError(
                     "`init_text` needs the base model's weights in memory, and some are on the device 'meta'."
@@ -270,9 +262,7 @@ class InstancePromptModel(BaseTuner):
     def unload(self) -> nn.Module:
         """The base model without any trace of the adapters."""
         for name, layer in list(self._layers()):
-            stack = self.model.get_submodule(name.rpartition(".")[0])
-            layer.remove_hooks(self.model, stack, self.model.get_submodule(layer.info.layers_name))
-            delattr(stack, name.rpartition(".")[2])
+            remove_layer(self.model, name, layer)
         base = super().unload()
         if not any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             vars(base).pop("peft_config", None)
@@ -293,7 +283,8 @@ class InstancePromptModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: dict) -> dict:
-        check_arrival(cls, model, adapter_name, state_dict)
+        if is_loading(config):
+            check_arrived(cls, model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -307,3 +298,86 @@ def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         return None
     repeats = request.rows_per_name(args[0].shape[0], beams=True)
     return args, {**kwargs, "adapter_names": [name for name in request.adapter_names for _ in range(repeats)]}
+
+
+def find_targets(peft_config: InstancePromptConfig, model: nn.Module) -> list[StackInfo]:
+    """The stacks of a base model that an adapter is for; a ValueError if there are none."""
+    stacks = describe(model)
+    if not stacks:
+        raise ValueError(
+            f"No transformer stack to put a prompt into was found in {type(model).__name__}: none of its modules takes "
+            "`input_ids` and `inputs_embeds`, has a table of embeddings and holds a list of layers. Give your text stack this form."
+        )
+    targets, excluded = peft_config.target_modules, peft_config.exclude_modules
+    infos = [info for info in stacks if (not info.decoder_of_pair if targets is None else matches(targets, info))]
+    names = [info.layers_name for info in stacks]
+    if not infos and targets is None:
+        raise ValueError(
+            "The encoder takes audio or images, and its decoder tokens, where a prompt is generated from the start token alone: "
+            f"set `target_modules={[info.name or info.layers_name for info in stacks]!r}`."
+        )
+    if not infos:
+        raise ValueError(
+            f"Leave `target_modules` out: {targets!r} names none of the stacks that hold prompts here, {names}, and by default "
+            "the stack is found. Linear layers hold none."
+        )
+    infos = [info for info in infos if excluded is None or not matches(excluded, info)]
+    if not infos:
+        raise ValueError(f"`exclude_modules` {excluded!r} leaves none of the stacks that hold prompts: {names}.")
+    return infos
+
+
+def names_added(path: str, generator: nn.Module, adapter_names: Iterable[str]) -> list[str]:
+    """The names of the modules that adapters with such a generator at a [`generator_path`] add to a base model."""
+    within = [f".{name}" if name else "" for name, _ in generator.named_modules()]
+    return [
+        path.rpartition(".")[0],
+        path,
+        *(f"{path}.{adapter}{name}" for adapter in adapter_names for name in within),
+    ]
+
+
+def remove_layer(model: Any, name: str, layer: InstancePromptLayer) -> None:
+    """Take a layer and its hooks out of the base model."""
+    stack_name, _, own = name.rpartition(".")
+    stack = model.get_submodule(stack_name)
+    layer.remove_hooks(model, stack, model.get_submodule(layer.info.layers_name))
+    delattr(stack, own)
+
+
+@contextmanager
+def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
+    """If the block raises, take the adapter that it has added to a base model out again. Older adapters are active as before.
+
+    All refusals come before anything is changed. This is for what fails in the midst: no memory is left, or an interrupt.
+    """
+    kinds = (InstancePromptLayer, ModulesToSaveWrapper)
+    active = {module: module._active_adapter for _, module in walk(model) if isinstance(module, kinds)}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configs = getattr(model, "peft_config", None)  # PEFT writes into a dict that the base model may share
+    known = dict(configs or {})
+    try:
+        yield
+    except BaseException:
+        attached: list[tuple[str, Any]] = [pair for pair in walk(model) if isinstance(pair[1], kinds)]
+        for name, module in reversed(attached):
+            parent, _, own = name.rpartition(".")
+            if module in active:
+                module._active_adapter = active[module]
+                adapters = getattr(module, module.adapter_layer_names[0])
+                if adapter_name in adapters:
+                    del adapters[adapter_name]
+            elif isinstance(module, InstancePromptLayer):
+                remove_layer(model, name, module)
+            else:
+                setattr(model.get_submodule(parent), own, module.original_module)
+        for parameter, value in trained:
+            parameter.requires_grad = value
+        if configs is None:
+            vars(model).pop("peft_config", None)
+        else:
+            configs.clear()
+            configs.update(known)
+        if not known:
+            vars(model).pop("_hf_peft_config_loaded", None)  # transformers sets it before it attaches
+        raise

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_instance_prompt.folder import digest
+from peft_instance_prompt.adapter_files import digest
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from folders import assert_unchanged, picture
 from methods import METHODS
 from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
-from tiny import adapted, batch, causal_lm
+from tiny import adapted, batch, causal_lm, pair
 
-from peft_instance_prompt.attaching import check_adapter_name, undone_on_error
+from peft_instance_prompt.attaching import check_adapter_name
+from peft_instance_prompt.generator import PromptGenerator
 
 
 def config(kind: str = "iapt", **fields):
@@ -130,23 +133,86 @@ def test_names_that_are_parts_of_tensors_names(kind: str) -> None:
     assert get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False).keys() == whole.keys()
 
 
-def test_everything_is_undone() -> None:
-    root = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}))
-    root.names, root.note = ["a"], "before"
-    hook = root.register_forward_hook(lambda *_: None)
-    before = picture(root)
-    with pytest.raises(KeyboardInterrupt), undone_on_error(root):
-        root[0].weight = torch.nn.Parameter(torch.zeros(2, 2))
-        root[1]["b"] = torch.nn.Linear(2, 2)
-        del root[1]["a"]
-        hook.remove()
-        root[0].register_forward_pre_hook(lambda *_: None)
-        root.eval().requires_grad_(False)
-        root.names.append("b")
-        root.note, root.more = "after", 1
-        raise KeyboardInterrupt
-    assert_unchanged(root, before)
-    assert root.names == ["a"] and root.note == "before" and root[0].weight.abs().sum() > 0
-    with undone_on_error(root):
-        root[1]["b"] = torch.nn.Linear(2, 2)
-    assert "b" in root[1]
+# ---------------------------------------------------------------------------------------------- what fails in the midst
+
+
+@contextmanager
+def stopped_at(number: int) -> Iterator[list[str]]:
+    """Raise a KeyboardInterrupt at a call of a function of peft or of this package's tuner; the list names the calls."""
+    files, calls = ("/peft/", "peft_instance_prompt/model.py", "peft_instance_prompt/generator.py"), []
+
+    def trace(frame, event, argument):
+        # Not a generator expression, which is also called when it is thrown away: there an error is only printed.
+        if any(part in frame.f_code.co_filename for part in files) and "<genexpr>" not in frame.f_code.co_qualname:
+            calls.append(frame.f_code.co_qualname)
+            if len(calls) == number + 1:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield calls
+    finally:
+        sys.settrace(before)
+
+
+def head_config(kind: str = "iapt"):
+    return config(kind, modules_to_save=["lm_head"])
+
+
+def with_two() -> torch.nn.Module:
+    model = adapted(causal_lm(), head_config(), "first")
+    model.add_adapter("second", head_config())
+    model.set_adapter("second")
+    return model
+
+
+MIDST: dict[str, tuple[Callable, Callable]] = {
+    "inject": (causal_lm, lambda model: inject_adapter_in_model(head_config(), model, "new")),
+    "get_peft_model": (causal_lm, lambda model: get_peft_model(model, head_config(), adapter_name="new")),
+    "add_adapter": (with_two, lambda model: model.add_adapter("new", head_config())),
+}
+
+
+@pytest.mark.parametrize("what", MIDST)
+def test_an_interrupt_in_the_midst(what: str) -> None:
+    """Of attaching: the adapter is out again, with its layer, hooks and copies, and the rest is as before."""
+    make, attach = MIDST[what]
+    for _ in range(2):  # what is imported or kept at first makes calls of its own
+        model = make()
+        with stopped_at(10**9) as calls:
+            attach(model)
+    begin, end = calls.index("InstancePromptModel.inject_adapter"), len(calls)
+    if what == "inject":
+        end = calls.index("BaseTuner._post_injection_hook")  # the end of attaching; PEFT then asks for the model
+    for number in range(begin, end, max(1, (end - begin) // 60)):
+        model = make()
+        before = picture(model)
+        with pytest.raises(KeyboardInterrupt), stopped_at(number):
+            attach(model)
+        assert_unchanged(model, before)
+    attach(model)
+    with torch.no_grad():
+        assert model(**batch(5)).logits.isfinite().all()
+
+
+def test_an_error_in_the_midst_of_a_second_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no memory is left for the generator of the second stack, the first has none either."""
+    model = pair()
+    before = picture(model)
+    settings = METHODS["iapt"](task_type="SEQ_2_SEQ_LM", target_modules=["encoder", "decoder"])
+    begin, calls = PromptGenerator.begin, []
+
+    def no_memory(self, embed):
+        calls.append(self)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return begin(self, embed)
+
+    monkeypatch.setattr(PromptGenerator, "begin", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        get_peft_model(model, settings)
+    assert_unchanged(model, before)
+    monkeypatch.undo()
+    get_peft_model(model, settings)

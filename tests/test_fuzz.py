@@ -55,8 +55,8 @@ BROKEN: dict[str, tuple[str, Any]] = {
         lambda tokens, *args, **kwargs: tokens,
     ),
     "damaged_folder_is_refused_whole_or_loads_right": (
-        "peft_instance_prompt.model.check_arrival",
-        lambda *args: None,
+        "peft_instance_prompt.adapter_files.check_tensors",
+        lambda *args, **kwargs: None,
     ),
     "failing_call_changes_nothing_for_the_next": ("peft_instance_prompt.engine.request.end_call", lambda *args: None),
     "base_model_comes_back": ("peft.PeftModel.disable_adapter", lambda self: nullcontext()),

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, adapted, batch, causal_lm
 
-from peft_instance_prompt.folder import digest
+from peft_instance_prompt.adapter_files import digest
 
 
 PREFIX = "base_model.model."
@@ -210,7 +210,7 @@ def test_what_fails_for_another_reason_is_undone(bad: Path, route: Route, monkey
 
     model = route.model("iapt")
     before = picture(model)
-    monkeypatch.setattr("peft_instance_prompt.loading.check_tensors", stop)
+    monkeypatch.setattr("peft_instance_prompt.adapter_files.check_tensors", stop)
     with pytest.raises(KeyboardInterrupt):
         route.load(model, bad)
     assert_unchanged(model, before)
@@ -235,7 +235,7 @@ def test_a_model_that_lies_on_disk_in_part(
     if name == "native":  # transformers reads the file itself: here another one than was checked
         change_config(bad, weights_digest=digest(good))
         answers = iter([good, load_file(bad / WEIGHTS)])
-        monkeypatch.setattr("peft_instance_prompt.loading.load_peft_weights", lambda *_, **__: next(answers))
+        monkeypatch.setattr("peft_instance_prompt.adapter_files.load_peft_weights", lambda *_, **__: next(answers))
         with pytest.raises(ValueError, match="is being rewritten"):
             ROUTES[name].load(base, tmp_path / "good")
     assert torch.equal(logits(base), logits(causal_lm()))

@@ -24,11 +24,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import adapted, batch, causal_lm
 
-from peft_instance_prompt import saving
+from peft_instance_prompt import adapter_files
+from peft_instance_prompt.adapter_files import LEFT_OVER, STAGE, digest, find_config, staged
 from peft_instance_prompt.config import InstancePromptConfig
-from peft_instance_prompt.folder import digest
-from peft_instance_prompt.loading import find_config
-from peft_instance_prompt.saving import LEFT_OVER, STAGE, staged
 
 
 FILES = {CONFIG, WEIGHTS, "README.md"}
@@ -159,7 +157,7 @@ def test_stopped_at_each_file(two: tuple, tmp_path: Path, monkeypatch: pytest.Mo
                 replace(source, target)
 
             with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-                patch.setattr("peft_instance_prompt.saving.os.replace", replace_some)
+                patch.setattr("peft_instance_prompt.adapter_files.os.replace", replace_some)
                 new.save_pretrained(folder)
         seen.append(read(tmp_path / "again", expected))
         assert (tmp_path / f"first{stop}" / WEIGHTS).exists() or not (tmp_path / f"first{stop}" / CONFIG).exists()
@@ -181,7 +179,7 @@ def test_a_config_that_is_replaced_between_two_readings(
         (tmp_path / "old" / CONFIG).write_bytes((tmp_path / "new" / CONFIG).read_bytes())
         return found
 
-    monkeypatch.setattr("peft_instance_prompt.loading.find_config", find_and_replace)
+    monkeypatch.setattr("peft_instance_prompt.adapter_files.find_config", find_and_replace)
     assert read(tmp_path / "old", expected, LOADS["load_adapter"]) == "refused"
 
 
@@ -310,7 +308,7 @@ def test_what_is_saved_beside_ours_has_no_keys_of_ours(owner: str, tmp_path: Pat
         ours.save_pretrained(save_directory)
         PeftModel.save_pretrained.__wrapped__(other, f"{save_directory}/lora")
 
-    saving._guarded(save, InstancePromptConfig, native=owner == "PreTrainedModel")(both, tmp_path)
+    adapter_files._guarded(save, InstancePromptConfig, native=owner == "PreTrainedModel")(both, tmp_path)
     PeftModel.save_pretrained.__wrapped__(other, tmp_path / "alone")
     assert json.loads((tmp_path / CONFIG).read_text())["weights_digest"] == digest(load_file(tmp_path / WEIGHTS))
     assert (tmp_path / "lora" / CONFIG).read_text() == (tmp_path / "alone" / CONFIG).read_text()

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import load_peft_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..attaching import check_sizes, check_task
+from ..adapter_files import check_tensors, digest, read_kind, read_weights
+from ..attaching import PREFIX, check_sizes, check_task, expected_tensors, generator_path, make_generator
 from ..config import InstancePromptConfig
 from ..engine.stack import StackInfo, describe
-from ..folder import PREFIX, check_files, check_tensors, digest, is_whole, read_kind
 from ..generator import INPUT, PromptGenerator, Source
 
 
@@ -94,7 +93,7 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     if not is_own(kind):
         raise ValueError(f"{folder} holds no instance-prompt adapter, but {kind or 'no adapter_config.json'}.")
     config = PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(str(folder))
-    check_files(folder)
+    weights = read_weights(folder)
     saved = config.modules_to_save or config.saved_embedding_layers
     if saved:
         raise ValueError(
@@ -105,22 +104,15 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     check_sizes(config, info)
     check_task(config, [info])
     tuner.generator_cls.check(config, info)
-    with torch.device("meta"):
-        generator = tuner.generator_cls(config, info)
+    generator = make_generator(config, info)
     check_servable(generator)
-
-    names = {f"{tensor_prefix(tuner.prefix, info)}{name}": name for name in generator.state_dict()}
-    weights = load_peft_weights(str(folder), device="cpu")
-    found = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-    wanted = {saved: generator.state_dict()[name] for saved, name in names.items()}
-    expected, whole = (
-        {name: x.shape for name, x in wanted.items()},
-        {name for name, x in wanted.items() if is_whole(x)},
-    )
-    check_tensors(str(folder), expected, found, expected_digest=config.weights_digest, whole=whole)
+    expected = expected_tensors(config, {info.name: [generator]})
+    check_tensors(str(folder), expected, weights, config.weights_digest, needs_prefix=False)
+    path = generator_path(config, info.name) + "."
+    found = {name.removeprefix(PREFIX).removeprefix(path): tensor for name, tensor in weights.items()}
     # As PEFT does by default: an adapter that was saved in half precision runs in float32.
     half = (torch.float16, torch.bfloat16)
-    state = {name: t.float() if (t := found[saved]).dtype in half else t for saved, name in names.items()}
+    state = {name: t.float() if t.dtype in half else t for name, t in found.items()}
     generator.load_state_dict(state, assign=True)
     generator.eval().requires_grad_(False)
     check_encoding(generator, info)
@@ -130,12 +122,6 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     fields = sorted((name, repr(value)) for name, value in config.to_dict().items())
     key = hashlib.sha256(f"{fields} {digest(found)}".encode()).hexdigest()
     return Adapter(key, folder, config, generator)
-
-
-def tensor_prefix(prefix: str, info: StackInfo) -> str:
-    """The prefix that the names of a generator's tensors have in a file."""
-    stack = f"{info.name}." if info.name else ""
-    return f"{stack}{prefix.removesuffix('_')}.{prefix}generator."
 
 
 def check_servable(generator: PromptGenerator) -> None:

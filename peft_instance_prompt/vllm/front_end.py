@@ -19,13 +19,14 @@ import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from ..adapter_files import read_kind
+from ..attaching import embedding_names
 from ..config import PAIR_POSITIONS
 from ..engine.layout import arrange
 from ..engine.place import at_separator
 from ..engine.request import Request
 from ..engine.scope import Rules, find_scope
 from ..engine.stack import StackInfo
-from ..folder import embedding_names, read_kind
 from ..generator import Source
 from . import internals
 from .adapters import Adapter, describe_base, is_own, make_base, no_pass, read_adapter
