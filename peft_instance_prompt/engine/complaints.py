@@ -12,8 +12,8 @@ import torch
 
 
 CURE = (
-    "Mark the instruction: by -100 in `labels`, or in the config by `response_template` (chats: 'chat') or, in plain text, "
-    "`instruction_length`."
+    "Mark the instruction: by -100 in `labels`, by `instruction_mask`, or in the config by `response_template` (chats: 'chat') or "
+    "`instruction_length` (plain text)."
 )
 WRAPPED = (
     "Packing that cuts texts anywhere makes such rows of any data (TRL: `packing_strategy='wrapped'`): use 'bfd'."
@@ -34,11 +34,12 @@ def clipped(values: list[int], end: bool = False) -> str:
     return f"[..., {shown}]" if end else f"[{shown}, ...]"
 
 
-def all_scored(rows: torch.Tensor, but: str) -> str:
-    """The message for rows (B,) without -100 in their labels, except on the tokens that `but` names."""
+def all_scored(rows: torch.Tensor, but: str, packed: bool) -> str:
+    """The message for rows (B,), or sequences of packed rows, without -100 in their labels, except on the tokens that `but` names."""
     why = " (BOS is masked as padding)" if but else ""
+    cure = WRAPPED if packed else CURE  # the first token of a whole sequence has no label
     return (
-        f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {CURE}"
+        f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {cure}"
     )
 
 
