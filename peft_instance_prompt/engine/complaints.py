@@ -34,10 +34,10 @@ def clipped(values: list[int], end: bool = False) -> str:
     return f"[..., {shown}]" if end else f"[{shown}, ...]"
 
 
-def all_scored(rows: torch.Tensor, but: str, packed: bool) -> str:
-    """The message for rows (B,), or sequences of packed rows, without -100 in their labels, except on the tokens that `but` names."""
-    why = " (BOS is masked as padding)" if but else ""
-    cure = WRAPPED if packed else CURE  # the first token of a whole sequence has no label
+def all_scored(rows: torch.Tensor, but: str, some: bool) -> str:
+    """The message for rows (B,) without -100 in their labels, except on the tokens that `but` names; `some` rows of a batch, or all."""
+    why = " (BOS is masked)" if but else ""
+    cure = WRAPPED if some else CURE  # where other rows have an instruction, a text was cut
     return (
         f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {cure}"
     )

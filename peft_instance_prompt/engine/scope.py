@@ -242,11 +242,11 @@ def from_labels(
             both are the same token.
     """
     asked, mask = labels != -100, before_labels(labels, tokens, shifted)  # (B, S) each
-    _check_instruction(mask, asked, tokens, tokens, "", packed)
+    _check_instruction(mask, asked, tokens, tokens, "")
     if input_ids is not None and special_ids:
         special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device)).to(tokens.device)  # (B, S)
         alone = packed & (mask.sum(dim=1, keepdim=True) == 1)  # (B, 1)
-        _check_instruction(mask & (~special | alone), asked, tokens, tokens & ~special, " but special ones", packed)
+        _check_instruction(mask & (~special | alone), asked, tokens, tokens & ~special, " but special ones")
     if packed and not _SAID["continuation"] and bool((asked.any(dim=1) & (mask.sum(dim=1) == 1)).any()):
         _SAID["continuation"] = True
         warnings.warn(
@@ -264,12 +264,13 @@ def from_labels(
 
 
 def _check_instruction(
-    mask: torch.Tensor, asked: torch.Tensor, tokens: torch.Tensor, words: torch.Tensor, but: str, packed: bool
+    mask: torch.Tensor, asked: torch.Tensor, tokens: torch.Tensor, words: torch.Tensor, but: str
 ) -> None:
     """Refuse rows without a token in `mask` (B, S): all of their `words` (B, S) are scored, or they begin in a response."""
     if (empty := ~mask.any(dim=1) & tokens.any(dim=1)).any():  # (B,); a row of nothing but padding may be empty
         whole = empty & (asked | ~words).all(dim=1)  # (B,)
-        raise ValueError(all_scored(whole, but, packed) if whole.any() else no_instruction(empty, but))
+        some = bool(mask.any())
+        raise ValueError(all_scored(whole, but, some) if whole.any() else no_instruction(empty, but))
 
 
 # Which warnings were given: each is given once.
