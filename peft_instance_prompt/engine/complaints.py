@@ -12,8 +12,8 @@ import torch
 
 
 CURE = (
-    "Mark the instruction: by -100 in `labels`, by `instruction_mask`, or in the config by `response_template` (chats: 'chat') or "
-    "`instruction_length` (plain text)."
+    "Mark the instruction: by -100 in `labels`, by `instruction_mask`, or in the config by `response_template` (chats: 'chat') or, in "
+    "plain text, `instruction_length`."
 )
 WRAPPED = (
     "Packing that cuts texts anywhere makes such rows of any data (TRL: `packing_strategy='wrapped'`): use 'bfd'."
@@ -37,10 +37,8 @@ def clipped(values: list[int], end: bool = False) -> str:
 def all_scored(rows: torch.Tensor, but: str, some: bool) -> str:
     """The message for rows (B,) without -100 in their labels, except on the tokens that `but` names; `some` rows of a batch, or all."""
     why = " (BOS is masked)" if but else ""
-    cure = WRAPPED if some else CURE  # where other rows have an instruction, a text was cut
-    return (
-        f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {cure}"
-    )
+    cut = " (`packing_strategy='wrapped'` cuts texts.)" if some and not but else ""  # other rows have an instruction
+    return f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {CURE}{cut}"
 
 
 def no_instruction(rows: torch.Tensor, but: str) -> str:
