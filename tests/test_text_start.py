@@ -165,7 +165,7 @@ def test_text_is_turned_into_ids(tmp_path) -> None:
     tokenizer().save_pretrained(tmp_path)
     config = IAPTConfig(task_type="CAUSAL_LM", init_text="w3 w16", tokenizer_name_or_path=str(tmp_path))
     model = get_peft_model(causal_lm(), config)
-    assert config.init_text == [7, 20]
+    assert model.peft_config["default"].init_text == [7, 20] and config.init_text == "w3 w16"
     other = get_peft_model(causal_lm(), IAPTConfig(task_type="CAUSAL_LM", init_text=[7, 20, 7, 20]))
     assert torch.equal(generator_of(model).text, generator_of(other).text)
 

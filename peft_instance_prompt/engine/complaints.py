@@ -12,8 +12,8 @@ import torch
 
 
 CURE = (
-    "Mark the instruction: by -100 in `labels`, or in the config by `response_template` (chats: 'chat') or, in plain text, "
-    "`instruction_length`."
+    "Mark the instruction: by -100 in `labels`, by `instruction_mask`, or in the config by `response_template` (chats: 'chat') or, in "
+    "plain text, `instruction_length`."
 )
 WRAPPED = (
     "Packing that cuts texts anywhere makes such rows of any data (TRL: `packing_strategy='wrapped'`): use 'bfd'."
@@ -34,12 +34,11 @@ def clipped(values: list[int], end: bool = False) -> str:
     return f"[..., {shown}]" if end else f"[{shown}, ...]"
 
 
-def all_scored(rows: torch.Tensor, but: str) -> str:
-    """The message for rows (B,) without -100 in their labels, except on the tokens that `but` names."""
-    why = " (BOS is masked as padding)" if but else ""
-    return (
-        f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {CURE}"
-    )
+def all_scored(rows: torch.Tensor, but: str, some: bool) -> str:
+    """The message for rows (B,) without -100 in their labels, except on the tokens that `but` names; `some` rows of a batch, or all."""
+    why = " (BOS is masked)" if but else ""
+    cut = " (`packing_strategy='wrapped'` cuts texts.)" if some and not but else ""  # other rows have an instruction
+    return f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {CURE}{cut}"
 
 
 def no_instruction(rows: torch.Tensor, but: str) -> str:

@@ -269,7 +269,8 @@ def _check_instruction(
     """Refuse rows without a token in `mask` (B, S): all of their `words` (B, S) are scored, or they begin in a response."""
     if (empty := ~mask.any(dim=1) & tokens.any(dim=1)).any():  # (B,); a row of nothing but padding may be empty
         whole = empty & (asked | ~words).all(dim=1)  # (B,)
-        raise ValueError(all_scored(whole, but) if whole.any() else no_instruction(empty, but))
+        some = bool(mask.any())
+        raise ValueError(all_scored(whole, but, some) if whole.any() else no_instruction(empty, but))
 
 
 # Which warnings were given: each is given once.
