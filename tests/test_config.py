@@ -6,11 +6,18 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
+from folders import assert_unchanged, picture
+from mean_prompt import MeanPromptConfig, MeanPromptGenerator
 from methods import METHODS
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from tiny import adapted, batch, causal_lm
+
+from peft_instance_prompt import register_method
 
 
 BAD = [
@@ -136,3 +143,60 @@ def test_whole_numbers_are_floats() -> None:
     model = adapted(causal_lm(), METHODS["ipt_deep"](task_type="CAUSAL_LM", instance_scale=10**4))
     assert isinstance(model.active_peft_config.instance_scale, float)
     assert model(**batch(9)).logits.isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------------------------- versions
+
+
+@dataclass
+class ChangedConfig(MeanPromptConfig):
+    """A method whose fields came, and changed their defaults, over three forms of the file."""
+
+    old_defaults: ClassVar[dict] = {0: {"scale": "off", "form": "first"}, 1: {"form": "second"}}
+    scale: str = field(default="on", metadata={"help": "Came after form 0, which did without it."})
+    form: str = field(default="third", metadata={"help": "Had another default in each form."})
+
+
+@pytest.fixture
+def changed(monkeypatch: pytest.MonkeyPatch) -> type:
+    register_method("changed_defaults", ChangedConfig, MeanPromptGenerator)
+    monkeypatch.setattr("peft_instance_prompt.config.FORMAT_VERSION", 2)
+    return ChangedConfig
+
+
+@pytest.mark.parametrize("read", [PeftConfig.from_pretrained, lambda folder: ChangedConfig.from_pretrained(folder)])
+@pytest.mark.parametrize(
+    ("version", "scale", "form"), [(None, "off", "first"), (1, "on", "second"), (2, "on", "third")]
+)
+def test_defaults_of_an_older_file(changed: type, read, version, scale: str, form: str, tmp_path) -> None:
+    changed(num_virtual_tokens=3).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["format_version"] == 2
+    old = {key: value for key, value in saved.items() if key not in ("scale", "form", "format_version")}
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(old if version is None else {**old, "format_version": version})
+    )
+    found = read(str(tmp_path))
+    assert (found.scale, found.form, found.num_virtual_tokens) == (scale, form, 3)
+    assert found.format_version == 2  # saved again, it says of itself what it holds
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**old, "form": "mine"}))
+    assert read(str(tmp_path)).form == "mine"
+    assert (changed().scale, changed().form) == ("on", "third")  # who makes one gets what is right now
+
+
+def test_files_say_their_form(kind: str, tmp_path) -> None:
+    adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    assert saved["format_version"] == 1
+    model = causal_lm()
+    before = picture(model)
+    for version, error, says in (
+        (2, ValueError, "`format_version` is 2, and this release reads config files up to 1: install a newer release"),
+        (-1, ValueError, "`format_version` must be at least 0, got -1"),
+        ("1", TypeError, "`format_version` must be an integer, got '1'"),
+    ):
+        file.write_text(json.dumps({**saved, "format_version": version, "field_of_a_later_release": 1}))
+        with warnings.catch_warnings(action="ignore"), pytest.raises(error, match=says):
+            PeftModel.from_pretrained(model, tmp_path)
+        assert_unchanged(model, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,14 @@ import transformers as tf
 from folders import CONFIG, WEIGHTS, assert_unchanged, change_config, change_weights, picture
 from methods import METHODS
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB, adapted, batch, causal_lm
+from tiny import VOCAB, adapted, batch, causal_lm, encoder
 
+from peft_instance_prompt import adapter_files
 from peft_instance_prompt.adapter_files import digest
+from peft_instance_prompt.attaching import expected_tensors, is_loading, make_generator
+from peft_instance_prompt.engine.stack import describe
 
 
 PREFIX = "base_model.model."
@@ -202,6 +207,88 @@ def test_other_methods_are_loaded_as_before(tmp_path: Path) -> None:
     native.load_adapter(str(tmp_path))
     for model in (PeftModel.from_pretrained(causal_lm(), tmp_path), native):
         assert torch.equal(logits(model), logits(lora))
+
+
+@pytest.mark.parametrize("name", ["from_pretrained", "load_adapter", "same name"])
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("what", ["head", "lack", "values"])
+def test_weights_that_are_replaced_between_two_readings(
+    bad: Path, name: str, sealed: bool, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compared before anything is changed, and once more as PEFT has read them."""
+    edits = {"head": OTHERS["head"], "lack": lambda w: w.pop(largest(w)), "values": lambda w: largest_times_two(w)}
+    change_weights(bad, edits[what])
+    good = tmp_path / "good"
+    if not sealed:
+        change_config(good, weights_digest=None)
+    read = adapter_files.read_weights
+
+    def read_and_replace(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        found = {key: tensor.clone() for key, tensor in read(*args, **kwargs).items()}
+        shutil.copy(bad / WEIGHTS, good / WEIGHTS)
+        return found
+
+    monkeypatch.setattr(adapter_files, "read_weights", read_and_replace)
+    if sealed:
+        ROUTES[name].refuses(good, "the folder of '.*' is being rewritten")
+    elif what != "values":  # without a digest, nobody can tell
+        ROUTES[name].refuses(good, "The weights in the folder of '.*' (lack|hold) 1 tensor")
+    monkeypatch.undo()
+    shutil.copytree(bad, good, dirs_exist_ok=True)
+    if what == "values":  # and what is whole again is loaded into a model of which one was refused
+        model = ROUTES[name].model("iapt")
+        loaded = ROUTES[name].load(model, good)
+        assert not is_loading((loaded if isinstance(loaded, PeftModel) else model).peft_config[ROUTES[name].name])
+
+
+def largest_times_two(weights: dict[str, torch.Tensor]) -> None:
+    weights[largest(weights)] = weights[largest(weights)] * 2
+
+
+def test_a_bad_folder_never_reaches_the_model(bad: Path, route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_weights(bad, OTHERS["head"])
+    model = route.model("iapt")
+    monkeypatch.setattr(BaseTuner, "inject_adapter", lambda *_, **__: pytest.fail("an adapter was attached"))
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match="hold 1 tensor"):
+        route.load(model, bad)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_given_config_without_the_head_that_peft_adds(task: str, tmp_path: Path) -> None:
+    auto = {"SEQ_CLS": tf.AutoModelForSequenceClassification, "TOKEN_CLS": tf.AutoModelForTokenClassification}[task]
+    saved, ids = adapted(encoder(auto=auto), config(task_type=task)), batch(9, 6, side="right")
+    saved.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(encoder(auto=auto, seed=0), tmp_path, config=config(task_type=task))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**ids).logits, saved.eval()(**ids).logits)
+    assert config(task_type=task).modules_to_save is None
+    change_weights(tmp_path, lambda w: w.pop(next(name for name in w if "classifier" in name)))
+    Route(
+        lambda kind: encoder(auto=auto),
+        lambda model, folder: PeftModel.from_pretrained(model, folder, config=config(task_type=task)),
+        "",
+    ).refuses(tmp_path, "lack 1 tensor.*classifier")
+
+
+def test_expected_tensors_are_those_that_peft_saves(kind: str, tmp_path: Path) -> None:
+    """One definition for loading, the command line and vLLM: against the names and shapes in a file, with a head and embeddings."""
+    made = config(kind, modules_to_save=["lm_head", "layers.1.mlp"])
+    model = adapted(causal_lm(), made)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    file = load_file(tmp_path / WEIGHTS)
+    saved = type(made).from_pretrained(tmp_path)
+    assert saved.saved_embedding_layers == ["model.embed_tokens"]
+    for base in (causal_lm(), model.get_base_model()):
+        expected = type(model.base_model).expected_tensors(saved, base)
+        assert {name: tuple(e.shape) for name, e in expected.items()} == {n: tuple(t.shape) for n, t in file.items()}
+    info = describe(causal_lm())[0]
+    wide = [make_generator(saved, replace(info, hidden_size=32 * n, embedding_size=32 * n)) for n in (1, 2)]
+    guessed = expected_tensors(saved, {info.name: wide})
+    assert guessed.keys() == {name for name in file if "generator" in name}
+    for name, e in guessed.items():
+        assert [size in (None, known) for size, known in zip(e.shape, file[name].shape)] == [True] * file[name].dim()
+    assert any(None in e.shape for e in guessed.values())
 
 
 def test_what_fails_for_another_reason_is_undone(bad: Path, route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
