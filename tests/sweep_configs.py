@@ -66,7 +66,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("HunYuanDenseV1", "HunYuanMoEV1", "HunYuanVLText", "Ministral"), {"head_dim": 8}),
     **dict.fromkeys(("Dots3NoteText",), {f"swa_{name}": value for name, value in _swa.items()}),
     **dict.fromkeys(("DeepseekV2",), {"num_experts_per_tok": 2}),
-    "GPTNeo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    # Late slots at the start of a row must not lie outside of the last layer's window.
+    "GPTNeo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 16},
+    "Moshi": {"sliding_window": 64},  # the bare model's cache has a window, and its mask has none
     "Mamba2": {"num_heads": 8, "head_dim": 8},
     "Lfm2Moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "Esmc": {"vocab_size": VOCAB},

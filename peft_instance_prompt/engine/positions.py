@@ -82,8 +82,11 @@ def _read(stack: PreTrainedModel, layers_name: str, offset: int, embed: Callable
     ids = torch.full_like(column, 1 if pad != 1 else 0)  # (1, S), one token over and over
     with torch.no_grad(), whole([*probe.parameters()]):
         text = embed(ids)
-        plain = _first_call(probe, **text)
         by_id = _first_call(probe, input_ids=ids)
+        try:
+            plain = _first_call(probe, **text)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            raise _Unknown("its forward needs `input_ids`, and a prompt comes with `inputs_embeds`") from error
         if not _same(plain, by_id):
             raise _Unknown(
                 "its layers get different states for `inputs_embeds` than for the `input_ids` of the same tokens"

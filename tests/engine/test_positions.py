@@ -140,6 +140,14 @@ def test_a_stack_that_gives_embeddings_no_positions_is_refused() -> None:
         get_peft_model(tf.EsmModel(tf.EsmConfig(**sizes)).eval(), IAPTConfig())
 
 
+def test_a_stack_that_takes_embeddings_and_needs_ids_is_refused() -> None:
+    """LayoutLMv3 counts its positions from the ids; the refusal comes before anything is attached."""
+    base = tf.LayoutLMv3Model(tf.LayoutLMv3Config(**_small, coordinate_size=4, shape_size=8, visual_embed=False))
+    with pytest.raises(ValueError, match="LayoutLMv3Model: its forward needs `input_ids`"):
+        get_peft_model(base, IAPTConfig())
+    assert not any("iapt" in name for name, _ in base.named_modules())
+
+
 def test_a_stack_that_counts_otherwise_is_refused() -> None:
     class Counter(tf.BertModel):
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
