@@ -200,7 +200,7 @@ def make_generator(config: InstancePromptConfig, info: StackInfo) -> PromptGener
             return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls(config, info)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"An adapter of the config's size cannot be made ({sizes(config)}): {reason}.") from error
+        raise ValueError(f"An adapter of this size cannot be made ({sizes(config)}): {reason}.") from error
 
 
 class Expected(NamedTuple):

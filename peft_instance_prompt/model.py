@@ -359,6 +359,8 @@ def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        if adapter_name in known:  # what has failed was to take an adapter's place, as a hot swap does
+            raise
         attached: list[tuple[str, Any]] = [pair for pair in walk(model) if isinstance(pair[1], kinds)]
         for name, module in reversed(attached):
             parent, _, own = name.rpartition(".")

@@ -64,8 +64,12 @@ class SlotCache(Cache):
             tokens_to_remove (`int`): Their number; negative, as in transformers.
 
         Raises:
-            ValueError: A slot would be removed, or the inner cache cannot be cropped.
+            ValueError: A slot would be removed, or the number is positive, which older releases take for the length that is left.
         """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`crop` takes the number of tokens to remove as a negative number, got {tokens_to_remove}."
+            )
         rest = length(self.inner) - abs(tokens_to_remove)
         self.table.check_crop(rest)
         self.inner.crop(tokens_to_remove)  # which may refuse

@@ -113,6 +113,8 @@ def test_mixture_of_experts_is_balanced_over_the_tokens(family: str, padded: boo
     # The four slots stand behind the first of a row's tokens.
     columns = [[c for c in range(11) if not 7 - n < c <= 7 - n + 4] for n in lengths]
     own, tokens = [], []
+    if any(logits.numel() != 2 * 11 * 4 for logits in seen):
+        pytest.skip("this release's router does not return its logits first")
     for logits in seen:
         logits = logits.reshape(2, 11, 4)
         own.append(torch.stack([logits[row, columns[row]] for row in range(2)]))  # (2, 7, experts)
@@ -188,6 +190,8 @@ def test_outputs_per_position_that_nobody_knows_are_refused(monkeypatch) -> None
 @pytest.mark.parametrize("indices", [1, [0, -1], [3]])
 def test_hidden_states_that_are_asked_for_by_number(indices) -> None:
     """Those that nobody asked for are None, as in the bare model."""
+    if (bare := causal_lm()(**batch(7, 5), output_hidden_states=indices).hidden_states) is None or len(bare) != 4:
+        pytest.skip("this release of transformers takes no numbers of layers")
     model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM"))
     whole = model(**batch(7, 5), output_hidden_states=True).hidden_states
     some = model(**batch(7, 5), output_hidden_states=indices).hidden_states
