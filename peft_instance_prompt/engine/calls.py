@@ -235,6 +235,11 @@ def check_understood(stack: nn.Module, name: str, causal: bool, layers: nn.Modul
             f"{type(stack).__name__} ({name or 'the base model itself'!r}) has its head within the stack and returns logits, not states, "
             "so slots cannot be taken out of its loss. Instance prompts need a stack apart from its head."
         )
+    if hasattr(stack, "_setup_cache") and release() < (5, 24):  # RecurrentGemma: right with 5.24, wrong with 5.18
+        raise ValueError(
+            f"{type(stack).__name__} keeps states of the text on its modules, which get out of step with slots under transformers "
+            f"{transformers.__version__}: use transformers 5.24."
+        )
     for part, module in layers.named_modules():
         if _needs_ids(type(module).forward):
             raise ValueError(

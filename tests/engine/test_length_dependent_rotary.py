@@ -93,6 +93,11 @@ def test_frequencies_are_those_of_the_text(family: str, method: str, position: s
     if not placeable(method, position, family):
         pytest.skip("the method has no such position there")
     inputs = batch(length, length - 7)
+    bare = model_of(family, "switching")
+    try:
+        bare(**inputs), bare(**inputs)
+    except UnboundLocalError:
+        pytest.skip("in this release the bare model's second call past the switch fails")
     switching = with_prompt(model_of(family, "switching"), method, position)
     fixed = with_prompt(model_of(family, "long" if length > SWITCH else "short", length), method, position)
     assert_same(switching(**inputs).logits[:, 7:], fixed(**inputs).logits[:, 7:], tolerance=2e-5)
@@ -106,9 +111,16 @@ def test_text_that_grows_past_the_switch(family: str, method: str) -> None:
     """Phi-3 fills its cache anew when the text passes the switch, and has the logits of a model that has no cache."""
     model, inputs = with_prompt(model_of(family, "switching"), method), batch(SWITCH - 5, SWITCH - 8)
     how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "output_logits": True}
-    cached, plain = (
-        model.generate(**inputs, **how, return_dict_in_generate=True, use_cache=used) for used in (True, False)
-    )
+
+    def with_cache_and_without(model):
+        return [
+            model.generate(**inputs, **how, return_dict_in_generate=True, use_cache=used) for used in (True, False)
+        ]
+
+    bare = [torch.stack(one.logits) for one in with_cache_and_without(model_of(family, "switching"))]
+    if not torch.allclose(*bare, atol=1e-3):
+        pytest.skip("in this release the bare model goes on from one token behind the switch, without its cache")
+    cached, plain = with_cache_and_without(model)
     assert torch.equal(cached.sequences, plain.sequences)
     assert_same(torch.stack(cached.logits), torch.stack(plain.logits))
 

@@ -173,6 +173,10 @@ def test_pass_without_prompts_takes_the_mask_as_it_is(form: str, monkeypatch) ->
     allowed = torch.ones(12, 12).tril().bool()[None, None].expand(2, 1, 12, 12)
     near = ~torch.ones(12, 12).tril(-8).bool()
     with torch.compiler.set_stance("force_eager"):  # flex attention would be compiled
+        try:
+            bare.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+        except AttributeError:  # with flex attention
+            pytest.skip("in this release the bare model fails with a static cache")
         if form == "2d":
             model(**inputs)
             model.generate(**inputs, **GREEDY)
