@@ -37,7 +37,9 @@ def check_versions() -> None:
     # Between two releases a section without a number stands above.
     heading = re.search(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     cited = re.search(r"^version: \"?([^\"\n]+)", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
-    check(heading is not None and heading[1] == installed, f"the newest numbered heading of CHANGELOG.md is {installed}")
+    check(
+        heading is not None and heading[1] == installed, f"the newest numbered heading of CHANGELOG.md is {installed}"
+    )
     check(cited is not None and cited[1] == installed, f"CITATION.cff has version {installed}")
 
 
