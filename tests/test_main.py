@@ -156,7 +156,7 @@ BROKEN = {
     ),
     "of another shape": weights(lambda found, key: found.update({key: found[key][:-1].clone()})),
     "with NaN or infinity": weights(lambda found, key: found[key].view(-1)[0].fill_(torch.nan)),
-    "config's size cannot be made": config_field(num_virtual_tokens=2 * 10**9, bottleneck_dim=2 * 10**9),
+    "of this size cannot be made": config_field(num_virtual_tokens=2 * 10**9, bottleneck_dim=2 * 10**9),
     "is being rewritten": config_field(weights_digest="0"),
     "no regular file": pipe_as_weights,
     "is no adapter's config: RecursionError": config_text("[" * 100_000 + "]" * 100_000),
