@@ -157,12 +157,12 @@ def check_tensors(
     surplus = found.keys() - expected.keys() - set(beside)
     shapes = [
         f"{name!r} {as_text(found[name].shape)} where {as_text(shape)} is asked for"
-        for name, (shape, _) in expected.items()
+        for name, (shape, _) in sorted(expected.items(), key=lambda pair: pair[0])
         if name in found and not fits(found[name].shape, shape)
     ]
     types = [
         f"{name!r} {str(found[name].dtype).removeprefix('torch.')}"
-        for name, (_, whole) in expected.items()
+        for name, (_, whole) in sorted(expected.items(), key=lambda pair: pair[0])
         if name in found and not (is_whole if whole else torch.is_floating_point)(found[name])
     ]
     broken = [name for name, tensor in found.items() if not is_finite(tensor)]
