@@ -80,6 +80,10 @@ def without_template(
     )
 
 
+# What transformers raises for a tokenizer that is not there or whose files it cannot read.
+UNREADABLE = (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError)
+
+
 def find_tokenizer(name: str | None) -> Any:
     """The tokenizer of that name; None if it is not on this machine."""
     if not name:
@@ -87,9 +91,13 @@ def find_tokenizer(name: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except Exception:  # whatever is wrong with it, the message is about the template, and shows ids then
-        return None
+        # Without an answer about remote code, transformers would ask for one at the keyboard.
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # The complaint is about the template, and is made of ids then. `tokenizers` raises `Exception` itself.
+        if type(error) is Exception or isinstance(error, UNREADABLE):
+            return None
+        raise
 
 
 def find_text(text: str, ids: list[int], tokenizer: Any) -> list[int] | None:

@@ -132,6 +132,42 @@ def test_a_template_that_another_tokenizer_writes(tmp_path) -> None:
         model(ids, labels=ids)
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", None),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[]"),
+        (
+            "tokenizer.json",
+            '{"added_tokens": [], "model": {"type": "none"}}',
+        ),  # `tokenizers` raises `Exception` itself
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["a.X", null]}}'),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(file: str, text: str | None, tmp_path, monkeypatch) -> None:
+    """The complaint is about the template all the same, in ids, and nobody is asked whether remote code may run."""
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(f"asked: {prompt}"))
+    model = prompted("iapt", response_template=TEMPLATE, tokenizer_name_or_path=str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"`response_template` \[.*\] does not occur in row\(s\) \[0, 1\]: row 0 ends in the"
+    ):
+        prompts(model, IDS + 1)
+
+
+def test_another_error_than_that_of_a_tokenizer_is_not_hidden(monkeypatch) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", broken)
+    model = prompted("iapt", response_template=TEMPLATE, tokenizer_name_or_path="some/name")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        prompts(model, IDS + 1)
+
+
 def test_a_template_that_ends_in_a_space(tmp_path) -> None:
     """It is there as text, but the tokenizer writes the space with the word behind it. The message tells the ids that are there."""
     name = letters(tmp_path)
