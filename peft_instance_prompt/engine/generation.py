@@ -13,7 +13,7 @@ from torch import nn
 
 from .cache import SlotCache
 from .calls import cache_of, declared, named
-from .request import OWN_ARGUMENTS, GrowingText, adapters_of, known_of, note
+from .request import OWN_ARGUMENTS, GrowingText, adapters_of, check_kinds, known_of, note
 from .wrap import MethodWrapper
 
 
@@ -52,6 +52,7 @@ class Generate(MethodWrapper):
         fields = {name: getattr(known, name) if value is None else value for name, value in given.items()}
         if inputs is not None:
             check_rows(fields, known.adapter_names, inputs.shape[0])
+        check_kinds(fields)
         texts = growing_texts(model, call, known.prompt_length if given["instruction_mask"] is None else None)
         with note(
             model,

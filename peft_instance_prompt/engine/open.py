@@ -25,7 +25,7 @@ from .intercept import intercepted
 from .layout import Layout, insert, take
 from .place import Places, place_slots
 from .plain import run_plain
-from .request import Request
+from .request import Request, check_kinds
 from .stack import StackInfo
 from .text import Text, count_positions, find_scopes, read_text, shown_response
 from .widen import lengths_of, no_padding, widen
@@ -47,8 +47,10 @@ def open_slots(
         The new call, the groups with their instances among the stack's positions, and the layout.
 
     Raises:
+        TypeError: An argument of this package's own is no tensor of its kind.
         ValueError: The call cannot get prompts, as `read_text`, `find_scope`, `place_slots` and `widen` say.
     """
+    check_kinds(vars(request))
     text = read_text(stack, info, groups, call, request)
     packing = text.packing
     name, cache = cache_of(call)

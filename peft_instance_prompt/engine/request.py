@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -19,8 +19,8 @@ from .calls import PACKED_ARGUMENTS, declared, named
 from .wrap import MethodWrapper
 
 
-# Arguments that this package adds to `forward` and `generate`: tensors with a row for each row of the batch.
-OWN_ARGUMENTS = ("instruction_mask", "instance_embeds", "task_ids")
+# Arguments that this package adds to `forward` and `generate`: tensors with a row for each row of the batch, and of what.
+OWN_ARGUMENTS = {"instruction_mask": "bools or 0/1 integers", "instance_embeds": "floats", "task_ids": "integers"}
 
 # The attribute of a base model that lists the names of its layers with adapters. Names are valid in copies and replicas, too.
 LAYERS = "_instance_prompt_layers"
@@ -160,6 +160,19 @@ class Request:
                 f"`adapter_names` must name an adapter for each of the {num_rows} rows, got {len(names)}."
             )
         return repeats
+
+
+def check_kinds(said: Mapping[str, Any]) -> None:
+    """Refuse own arguments that are no tensors of the right kind, whether or not a method reads them.
+
+    Raises:
+        TypeError: One is something else.
+    """
+    for name, kind in OWN_ARGUMENTS.items():
+        value = said.get(name)
+        fits = isinstance(value, torch.Tensor) and value.is_floating_point() == (kind == "floats")
+        if value is not None and not (fits and (kind != "integers" or value.dtype != torch.bool)):
+            raise TypeError(f"`{name}` must be a tensor of {kind}, got {getattr(value, 'dtype', type(value).__name__)}.")
 
 
 # A context variable and not an attribute of some module: threads that share a model must not share a request.

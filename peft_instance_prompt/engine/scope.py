@@ -106,12 +106,8 @@ def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_lengt
         `torch.BoolTensor`: Shape (B, S).
 
     Raises:
-        TypeError: The mask is not a tensor of bools or whole numbers.
-        ValueError: It has a wrong shape, or a row without an instruction token.
+        ValueError: The mask has a wrong shape, or a row without an instruction token.
     """
-    if not isinstance(instruction_mask, torch.Tensor) or instruction_mask.is_floating_point():
-        kind = getattr(instruction_mask, "dtype", type(instruction_mask).__name__)
-        raise TypeError(f"`instruction_mask` must be a tensor of bools or 0/1 integers, got {kind}.")
     (B, S), shape = tokens.shape, tuple(instruction_mask.shape)
     grown = prompt_length is not None and shape == (B, prompt_length) and prompt_length < S
     if shape != (B, S) and not grown:

@@ -27,6 +27,33 @@ def scope() -> torch.Tensor | None:
     return current_request().instruction_mask
 
 
+OF_ANOTHER_KIND = [
+    ("instruction_mask", [], "bools or 0/1 integers, got list"),
+    ("instruction_mask", torch.ones(2, 9), r"bools or 0/1 integers, got torch.float32"),
+    ("instance_embeds", [], "floats, got list"),
+    ("instance_embeds", torch.ones(2, 8).long(), "floats, got torch.int64"),
+    ("task_ids", [], "integers, got list"),
+    ("task_ids", "ab", "integers, got str"),
+    ("task_ids", torch.ones(2), "integers, got torch.float32"),
+    ("task_ids", torch.ones(2).bool(), "integers, got torch.bool"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize(("name", "value", "says"), OF_ANOTHER_KIND)
+def test_an_argument_of_another_kind(name: str, value: object, says: str, call: str, kind: str) -> None:
+    """It is refused whether the method reads it or not, and what was said around the call still holds."""
+    model, inputs = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM")), batch(9, 9)
+    run = model if call == "forward" else model.generate
+    mask = (torch.arange(9) < 4).long().expand(2, -1)
+    with instruction_scope(mask):
+        expected = model(**inputs).logits
+        with pytest.raises(TypeError, match=f"`{name}` must be a tensor of {says}"):
+            run(**inputs, **{name: value})
+        assert torch.equal(model(**inputs).logits, expected)
+
+
 def test_contexts_that_take_turns() -> None:
     """Two generators whose contexts overlap: each takes back what it said, and nothing else."""
     masks = [torch.tensor([[i]]) for i in range(3)]
