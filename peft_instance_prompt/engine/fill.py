@@ -42,10 +42,12 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
         running.states[depth] = states
     groups = [group for group in running.groups if depth in group.model.depths]
     if (groups or late) and layout is not None and (states.dim() != 3 or states.shape[:2] != layout.order.shape):
+        adds_tokens = states.dim() == 3 and len(states) == len(layout.order)
+        cure = "It adds tokens of its own; choose another base model."
         raise ValueError(
             f"The layers of {info.name!r} take states of shape {tuple(states.shape)}, where its input has "
-            f"{tuple(layout.order.shape)} positions: prompts cannot be written between them. Use a method that writes to the input "
-            "only, such as IPT or S-IDPG."
+            f"{tuple(layout.order.shape)} positions: prompts cannot be written between them. "
+            + (cure if adds_tokens else "Use a method that writes to the input only, such as IPT or S-IDPG.")
         )
     flash = running.attention.startswith("flash_attention")
     hides = (late and (depth < late[-1] or flash)) or (running.segment_ids is not None and not flash)

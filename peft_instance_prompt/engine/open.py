@@ -99,6 +99,8 @@ def last_states(
     stack: PreTrainedModel, call: dict[str, Any], text: Text, response: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The last hidden states (B, S, d) of the stack without prompts, in which no instruction token sees the `response` (B, S)."""
+    if call.get("inputs_embeds") is not None:  # some stacks add positions where the embeddings lie
+        call = {**call, "inputs_embeds": call["inputs_embeds"].clone()}  # (B, S, e)
     if text.packing is None:
         return run_plain(stack, call, None if response is None else response.long())
     segment_ids = text.packing.segment_ids  # (B, S)

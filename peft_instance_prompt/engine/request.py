@@ -172,7 +172,9 @@ def check_kinds(said: Mapping[str, Any]) -> None:
         value = said.get(name)
         fits = isinstance(value, torch.Tensor) and value.is_floating_point() == (kind == "floats")
         if value is not None and not (fits and (kind != "integers" or value.dtype != torch.bool)):
-            raise TypeError(f"`{name}` must be a tensor of {kind}, got {getattr(value, 'dtype', type(value).__name__)}.")
+            raise TypeError(
+                f"`{name}` must be a tensor of {kind}, got {getattr(value, 'dtype', type(value).__name__)}."
+            )
 
 
 # A context variable and not an attribute of some module: threads that share a model must not share a request.

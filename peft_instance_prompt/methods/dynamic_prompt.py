@@ -433,7 +433,7 @@ class DynamicPromptGenerator(PromptGenerator):
         places = (front, end, self.config.order)
         known = (weights.to(widened.device), prompts.detach(), embeds.detach(), *places)
         if layout.all_used:
-            return attach_position_gradient(widened, *known)
+            return attach_position_gradient(widened, *known).clone()  # no view: some stacks add positions in place
         # Unused slots stand at an edge of the row, whatever the position. Move them to its end.
         unused = torch.zeros_like(layout.order, dtype=torch.bool).scatter(1, layout.slot_index, ~layout.used)  # (B, N)
         index = unused.int().argsort(dim=1, stable=True)  # (B, N)

@@ -123,6 +123,27 @@ def test_a_stack_that_adds_tokens() -> None:
         model(IDS, pixel_values=noise(2, 3, 8, 8), instruction_mask=MASK)
 
 
+@pytest.mark.parametrize("method", ["iapt", "dynamic_prompt"])
+def test_a_stack_that_adds_tokens_in_training(method: str) -> None:
+    """No method fits, and none is named as a cure. It adds positions where the embeddings lie, which gradients must bear."""
+    model = adapted(git(), METHODS[method](task_type="CAUSAL_LM")).train()
+    says = "adds tokens of its own[,;] (and where the slots stand is not known|choose another base model)"
+    with pytest.raises(ValueError, match=says):
+        model(IDS, pixel_values=noise(2, 3, 8, 8), instruction_mask=MASK)
+    model(IDS, instruction_mask=MASK).logits.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["idpg", "dynamic_prompt"])
+def test_a_stack_that_changes_its_embeddings_where_they_lie(method: str) -> None:
+    """The pass without prompts, which comes first, leaves the caller's as they are."""
+    model = adapted(git(), METHODS[method](task_type="CAUSAL_LM"))
+    embeds = model.get_input_embeddings()(IDS)
+    expected = model(IDS, instruction_mask=MASK).logits
+    assert_same(model(inputs_embeds=embeds.clone(), instruction_mask=MASK).logits, expected)
+
+
 # -------------------------------------------------------------------------------------------- heads that lie elsewhere
 
 
