@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,7 @@ pytest.register_assert_rewrite(
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from methods import KINDS, METHODS, SKIPS, SPANNING  # noqa: E402
+from peft import mapping  # noqa: E402
 from tiny import native_refuses  # noqa: E402
 
 
@@ -60,3 +62,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_mappings() -> Iterator[None]:
+    """What is registered in a test is forgotten after it."""
+    mappings = [value for name, value in vars(mapping).items() if name.startswith("PEFT_TYPE_TO_")]
+    before = [dict(value) for value in mappings]
+    yield
+    for value, kept in zip(mappings, before):
+        value.clear()
+        value.update(kept)

@@ -280,10 +280,8 @@ class NeedyGenerator(PromptGenerator):
         return weights["prompts"]
 
 
-register_method("needy_prompt", NeedyConfig, NeedyGenerator)
-
-
-def test_a_required_field_beside_exclude_modules() -> None:
+def test_a_required_field_beside_exclude_modules(own_mappings) -> None:
+    register_method("needy_prompt", NeedyConfig, NeedyGenerator)
     config = NeedyConfig(style="x", task_type="SEQ_2_SEQ_LM", exclude_modules=["decoder"])
     model = get_peft_model(tiny.pair("bart"), config)
     layers = [name for name, module in model.named_modules() if isinstance(module, InstancePromptLayer)]

@@ -199,17 +199,6 @@ class RefusedConfig(InstancePromptConfig):
         raise ValueError("`task_type` is not\nknown.")
 
 
-@pytest.fixture
-def own_mappings() -> Iterator[None]:
-    """What is registered in a test is forgotten after it."""
-    mappings = [value for name, value in vars(mapping).items() if name.startswith("PEFT_TYPE_TO_")]
-    before = [dict(value) for value in mappings]
-    yield
-    for value, kept in zip(mappings, before):
-        value.clear()
-        value.update(kept)
-
-
 def test_a_method_from_outside_is_checked_too(own_mappings):
     registry.register_method("seventh", SeventhConfig, SeventhGenerator)
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[registry.add_peft_type("REFUSED")] = RefusedConfig
