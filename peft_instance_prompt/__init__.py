@@ -1,14 +1,17 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Soft prompts that are generated from the input instance, as PEFT adapters. Importing the package registers them."""
+"""Adapters that read the instruction once, at prefill, for PEFT: soft prompts that are generated from it, and edits of its states.
+
+Importing the package registers them.
+"""
 
 from importlib import import_module
 from typing import Any
 
 from .adapter_files import guard_loading, guard_saving
 from .attaching import guard_attaching
-from .config import InstancePromptConfig
+from .config import InstanceConfig, InstancePromptConfig
 from .engine.calls import warn_of_untested_release
 from .engine.request import instruction_scope
 from .methods import (
@@ -25,6 +28,8 @@ from .methods import (
     IPTModel,
     LPTConfig,
     LPTModel,
+    PreFTConfig,
+    PreFTModel,
 )
 from .model_card import teach_peft
 from .registry import register_method
@@ -57,11 +62,11 @@ def __dir__() -> list[str]:
 
 
 warn_of_untested_release()
-teach_peft(InstancePromptConfig)
-guard_attaching(InstancePromptConfig)
-guard_loading(InstancePromptConfig)
-guard_saving(InstancePromptConfig)
-carry_task_ids(InstancePromptConfig)
+teach_peft(InstanceConfig)
+guard_attaching(InstanceConfig)
+guard_loading(InstanceConfig)
+guard_saving(InstanceConfig)
+carry_task_ids(InstanceConfig)
 
 __all__ = [
     "Choices",
@@ -75,10 +80,13 @@ __all__ = [
     "IDSPAMModel",
     "IPTConfig",
     "IPTModel",
+    "InstanceConfig",
     "InstanceEmbedsCollator",
     "InstancePromptConfig",
     "LPTConfig",
     "LPTModel",
+    "PreFTConfig",
+    "PreFTModel",
     "add_instance_embeds",
     "encode_prompt_embeds",
     "instance_report",

@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from . import __version__, commands
 from .adapter_files import check_files, check_tensors, read_kind
 from .attaching import PREFIX, expected_tensors, make_generator
-from .config import InstancePromptConfig
+from .config import InstanceConfig
 from .engine.stack import StackInfo
-from .generator import PromptGenerator
+from .generator import InstanceGenerator
 from .nn.rational import GELU_FITS
 from .tools import doctor
 
@@ -128,7 +128,7 @@ def count(mask: torch.Tensor) -> int:
     return int(mask.sum())
 
 
-def read_config(folder: Path) -> InstancePromptConfig:
+def read_config(folder: Path) -> InstanceConfig:
     """The config in a folder. Raises a ValueError if there is none, or its method is none of this package's."""
     file = folder / CONFIG_NAME
     kind = read_kind(folder)
@@ -136,9 +136,7 @@ def read_config(folder: Path) -> InstancePromptConfig:
         raise ValueError(
             f"{folder} is no adapter's folder: it holds no {CONFIG_NAME}. Name what `save_pretrained` wrote."
         )
-    own = {
-        name.value: cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, InstancePromptConfig)
-    }
+    own = {name.value: cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, InstanceConfig)}
     if kind not in own:
         raise ValueError(f"{folder} holds an adapter of the type {kind!r}, which is none of {sorted(own)}.")
     try:
@@ -158,7 +156,7 @@ def read_config(folder: Path) -> InstancePromptConfig:
 WIDTHS = (((1, 1), (1, 1)), ((2, 2), (3, 3)), ((2, 1), (3, 1)), ((1, 2), (1, 3)))
 
 
-def guess(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_size: int = 64) -> PromptGenerator:
+def guess(config: InstanceConfig, e: int = 1, o: int = 1, vocab_size: int = 64) -> InstanceGenerator:
     """The adapter's generator, without values, for a stack of which only what the config says is known."""
     d = config.hidden_size
     sizes = {"hidden_size": d, "embedding_size": d * e, "output_size": d * o, "vocab_size": vocab_size}
@@ -166,7 +164,7 @@ def guess(config: InstancePromptConfig, e: int = 1, o: int = 1, vocab_size: int 
     return make_generator(config, StackInfo(**{**{f.name: None for f in fields(StackInfo)}, **known, **sizes}))
 
 
-def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor], source: str) -> list[str]:
+def check_weights(config: InstanceConfig, weights: dict[str, torch.Tensor], source: str) -> list[str]:
     """The names of the stacks that the weights are for. Raises a ValueError if the weights do not fit the config."""
     mark = f".{PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix}generator."
     stacks = sorted({key.removeprefix(PREFIX).partition(mark)[0].rpartition(".")[0] for key in weights if mark in key})
@@ -188,7 +186,7 @@ def check_weights(config: InstancePromptConfig, weights: dict[str, torch.Tensor]
     raise complaints[0]
 
 
-def is_declared(config: InstancePromptConfig, key: str) -> bool:
+def is_declared(config: InstanceConfig, key: str) -> bool:
     """Whether a tensor belongs to one of the config's `modules_to_save`, which are ends of names, or `saved_embedding_layers`."""
     parts = key.removeprefix(PREFIX).split(".")
     modules = [".".join(parts[:n]) for n in range(1, len(parts))]

@@ -22,11 +22,7 @@ import hashlib
 import inspect
 import json
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,17 +44,17 @@ from .attaching import (
     is_whole,
     mark_as_loading,
     settle,
+    taken_out_on_error,
 )
+from .files import read_kind, staged
 
 
 if TYPE_CHECKING:
     from peft.peft_model import PeftModel
 
-    from .config import InstancePromptConfig
+    from .config import InstanceConfig
 
 SHOWN = 3  # how many names an error tells of each kind
-STAGE = ".saving-"
-LEFT_OVER = 3600  # seconds after which the files of a killed writer are removed
 # What a `PeftModel` for a task adds to the `modules_to_save` of its adapters.
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -68,25 +64,6 @@ HEADS = {
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-
-
-def read_kind(folder: Path) -> str | None:
-    """The `peft_type` that a folder's config names; None if it has no config.
-
-    Raises:
-        ValueError: The config is no JSON object with a `peft_type`.
-    """
-    file = folder / CONFIG_NAME
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no adapter's config: {error!r}.") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    if not isinstance(kind, str):
-        raise ValueError(f"{file} is no adapter's config: its `peft_type` must be a text, got {kind!r}.")
-    return kind
 
 
 def check_files(folder: Path) -> None:
@@ -205,40 +182,6 @@ def fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-@contextmanager
-def staged(folder: str | os.PathLike, *kept: str) -> Iterator[Path]:
-    """A new folder to write into. When the block ends, each of its files replaces that of `folder`, a config after the weights.
-
-    The files `kept` are to be changed and not written anew; they are copied first. A ValueError if `folder` is a file.
-    """
-    folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(STAGE + "*"):
-        with suppress(FileNotFoundError):  # another writer's, who is done
-            if time.time() - old.stat().st_mtime > LEFT_OVER:
-                shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=STAGE, dir=folder) as outer:
-        stage = Path(outer, "files")  # not `outer`: Trainer takes a folder with weights in it for another adapter's
-        stage.mkdir()
-        for name in kept:
-            if (folder / name).is_file():
-                (stage / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(folder / name, stage / name)
-        yield stage
-        files = {file: folder / file.relative_to(stage) for file in stage.rglob("*") if file.is_file()}
-        for target in files.values():
-            target.parent.mkdir(parents=True, exist_ok=True)
-        for file in sorted(files, key=_turn):
-            os.replace(file, files[file])
-
-
-def _turn(file: Path) -> tuple[Path, bool, bool]:
-    """When a file's turn is. An adapter's config comes right after its weights: between, the adapter cannot be loaded."""
-    return file.parent, file.name == CONFIG_NAME, file.name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-
-
 def seal(folder: Path, embeddings: list[str]) -> None:
     """Write two facts about the finished weights into the config beside them: their digest, and the embeddings among them.
 
@@ -304,7 +247,7 @@ def _guarded(save: Any, config_cls: type[PeftConfig], native: bool) -> Any:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstancePromptConfig | None:
+def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstanceConfig | None:
     """The config in a folder or on the hub; None if it belongs to another package.
 
     A ValueError if there is none, or none that can be read. The arguments are as for [`~peft.PeftConfig.from_pretrained`].
@@ -319,7 +262,7 @@ def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstancePromp
 
 def check_fit(
     source: str,
-    config: InstancePromptConfig,
+    config: InstanceConfig,
     weights: Mapping[str, torch.Tensor],
     model: nn.Module,
     adapter_name: str,
@@ -368,8 +311,6 @@ def guard_loading(config_cls: type) -> None:
 
 
 def _guard_from_pretrained(build: Any, config_cls: type) -> Any:
-    from .model import taken_out_on_error
-
     @functools.wraps(build)
     def from_pretrained(
         cls, model, model_id, adapter_name="default", is_trainable=False, config=None, *args, **kwargs
@@ -388,8 +329,6 @@ def _guard_from_pretrained(build: Any, config_cls: type) -> Any:
 
 
 def _guard_load_adapter(load: Any, config_cls: type) -> Any:
-    from .model import taken_out_on_error
-
     @functools.wraps(load)
     def load_adapter(self, model_id, adapter_name, *args, **kwargs):
         own = self.peft_config.get(adapter_name)
@@ -419,8 +358,6 @@ def _guard_load_adapter(load: Any, config_cls: type) -> Any:
 
 
 def _guard_native(load: Any, config_cls: type) -> Any:
-    from .model import taken_out_on_error
-
     @functools.wraps(load)
     def load_adapter(
         self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, *args, **kwargs

@@ -10,24 +10,24 @@ import functools
 import inspect
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import psutil
 import torch
+from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, PeftType, TaskType
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftType, TaskType
 from torch import nn
 
+from .config import InstanceConfig
+from .engine.layer import InstancePromptLayer
+from .engine.stack import StackInfo, walk
+from .generator import InstanceGenerator
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-    from .config import InstancePromptConfig
-    from .engine.stack import StackInfo
-    from .generator import PromptGenerator
 
 # The sizes of the adapter's stack that a config keeps.
 SIZES = ("hidden_size", "num_layers", "vocab_size")
@@ -97,7 +97,7 @@ def mark_as_loading(config: Any) -> Any:
     return config
 
 
-def settle(config: InstancePromptConfig) -> None:
+def settle(config: InstanceConfig) -> None:
     """Take the mark off the config of an adapter that is loaded, and clear what describes the file."""
     config.__dict__.pop(_TAKEN, None)
     config.weights_digest = config.saved_embedding_layers = None
@@ -116,8 +116,6 @@ def guard_attaching(config_cls: type) -> None:
 
 
 def _guarded(method: Callable, config_cls: type) -> Callable:
-    from .model import taken_out_on_error
-
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -189,7 +187,7 @@ def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: nn.Modul
                 )
 
 
-def make_generator(config: InstancePromptConfig, info: StackInfo) -> PromptGenerator:
+def make_generator(config: InstanceConfig, info: StackInfo) -> InstanceGenerator:
     """The generator of an adapter, without values: on the device `"meta"`.
 
     Raises:
@@ -211,13 +209,13 @@ class Expected(NamedTuple):
 
 
 def expected_tensors(
-    config: InstancePromptConfig, generators: Mapping[str, Sequence[PromptGenerator]], base: nn.Module | None = None
+    config: InstanceConfig, generators: Mapping[str, Sequence[InstanceGenerator]], base: nn.Module | None = None
 ) -> dict[str, Expected]:
     """The tensors of an adapter's file, by name.
 
     Args:
-        config (`InstancePromptConfig`): The adapter's config.
-        generators (`Mapping[str, Sequence[PromptGenerator]]`): By the name of each stack, a generator without values. Several,
+        config (`InstanceConfig`): The adapter's config.
+        generators (`Mapping[str, Sequence[InstanceGenerator]]`): By the name of each stack, a generator without values. Several,
             where the base model is not known: a size that differs between them is not known either.
         base (`nn.Module`, *optional*): The base model, for the tensors of `modules_to_save` and of saved embeddings. Without it, no
             such tensors are among those expected.
@@ -236,13 +234,13 @@ def expected_tensors(
     return expected
 
 
-def generator_path(config: InstancePromptConfig, stack: str) -> str:
+def generator_path(config: InstanceConfig, stack: str) -> str:
     """Where the generator of a stack lies in the base model; below it come the adapters' names, but not in a file."""
     prefix = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix
     return f"{stack}.{prefix.removesuffix('_')}.{prefix}generator".removeprefix(".")
 
 
-def saved_modules(config: InstancePromptConfig, base: nn.Module) -> dict[str, nn.Module]:
+def saved_modules(config: InstanceConfig, base: nn.Module) -> dict[str, nn.Module]:
     """The modules of a base model that are saved in full with an adapter, by name: its `modules_to_save`, and embeddings."""
     ends = tuple(config.modules_to_save or ())
     embeddings = set(embedding_names(base)).intersection(config.saved_embedding_layers or ())
@@ -279,19 +277,20 @@ def embedding_names(model: torch.nn.Module) -> list[str]:
     ]
 
 
-def sizes(config: PeftConfig) -> str:
-    return f"`num_virtual_tokens` {config.num_virtual_tokens}, `bottleneck_dim` {config.bottleneck_dim}"
+def sizes(config: InstanceConfig) -> str:
+    """The sizes of an adapter that its config sets, for messages."""
+    return ", ".join(f"`{name}` {getattr(config, name)}" for name in config.sized_by)
 
 
-def check_memory(generator: PromptGenerator, config: PeftConfig, width: int) -> None:
+def check_memory(generator: InstanceGenerator, config: InstanceConfig, width: int) -> None:
     """Raise a ValueError if an adapter, with one prompt of it, is larger than this machine's memory.
 
     Args:
-        generator (`PromptGenerator`): From [`make_generator`].
-        config (`PeftConfig`): The config that it was made from.
+        generator (`InstanceGenerator`): From [`make_generator`].
+        config (`InstanceConfig`): The config that it was made from.
         width (`int`): The width of a prompt vector.
     """
-    prompt = 4 * width * config.num_virtual_tokens
+    prompt = 4 * width * generator.num_slots
     size = prompt + sum(tensor.nbytes for tensor in chain(generator.parameters(), generator.buffers()))
     if size > (memory := psutil.virtual_memory().total):
         raise ValueError(
@@ -308,7 +307,7 @@ def matches(names: Union[str, Sequence[str]], info: StackInfo) -> bool:
     return any(name == wanted or name.endswith("." + wanted) for name in own for wanted in names)
 
 
-def check_sizes(config: InstancePromptConfig, info: StackInfo) -> None:
+def check_sizes(config: InstanceConfig, info: StackInfo) -> None:
     """Raise a ValueError if the adapter was made for a stack of another size."""
     for name in SIZES:
         wanted, found = getattr(config, name, None), getattr(info, name)
@@ -323,7 +322,7 @@ def check_sizes(config: InstancePromptConfig, info: StackInfo) -> None:
         raise ValueError(f"`layers_to_transform` must lie in 0..{info.num_layers - 1} for this model, got {outside}.")
 
 
-def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo], model: Optional[nn.Module] = None) -> None:
+def check_task(config: InstanceConfig, infos: Sequence[StackInfo], model: Optional[nn.Module] = None) -> None:
     """Raise a ValueError if the task is not one that the model is for, or that PEFT cannot wrap the model for."""
     task = config.task_type
     pair = any(info.encoder_of_pair or info.decoder_of_pair for info in infos)
@@ -353,3 +352,51 @@ def check_task(config: InstancePromptConfig, infos: Sequence[StackInfo], model: 
             f"`task_type` {task!s} needs a base model that generates, and {type(model).__name__} has no "
             "`prepare_inputs_for_generation`. Leave `task_type` out: the labels that its forward gets tell the instruction."
         )
+
+
+def remove_layer(model: Any, name: str, layer: InstancePromptLayer) -> None:
+    """Take a layer and its hooks out of the base model."""
+    stack_name, _, own = name.rpartition(".")
+    stack = model.get_submodule(stack_name)
+    layer.remove_hooks(model, stack, model.get_submodule(layer.info.layers_name))
+    delattr(stack, own)
+
+
+@contextmanager
+def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
+    """If the block raises, take the adapter that it has added to a base model out again. Older adapters are active as before.
+
+    All refusals come before anything is changed. This is for what fails in the midst: no memory is left, or an interrupt.
+    """
+    kinds = (InstancePromptLayer, ModulesToSaveWrapper)
+    active = {module: module._active_adapter for _, module in walk(model) if isinstance(module, kinds)}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configs = getattr(model, "peft_config", None)  # PEFT writes into a dict that the base model may share
+    known = dict(configs or {})
+    try:
+        yield
+    except BaseException:
+        if adapter_name in known:  # what has failed was to take an adapter's place, as a hot swap does
+            raise
+        attached: list[tuple[str, Any]] = [pair for pair in walk(model) if isinstance(pair[1], kinds)]
+        for name, module in reversed(attached):
+            parent, _, own = name.rpartition(".")
+            if module in active:
+                module._active_adapter = active[module]
+                adapters = getattr(module, module.adapter_layer_names[0])
+                if adapter_name in adapters:
+                    del adapters[adapter_name]
+            elif isinstance(module, InstancePromptLayer):
+                remove_layer(model, name, module)
+            else:
+                setattr(model.get_submodule(parent), own, module.original_module)
+        for parameter, value in trained:
+            parameter.requires_grad = value
+        if configs is None:
+            vars(model).pop("peft_config", None)
+        else:
+            configs.clear()
+            configs.update(known)
+        if not known:
+            vars(model).pop("_hf_peft_config_loaded", None)  # transformers sets it before it attaches
+        raise

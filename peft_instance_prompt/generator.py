@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The contract between the engine and a method: a generator turns instances into prompt vectors.
+"""The contract between the engine and a method: a generator turns instances into prompt vectors, or into edits of their tokens.
 
-A generator never sees rows, padding, responses or slots. It sees G instances, each with the states of its own instruction tokens,
-and returns l vectors for each. The engine finds the instances and puts the vectors into their slots.
+A generator never sees rows, padding, responses or slots. It sees G instances, each with the states of its own instruction tokens.
+A [`PromptGenerator`] returns l vectors for each, which the engine puts into slots; an [`EditGenerator`] returns what the engine adds to
+these states.
 
 Shapes: G instances, n instruction tokens, l prompt vectors, D depths, w the width of the states (d of the layers, e of the embeddings), k
 the width of an instance vector.
@@ -19,15 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .config import InstancePromptConfig
+from .config import InstanceConfig
 from .engine.layout import Layout
 from .engine.stack import StackInfo
 from .nn.pooling import rms
 from .text_start import TextStart
 
 
-# The fields of all configs that `encode`, `place` and `generate` read, beside a method's own fields.
-READ = ("num_virtual_tokens", "bottleneck_dim", "prompt_position", "separator_id", "init_weights", "condition")
 INPUT = -1  # the depth of the input embeddings; layers count from 0
 
 
@@ -38,7 +37,7 @@ class Instances(NamedTuple):
         states (`torch.Tensor`): Shape (G, n, w). The input of the layer, or the input embeddings, at the instruction's tokens.
         mask (`torch.BoolTensor`): Shape (G, n). False where an instance has fewer tokens.
         base_state (`torch.Tensor`): Shape (G, 1, w), detached. The state that a fresh prompt copies: that of the first token, or, for slots
-            behind the instruction of a causal model, that of the last instruction token.
+            behind the instruction of a causal model, that of the last instruction token. Empty, (G, 0, w), for an [`EditGenerator`].
         vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of [`PromptGenerator.encode`]. Default: none.
     """
 
@@ -91,62 +90,41 @@ class Placement(NamedTuple):
 Weights = Mapping[str, torch.Tensor]
 
 
-class PromptGenerator(TextStart):
-    """Base class of the generators.
+class InstanceGenerator(nn.Module):
+    """Base class of the generators of all methods. A method derives from [`PromptGenerator`] or [`EditGenerator`].
 
-    Every parameter that `generate` reads is an attribute of the generator itself. Its first dimension goes over the depths that do not
-    share it; two or more dimensions follow: a matrix is (D, a, b), a vector (D, 1, a). [`index_at`] says which entry of each parameter
-    belongs to a depth. `generate` gets these entries as `weights`, and computes with `@`, `+` and `*`, which broadcast: in a mixed batch,
-    each weight has a dimension over the instances in front. Parameters that only `encode` reads lie in submodules.
+    Every parameter that the generator reads at a depth is an attribute of the generator itself. Its first dimension goes over the depths
+    that do not share it; two or more dimensions follow: a matrix is (D, a, b), a vector (D, 1, a). [`index_at`] says which entry of each
+    parameter belongs to a depth. The generator gets these entries as `weights`, and computes with `@`, `+` and `*`, which broadcast: in a
+    mixed batch, each weight has a dimension over the instances in front. Parameters that only `encode` reads lie in submodules.
 
     Args:
-        config (`InstancePromptConfig`): The adapter's config.
+        config (`InstanceConfig`): The adapter's config.
         info (`StackInfo`): Facts about the stack.
-        depths (`Iterable[int]`, *optional*): Where prompts are generated. Defaults to the config's `layers_to_transform`.
+        depths (`Iterable[int]`, *optional*): Where the adapter writes. Defaults to the config's `layers_to_transform`.
 
     Attributes:
-        depths (`tuple[int]`): Where prompts are generated: layer numbers, and `INPUT` for the input embeddings.
-        adds (`bool`): Whether the vectors are added to the states in the slots of a layer's input. False, the default: they replace these
-            states. At `INPUT` they always replace them.
+        depths (`tuple[int]`): Where the adapter writes: layer numbers, and `INPUT` for the input embeddings.
+        num_slots (`int`): l, the number of slots of an instance. 0: the adapter has none.
+        edits (`bool`): Whether the adapter adds to the states of the instruction's tokens.
         first_visible_layer (`int`): The first layer that sees the slots. Defaults to 0. Layers below it run as if there were no slots:
             their attention does not see the slots, and the slots move no position ids.
-        num_slots (`int`): l.
-        copies_last (`bool`): Whether `base_state` is that of the last instruction token, since the slots stand behind it and the next
-            token is predicted at the last slot.
-        paper (`bool`): Whether the generated part is the whole prompt, added to no state: `init_weights="paper"`.
-        constant_condition (`bool`): Whether all instances get the same prompts: `condition="constant"`.
-        feeds_constant (`bool`): Whether the base class provides the constant: l learned states (D, l, w), which `generate` gets in place
-            of the instance's. Defaults to True. A method with `encode`, or with a cheaper constant, sets it to False and provides its own.
-        places_by_vector (`bool`): Whether `place` reads the output of `encode`. Defaults to False.
-
-    Raises:
-        TypeError: With `feeds_constant`, the class defines `encode` or reads states of several widths.
+        from_text (`bool`): Whether the prompt begins as a text, `init_text`.
+        defines (`str`): The name of the method that a subclass defines.
     """
 
-    adds = False
+    num_slots = 0
+    edits = False
     first_visible_layer = 0
-    feeds_constant = True
-    places_by_vector = False
+    from_text = False
+    defines = "forward"
 
     def __init__(self, config: Any, info: StackInfo, depths: Iterable[int] | None = None):
         super().__init__()
         self.config = config
-        self.num_slots: int = config.num_virtual_tokens
-        self.paper: bool = config.init_weights == "paper"
         self.causal = info.causal
-        self.copies_last: bool = info.causal and config.prompt_position == "end"
         self.depths: tuple[int, ...] = tuple(sorted(chosen_layers(config, info) if depths is None else depths))
         self._index: dict[int, dict[str, int]] = {}
-        self.add_text(config, self.depths, info)
-        self.constant_condition: bool = config.condition == "constant"
-        if self.constant_condition and self.feeds_constant:
-            widths = {info.embedding_size if depth == INPUT else info.hidden_size for depth in self.depths}
-            if len(widths) > 1 or type(self).encode is not PromptGenerator.encode:
-                raise TypeError(
-                    f"{type(self).__name__} must set `feeds_constant = False` and learn a constant of its own for "
-                    f"`condition='constant'`, as it has `encode` or reads states of several widths: {sorted(widths)}."
-                )
-            self.constant = nn.Parameter(torch.randn(len(self.depths), self.num_slots, *widths))  # (D, l, w)
 
     def zero_at_start(self, *last: nn.Parameter) -> None:
         """Start the generated part at zero if `init_weights=True`. Call it at the end of `__init__`.
@@ -174,6 +152,119 @@ class PromptGenerator(TextStart):
         """
         return None
 
+    def index_at(self, depth: int) -> dict[str, int]:
+        """The index along the first dimension of each parameter that the generator reads at a depth, by name.
+
+        Default: that of the depth, or 0 for a parameter with one entry, which all depths share.
+        """
+        at = self.depths.index(depth)
+        return {name: at if len(p) > 1 else 0 for name, p in self.named_parameters(recurse=False)}
+
+    def rows_at(self, depth: int) -> dict[str, int]:
+        """The name of [`index_at`] up to 0.2.0. Generators that define this one work as before."""
+        return self.index_at(depth)
+
+    # --------------------------------------------------------------------------------------------- what the engine calls
+
+    def forward(self, instances: Instances, depth: int, weights: Weights | None = None) -> torch.Tensor:
+        """The output of one depth: prompt vectors (G, l, w), or edits (G, n, w).
+
+        Args:
+            instances (`Instances`): The instances.
+            depth (`int`): The layer, or `INPUT`.
+            weights (`Mapping[str, torch.Tensor]`, *optional*): The parameters of this depth, by name. Default: the generator's own.
+        """
+        raise NotImplementedError
+
+    def weights(
+        self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The parameters of one depth, by name; taken from `unbound`, the output of `unbind`, if it is given."""
+        index = self._full_index_at(depth).items()
+        return {name: (getattr(self, name) if unbound is None else unbound[name])[at] for name, at in index}
+
+    def unbind(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """The parameters that the generator reads at its depths, unbound along their first dimension: backward costs less than that of an index."""
+        names = {name for depth in self.depths for name in self._full_index_at(depth)}
+        return {name: getattr(self, name).unbind(0) for name in names}
+
+    def _replicate_for_data_parallel(self) -> PromptGenerator:
+        for depth in self.depths:
+            self._full_index_at(depth)  # a replica has no parameters from which to find the index
+        return super()._replicate_for_data_parallel()
+
+    def _full_index_at(self, depth: int) -> dict[str, int]:
+        if depth not in self._index:  # found once, since a batch of many adapters asks often
+            self._index[depth] = {**self.rows_at(depth), **self.text_row(depth)}
+        return self._index[depth]
+
+    def text_row(self, depth: int) -> dict[str, int]:
+        """The name of the buffer with the states of `init_text` at a depth, and their index in it; empty without a text."""
+        return {}
+
+    @property
+    def activation_coefficients(self) -> nn.Parameter | None:
+        """The coefficients (D, 1, 12) of learned rational activations. None, the default: the method has none."""
+        return None
+
+    @property
+    def signature(self) -> tuple:
+        """Generators with equal signatures differ only in their weights, and run together in a mixed batch."""
+        own = (
+            {field.name for field in fields(self.config)}
+            - {field.name for field in fields(InstanceConfig)}
+            - {"init_text"}
+        )
+        read = [(name, repr(getattr(self.config, name))) for name in sorted(own)]
+        return type(self), self.from_text, self.depths, tuple(read), tuple(p.dtype for p in self.parameters())
+
+
+class PromptGenerator(TextStart, InstanceGenerator):
+    """Base class of the generators of prompt vectors, which the engine writes into slots.
+
+    Args:
+        config (`InstancePromptConfig`): The adapter's config.
+        info (`StackInfo`): Facts about the stack.
+        depths (`Iterable[int]`, *optional*): Where prompts are generated. Defaults to the config's `layers_to_transform`.
+
+    Attributes:
+        adds (`bool`): Whether the vectors are added to the states in the slots of a layer's input. False, the default: they replace these
+            states. At `INPUT` they always replace them.
+        copies_last (`bool`): Whether `base_state` is that of the last instruction token, since the slots stand behind it and the next
+            token is predicted at the last slot.
+        paper (`bool`): Whether the generated part is the whole prompt, added to no state: `init_weights="paper"`.
+        constant_condition (`bool`): Whether all instances get the same prompts: `condition="constant"`.
+        feeds_constant (`bool`): Whether the base class provides the constant: l learned states (D, l, w), which `generate` gets in place
+            of the instance's. Defaults to True. A method with `encode`, or with a cheaper constant, sets it to False and provides its own.
+        places_by_vector (`bool`): Whether `place` reads the output of `encode`. Defaults to False.
+
+    Raises:
+        TypeError: With `feeds_constant`, the class defines `encode` or reads states of several widths.
+    """
+
+    adds = False
+    feeds_constant = True
+    places_by_vector = False
+    defines = "generate"
+
+    def __init__(self, config: Any, info: StackInfo, depths: Iterable[int] | None = None):
+        super().__init__(config, info, depths)
+        self.num_slots: int = config.num_virtual_tokens
+        self.paper: bool = config.init_weights == "paper"
+        self.copies_last: bool = info.causal and config.prompt_position == "end"
+        self.add_text(config, self.depths, info)
+        self.constant_condition: bool = config.condition == "constant"
+        if self.constant_condition and self.feeds_constant:
+            widths = {info.embedding_size if depth == INPUT else info.hidden_size for depth in self.depths}
+            if len(widths) > 1 or type(self).encode is not InstanceGenerator.encode:
+                raise TypeError(
+                    f"{type(self).__name__} must set `feeds_constant = False` and learn a constant of its own for "
+                    f"`condition='constant'`, as it has `encode` or reads states of several widths: {sorted(widths)}."
+                )
+            self.constant = nn.Parameter(torch.randn(len(self.depths), self.num_slots, *widths))  # (D, l, w)
+
+    # ------------------------------------------------------------------------------------------- what a method defines
+
     def place(self, mask: torch.Tensor, vector: torch.Tensor | None) -> Placement:
         """Where the slots stand. Default: behind the instruction if `prompt_position="end"`, else before it, and all are used.
 
@@ -193,18 +284,6 @@ class PromptGenerator(TextStart):
             weights (`Mapping[str, torch.Tensor]`): The parameters of this depth, by name.
         """
         raise NotImplementedError
-
-    def index_at(self, depth: int) -> dict[str, int]:
-        """The index along the first dimension of each parameter that `generate` reads at a depth, by name.
-
-        Default: that of the depth, or 0 for a parameter with one entry, which all depths share.
-        """
-        at = self.depths.index(depth)
-        return {name: at if len(p) > 1 else 0 for name, p in self.named_parameters(recurse=False)}
-
-    def rows_at(self, depth: int) -> dict[str, int]:
-        """The name of [`index_at`] up to 0.2.0. Generators that define this one work as before."""
-        return self.index_at(depth)
 
     def start(self, instances: Instances, depth: int) -> torch.Tensor | None:
         """The state (G, 1, w) to which the generated part is added, in units of this state's root mean square. None: there is none."""
@@ -278,39 +357,29 @@ class PromptGenerator(TextStart):
                 generated = start + generated
         return generated.expand(len(instances.mask), -1, -1)  # (G, l, w)
 
-    def weights(
-        self, depth: int, unbound: Mapping[str, tuple[torch.Tensor, ...]] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """The parameters of one depth, by name; taken from `unbound`, the output of `unbind`, if it is given."""
-        index = self._full_index_at(depth).items()
-        return {name: (getattr(self, name) if unbound is None else unbound[name])[at] for name, at in index}
 
-    def unbind(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        """The parameters that `generate` reads, unbound along their first dimension: backward costs less than that of an index."""
-        names = {name for depth in self.depths for name in self._full_index_at(depth)}
-        return {name: getattr(self, name).unbind(0) for name in names}
+class EditGenerator(InstanceGenerator):
+    """Base class of the generators of edits, which the engine adds to the states of the instruction's tokens.
 
-    def _replicate_for_data_parallel(self) -> PromptGenerator:
-        for depth in self.depths:
-            self._full_index_at(depth)  # a replica has no parameters from which to find the index
-        return super()._replicate_for_data_parallel()
+    Which tokens these are depends on their role in the text, see `engine/scope.py`. An edit of a token must depend on this token's own
+    state only: in generation, the instruction may come in several parts.
+    """
 
-    def _full_index_at(self, depth: int) -> dict[str, int]:
-        if depth not in self._index:  # found once, since a batch of many adapters asks often
-            self._index[depth] = {**self.rows_at(depth), **self.text_row(depth)}
-        return self._index[depth]
+    edits = True
+    defines = "edit"
 
-    @property
-    def activation_coefficients(self) -> nn.Parameter | None:
-        """The coefficients (D, 1, 12) of learned rational activations. None, the default: the method has none."""
-        return None
+    def edit(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
+        """What is added to each state: (G, n, w). Where `instances.mask` is False it is not read.
 
-    @property
-    def signature(self) -> tuple:
-        """Generators with equal signatures differ only in their weights, and run together in a mixed batch."""
-        own = {field.name for field in fields(self.config)} - {field.name for field in fields(InstancePromptConfig)}
-        read = [(name, repr(getattr(self.config, name))) for name in sorted({*READ, *own})]
-        return type(self), self.from_text, self.depths, tuple(read), tuple(p.dtype for p in self.parameters())
+        Args:
+            instances (`Instances`): The instances; their states are the layer's input at all n columns of their rows.
+            depth (`int`): The layer.
+            weights (`Mapping[str, torch.Tensor]`): The parameters of this depth, by name.
+        """
+        raise NotImplementedError
+
+    def forward(self, instances: Instances, depth: int, weights: Weights | None = None) -> torch.Tensor:
+        return self.edit(instances, depth, self.weights(depth) if weights is None else weights)  # (G, n, w)
 
 
 def chosen_layers(config: Any, info: StackInfo) -> list[int]:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, Optional, Union
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .adapter_files import check_arrived
@@ -36,16 +36,17 @@ from .attaching import (
     is_taken,
     make_generator,
     matches,
+    remove_layer,
+    taken_out_on_error,
 )
-from .config import PAIR_POSITIONS, InstancePromptConfig
+from .config import InstanceConfig
 from .engine.calls import check_release, check_understood
 from .engine.layer import InstancePromptLayer
 from .engine.plain import states_of_text
 from .engine.request import adapters_of, current_request, note
 from .engine.sharded import whole
 from .engine.stack import StackInfo, describe, embed_ids, stack_of, walk
-from .generator import PromptGenerator
-from .template import find_separator, tokenize_init_text, tokenize_template
+from .generator import InstanceGenerator
 from .text_start import repeat_to
 
 
@@ -53,10 +54,10 @@ class InstancePromptModel(BaseTuner):
     """Base class of the tuners. A method is a config and a generator; its tuner only names them.
 
     Attributes:
-        generator_cls (`type[PromptGenerator]`): The method's generator.
+        generator_cls (`type[InstanceGenerator]`): The method's generator.
     """
 
-    generator_cls: type[PromptGenerator]
+    generator_cls: type[InstanceGenerator]
     tuner_layer_cls = InstancePromptLayer
     target_module_mapping: dict[str, list[str]] = {}  # stacks are found by their structure, not by the model's type
 
@@ -86,18 +87,18 @@ class InstancePromptModel(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in hooks.values():
                 module.register_forward_pre_hook(name_rows, with_kwargs=True)
 
-    def _prepare_adapter_config(self, peft_config: InstancePromptConfig, model_config: dict) -> InstancePromptConfig:
+    def _prepare_adapter_config(self, peft_config: InstanceConfig, model_config: dict) -> InstanceConfig:
         self.prepare(peft_config, self.model, self.peft_config)
         return peft_config
 
     @classmethod
     def prepare(
-        cls, peft_config: InstancePromptConfig, model: nn.Module, adapter_names: Iterable[str]
+        cls, peft_config: InstanceConfig, model: nn.Module, adapter_names: Iterable[str]
     ) -> dict[str, Expected]:
         """Fill in what a config leaves to the base model, and refuse what does not fit before anything of the model is changed.
 
         Args:
-            peft_config (`InstancePromptConfig`): The config of a new adapter.
+            peft_config (`InstanceConfig`): The config of a new adapter.
             model (`nn.Module`): The base model.
             adapter_names (`Iterable[str]`): The names of all adapters of the model, the new one's among them.
 
@@ -115,9 +116,8 @@ class InstancePromptModel(BaseTuner):
         for info in infos:
             layers = model.get_submodule(info.layers_name)
             check_understood(model.get_submodule(info.name), info.name, info.causal, layers)
-        if peft_config.prompt_position is None:
-            peft_config.prompt_position = "after_first" if infos[0].begins_with_special else "before"
         check_task(peft_config, infos, model)
+        peft_config.complete(model, infos)
         generators = {}
         for info in infos:
             check_sizes(peft_config, info)
@@ -128,17 +128,6 @@ class InstancePromptModel(BaseTuner):
             check_memory(generator, peft_config, info.hidden_size)
         expected = expected_tensors(peft_config, generators, model)
         check_tensor_names(adapter_names, expected)
-        if isinstance(peft_config.response_template, str):
-            peft_config.response_template = tokenize_template(peft_config, model)
-        if peft_config.init_text is not None:
-            if any(info.decoder_of_pair for info in infos):
-                raise ValueError(
-                    f"`init_text` must be None in the decoder of an encoder-decoder model, whose states depend on the encoder's "
-                    f"text, got {peft_config.init_text!r}."
-                )
-            peft_config.init_text = tokenize_init_text(peft_config, model, infos[0].vocab_size)
-        if peft_config.prompt_position in PAIR_POSITIONS and peft_config.separator_id is None:
-            peft_config.separator_id = find_separator(peft_config, model)
         for name in SIZES:
             if hasattr(peft_config, name):
                 setattr(peft_config, name, getattr(infos[0], name))
@@ -146,13 +135,13 @@ class InstancePromptModel(BaseTuner):
         return expected
 
     @classmethod
-    def expected_tensors(cls, peft_config: InstancePromptConfig, model: nn.Module) -> dict[str, Expected]:
+    def expected_tensors(cls, peft_config: InstanceConfig, model: nn.Module) -> dict[str, Expected]:
         """The tensors that the file of an adapter of the base model has."""
         infos = find_targets(peft_config, model)
         return expected_tensors(peft_config, {info.name: [make_generator(peft_config, info)] for info in infos}, model)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: InstancePromptConfig, key: str):
+    def _check_target_module_exists(peft_config: InstanceConfig, key: str):
         # `find_targets` has applied `exclude_modules`, and the generator applies `layers_to_transform`. PEFT would apply the one
         # to parts of stacks and pass over a stack because of the other.
         if key in (peft_config.target_modules or ()):
@@ -164,7 +153,7 @@ class InstancePromptModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: InstancePromptConfig,
+        peft_config: InstanceConfig,
         adapter_name: str,
         target: nn.ModuleList,
         target_name: str,
@@ -180,7 +169,7 @@ class InstancePromptModel(BaseTuner):
         infos = describe(self.model) if layer is None else [layer.info]
         (info,) = (info for info in infos if info.layers_name == current_key)
         # In the mode of the stack: an adapter of a model in evaluation must not apply dropout.
-        generator = self.generator_cls(peft_config, info).train(stack.training)
+        generator: Any = self.generator_cls(peft_config, info).train(stack.training)
         weight = stack.get_input_embeddings().weight
         in_memory = weight.device.type != "meta" and not any(p.is_meta for p in generator.parameters())
         if in_memory:
@@ -196,7 +185,6 @@ class InstancePromptModel(BaseTuner):
                 raise ValueError(
                     "`init_text` needs the base model's weights in memory, and some are on the device 'meta'."
                 )
-            assert isinstance(peft_config.init_text, list)  # `_prepare_adapter_config` has made ids of it
             ids = repeat_to(peft_config.init_text, generator.num_slots)
             with whole(stack.parameters()):
                 generator.begin_from_text(states_of_text(stack, layer.info, ids))
@@ -300,7 +288,7 @@ def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     return args, {**kwargs, "adapter_names": [name for name in request.adapter_names for _ in range(repeats)]}
 
 
-def find_targets(peft_config: InstancePromptConfig, model: nn.Module) -> list[StackInfo]:
+def find_targets(peft_config: InstanceConfig, model: nn.Module) -> list[StackInfo]:
     """The stacks of a base model that an adapter is for; a ValueError if there are none."""
     stacks = describe(model)
     if not stacks:
@@ -335,51 +323,3 @@ def names_added(path: str, generator: nn.Module, adapter_names: Iterable[str]) -
         path,
         *(f"{path}.{adapter}{name}" for adapter in adapter_names for name in within),
     ]
-
-
-def remove_layer(model: Any, name: str, layer: InstancePromptLayer) -> None:
-    """Take a layer and its hooks out of the base model."""
-    stack_name, _, own = name.rpartition(".")
-    stack = model.get_submodule(stack_name)
-    layer.remove_hooks(model, stack, model.get_submodule(layer.info.layers_name))
-    delattr(stack, own)
-
-
-@contextmanager
-def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
-    """If the block raises, take the adapter that it has added to a base model out again. Older adapters are active as before.
-
-    All refusals come before anything is changed. This is for what fails in the midst: no memory is left, or an interrupt.
-    """
-    kinds = (InstancePromptLayer, ModulesToSaveWrapper)
-    active = {module: module._active_adapter for _, module in walk(model) if isinstance(module, kinds)}
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs = getattr(model, "peft_config", None)  # PEFT writes into a dict that the base model may share
-    known = dict(configs or {})
-    try:
-        yield
-    except BaseException:
-        if adapter_name in known:  # what has failed was to take an adapter's place, as a hot swap does
-            raise
-        attached: list[tuple[str, Any]] = [pair for pair in walk(model) if isinstance(pair[1], kinds)]
-        for name, module in reversed(attached):
-            parent, _, own = name.rpartition(".")
-            if module in active:
-                module._active_adapter = active[module]
-                adapters = getattr(module, module.adapter_layer_names[0])
-                if adapter_name in adapters:
-                    del adapters[adapter_name]
-            elif isinstance(module, InstancePromptLayer):
-                remove_layer(model, name, module)
-            else:
-                setattr(model.get_submodule(parent), own, module.original_module)
-        for parameter, value in trained:
-            parameter.requires_grad = value
-        if configs is None:
-            vars(model).pop("peft_config", None)
-        else:
-            configs.clear()
-            configs.update(known)
-        if not known:
-            vars(model).pop("_hf_peft_config_loaded", None)  # transformers sets it before it attaches
-        raise

@@ -12,8 +12,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
-from .config import InstancePromptConfig
-from .generator import PromptGenerator
+from .config import InstanceConfig
+from .generator import EditGenerator, InstanceGenerator, PromptGenerator
 from .model import InstancePromptModel
 
 
@@ -52,14 +52,14 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def register_method(
-    name: str, config_cls: type[InstancePromptConfig], generator_cls: type[PromptGenerator], doc: str | None = None
+    name: str, config_cls: type[InstanceConfig], generator_cls: type[InstanceGenerator], doc: str | None = None
 ) -> type[InstancePromptModel]:
     """Register a method with PEFT. If PEFT itself has a method of that name, warn and leave PEFT's in place.
 
     Args:
         name (`str`): The method's name in lower case, e.g. `"iapt"`. Configs carry it as `peft_type`, in upper case.
-        config_cls (`type`): Its config, a dataclass derived from [`InstancePromptConfig`].
-        generator_cls (`type`): Its generator, derived from [`PromptGenerator`].
+        config_cls (`type`): Its config, a dataclass derived from [`InstanceConfig`].
+        generator_cls (`type`): Its generator, derived from [`InstanceGenerator`].
         doc (`str`, *optional*): The first paragraph of the tuner class's docstring. Defaults to the generator's first
             paragraph.
 
@@ -88,7 +88,7 @@ def register_method(
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is not None and same_class(known, config_cls):  # its module was imported again
         return PEFT_TYPE_TO_TUNER_MAPPING[member]
-    if known is not None and issubclass(known, InstancePromptConfig):
+    if known is not None and issubclass(known, InstanceConfig):
         raise ValueError(
             f"The method {name!r} is registered already, with the config {known.__module__}.{known.__qualname__}: choose another "
             "name."
@@ -105,24 +105,27 @@ def register_method(
     return model_cls
 
 
-def check_classes(name: str, config_cls: type[InstancePromptConfig], generator_cls: type[PromptGenerator]) -> None:
+def check_classes(name: str, config_cls: type[InstanceConfig], generator_cls: type[InstanceGenerator]) -> None:
     """Raise a TypeError if the classes of a method cannot be its config and its generator."""
-    for what, cls, base in (
-        ("config", config_cls, InstancePromptConfig),
-        ("generator", generator_cls, PromptGenerator),
+    for what, cls, base, usual in (
+        ("config", config_cls, InstanceConfig, "InstancePromptConfig"),
+        ("generator", generator_cls, InstanceGenerator, "PromptGenerator"),
     ):
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise TypeError(
                 f"The {what} of the method {name!r} must be a class derived from `{base.__name__}`, got {cls!r}: write "
-                f"`class {name.title().replace('_', '')}{what.title()}({base.__name__})`."
+                f"`class {name.title().replace('_', '')}{what.title()}({usual})`."
             )
     if not is_dataclass(config_cls) or "__dataclass_fields__" not in vars(config_cls):
         raise TypeError(
             f"{config_cls.__name__}, the config of the method {name!r}, must be a dataclass: put `@dataclass` above it."
         )
-    if generator_cls.generate is PromptGenerator.generate and generator_cls.forward is PromptGenerator.forward:
+    defined = {generator_cls.defines, "forward"}
+    bases = (InstanceGenerator, PromptGenerator, EditGenerator)
+    if all(getattr(generator_cls, one) in [getattr(base, one, None) for base in bases] for one in defined):
         raise TypeError(
-            f"{generator_cls.__name__}, the generator of the method {name!r}, defines no `generate(instances, depth, weights)`."
+            f"{generator_cls.__name__}, the generator of the method {name!r}, defines no "
+            f"`{generator_cls.defines}(instances, depth, weights)`."
         )
 
 
@@ -132,7 +135,7 @@ def same_class(one: type, other: type) -> bool:
 
 
 def make_tuner(
-    name: str, config_cls: type[InstancePromptConfig], generator_cls: type[PromptGenerator], doc: str | None
+    name: str, config_cls: type[InstanceConfig], generator_cls: type[InstanceGenerator], doc: str | None
 ) -> type[InstancePromptModel]:
     """The tuner class of a method. It is named after the generator and belongs to its module, so that it can be pickled."""
     doc = doc or (generator_cls.__doc__ or name).split("\n\n")[0]
@@ -142,4 +145,4 @@ def make_tuner(
         "__module__": generator_cls.__module__,
         "__doc__": TUNER_DOC.format(doc=doc, config=config_cls.__name__, package=config_cls.__module__.split(".")[0]),
     }
-    return type(f"{generator_cls.__name__.removesuffix('Generator')}Model", (InstancePromptModel,), fields)
+    return type(f"{generator_cls.__name__.removesuffix('InstanceGenerator')}Model", (InstancePromptModel,), fields)

@@ -1,7 +1,8 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fields of a config that need a tokenizer: `response_template` and `init_text` given as text, and the separator of two sentences."""
+"""Fields of a config that need a tokenizer: `response_template`, `response_end` and `init_text` given as text, and the separator of
+two sentences."""
 
 from __future__ import annotations
 
@@ -9,30 +10,36 @@ from typing import Any
 
 from torch import nn
 
-from .config import InstancePromptConfig
+
+UNKNOWN = "`{}` is a text, and no tokenizer is known to turn it into token ids: give `tokenizer_name_or_path`, or the ids themselves."
 
 
-def tokenize_template(config: InstancePromptConfig, model: nn.Module) -> list[int]:
-    """The ids of a `response_template` that is a text, or `"chat"`.
+def tokenize_template(config: Any, model: nn.Module) -> tuple[list[int], list[int] | None]:
+    """The ids of a `response_template` that is a text, or `"chat"`; and with `"chat"` those that end an answer, if they can be told.
 
     Raises:
         ValueError: No tokenizer is known, the text has no tokens, or the chat template writes no fixed ids before an answer.
     """
-    name, tokenizer = load_tokenizer(
-        config,
-        model,
-        "`response_template` is a text, and no tokenizer is known to turn it into token ids: give "
-        "`tokenizer_name_or_path`, or the ids themselves.",
-    )
-    if config.response_template == "chat":
-        return chat_template_ids(tokenizer, name)
-    ids = tokenizer(config.response_template, add_special_tokens=False)["input_ids"]
+    if config.response_template != "chat":
+        return tokenize_text(config, model, "response_template"), None
+    name, tokenizer = load_tokenizer(config, model, UNKNOWN.format("response_template"))
+    return chat_template_ids(tokenizer, name)
+
+
+def tokenize_text(config: Any, model: nn.Module, field: str) -> list[int]:
+    """The ids of a text in a field of the config, without special tokens.
+
+    Raises:
+        ValueError: No tokenizer is known, or the text has no tokens.
+    """
+    name, tokenizer = load_tokenizer(config, model, UNKNOWN.format(field))
+    ids = tokenizer(getattr(config, field), add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError(f"`response_template` {config.response_template!r} has no tokens in the tokenizer {name!r}.")
+        raise ValueError(f"`{field}` {getattr(config, field)!r} has no tokens in the tokenizer {name!r}.")
     return list(ids)
 
 
-def find_separator(config: InstancePromptConfig, model: nn.Module) -> int:
+def find_separator(config: Any, model: nn.Module) -> int:
     """The token that the tokenizer writes between two sentences: its `sep_token`, or its `eos_token` if it has none (T5).
 
     Raises:
@@ -53,7 +60,7 @@ def find_separator(config: InstancePromptConfig, model: nn.Module) -> int:
     return found
 
 
-def load_tokenizer(config: InstancePromptConfig, model: nn.Module, complaint: str) -> tuple[str, Any]:
+def load_tokenizer(config: Any, model: nn.Module, complaint: str) -> tuple[str, Any]:
     """Name and tokenizer: the config's, or else the base model's. Raises a ValueError with the complaint if both are unknown."""
     from transformers import AutoTokenizer
 
@@ -63,8 +70,12 @@ def load_tokenizer(config: InstancePromptConfig, model: nn.Module, complaint: st
     return name, AutoTokenizer.from_pretrained(name)
 
 
-def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
-    """The ids that a tokenizer's chat template writes between a user's turn and the assistant's answer."""
+def chat_template_ids(tokenizer: Any, name: str) -> tuple[list[int], list[int] | None]:
+    """The ids that a tokenizer's chat template writes between a user's turn and the assistant's answer; and those that end an answer.
+
+    An answer ends with the first special token in or behind it, with which generation stops; what the template writes behind that token
+    is no part of the answer. None if there is no such token.
+    """
     from jinja2 import TemplateError  # not above: only chat templates need jinja2
 
     if not getattr(tokenizer, "chat_template", None):
@@ -91,10 +102,12 @@ def chat_template_ids(tokenizer: Any, name: str) -> list[int]:
             f"The chat template of the tokenizer {name!r} writes {ids} where an answer is to be generated, and something else before "
             f"an answer that is there: {both}. Give the ids that both have in common as `response_template`."
         )
-    return list(ids)
+    start = next(i for i in range(len(both)) if both[i : i + len(ids)] == ids) + len(ids)
+    special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+    return list(ids), next(([token] for token in both[start:] if token in special), None)
 
 
-def tokenize_init_text(config: InstancePromptConfig, model: nn.Module, vocab_size: int) -> list[int]:
+def tokenize_init_text(config: Any, model: nn.Module, vocab_size: int) -> list[int]:
     """The ids of an `init_text`, without special tokens.
 
     Raises:
@@ -103,15 +116,7 @@ def tokenize_init_text(config: InstancePromptConfig, model: nn.Module, vocab_siz
     """
     ids = config.init_text
     if isinstance(ids, str):
-        name, tokenizer = load_tokenizer(
-            config,
-            model,
-            "`init_text` is a text, and no tokenizer is known to turn it into token ids: give `tokenizer_name_or_path`, or the ids "
-            "themselves.",
-        )
-        ids = tokenizer(ids, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise ValueError(f"`init_text` {config.init_text!r} has no tokens in the tokenizer {name!r}.")
+        ids = tokenize_text(config, model, "init_text")
     ids = list(ids or ())
     if len(ids) > config.num_virtual_tokens:
         raise ValueError(

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from peft_instance_prompt.generator import Instances, PromptGenerator
+from peft_instance_prompt.generator import InstanceGenerator, Instances
 
 
 def native_refuses() -> str | None:
@@ -214,10 +214,10 @@ def adapted(model: torch.nn.Module, config: PeftConfig, name: str = "default", s
     return perturb(get_peft_model(model, config, adapter_name=name), seed).eval()
 
 
-def generator_of(model: torch.nn.Module, adapter: str = "default") -> PromptGenerator:
+def generator_of(model: torch.nn.Module, adapter: str = "default") -> InstanceGenerator:
     """The adapter's generator, of which the model must have one."""
     named = (module for name, module in model.named_modules() if name.endswith("." + adapter))
-    (found,) = (module for module in named if isinstance(module, PromptGenerator))
+    (found,) = (module for module in named if isinstance(module, InstanceGenerator))
     return found
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from ..generator import Instances, PromptGenerator, stack_weights
+from ..generator import InstanceGenerator, Instances, stack_weights
 from .instances import InstanceTokens
 from .intercept import intercepted
 from .layout import Layout, Seats
@@ -27,29 +27,31 @@ class Group:
     The instances stand in the order of their rows, so that a group with all rows of a batch needs no copy of the states.
 
     Attributes:
-        generators (`list[PromptGenerator]`): The adapters.
+        generators (`Sequence[InstanceGenerator]`): The adapters.
         rows (`torch.LongTensor`, *optional*): Shape (G,). The row of each instance; its sequence in a packed batch. None: all of them.
         rows_of (`list[torch.LongTensor]`, *optional*): Per adapter: its instances, as in `rows`. None: one adapter has all of them.
         adapter_of (`list[int]`): Per instance: the index of its adapter in `generators`. Not read if there is one adapter.
         by_row (`torch.LongTensor`, *optional*): Shape (G,). The index that sorts values made adapter by adapter into the order of the
             rows. None: they are in that order.
         selection (`InstanceTokens`, *optional*): The instances' tokens among the positions of the stack.
+        edited (`torch.BoolTensor`, *optional*): Shape (rows, N). The positions of the rows whose states the adapters edit.
         vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of the adapters' `encode`.
         unbound (`dict`): By the index of an adapter, once per pass: whether gradients were on, and its parameters, unbound by depth.
     """
 
-    generators: list[PromptGenerator]
+    generators: Sequence[InstanceGenerator]
     rows: torch.Tensor | None = None
     rows_of: list[torch.Tensor] | None = None
     adapter_of: list[int] = field(default_factory=list)
     by_row: torch.Tensor | None = None
     selection: InstanceTokens | None = None
+    edited: torch.Tensor | None = None
     vector: torch.Tensor | None = None
     unbound: dict[int, tuple[bool, dict]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, generators: list[PromptGenerator], rows_of: list[list[int]], num_rows: int, device: torch.device
+        cls, generators: Sequence[InstanceGenerator], rows_of: list[list[int]], num_rows: int, device: torch.device
     ) -> Group:
         """A group from the rows of each adapter, out of `num_rows`."""
         pairs = [(row, number) for number, rows in enumerate(rows_of) for row in rows]
@@ -63,7 +65,7 @@ class Group:
         )
 
     @property
-    def model(self) -> PromptGenerator:
+    def model(self) -> Any:  # a generator of prompts or of edits
         """The first adapter. Fields that the engine reads are equal in all."""
         return self.generators[0]
 
@@ -77,7 +79,7 @@ class Group:
             return None
         return Group.of([g for g, _ in kept], [own for _, own in kept], len(packing.rows), packing.rows.device)
 
-    def __iter__(self) -> Iterator[tuple[PromptGenerator, torch.Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[InstanceGenerator, torch.Tensor | None]]:
         """Each adapter with its instances; None for all of them."""
         rows_of: Sequence[torch.Tensor | None] = self.rows_of or [None]
         return iter(zip(self.generators, rows_of))
@@ -101,13 +103,28 @@ class Group:
             selection.state_at(states, base).to(device),  # (G, 1, w)
             None if self.vector is None else self.vector.to(device),
         )
-        if weights is None and len(self.generators) > 1:
-            prompts = self._one_by_one(instances, depth)  # (G, l, w)
-        else:
-            prompts = model(instances, depth, weights)  # (G, l, w)
-        prompts = prompts.to(states.device, states.dtype)
+        prompts = self._call(instances, depth, weights).to(states.device, states.dtype)  # (G, l, w)
         fields = {"instances": instances, "selection": selection, "layout": layout, "rows": self.rows}
         return intercepted(prompts, depth=depth, generators=self.generators, **fields)
+
+    def edit(self, states: torch.Tensor, depth: int) -> torch.Tensor:
+        """The states (B, N, d) of a layer's input with the adapters' edits at the positions that are `edited`."""
+        assert self.edited is not None  # the pass has found them
+        weights = None if any(map(managed, self.generators)) else self.weights(depth)
+        device = self._device(weights, states.device)
+        own, mask = pick(states, self.rows).to(device), self.edited.to(device)  # (rows, N, d), (rows, N)
+        instances = Instances(own, mask, own[:, :0].detach(), None if self.vector is None else self.vector.to(device))
+        edits = self._call(instances, depth, weights).to(states.device, states.dtype)  # (rows, N, d)
+        shown = mask.to(states.device, states.dtype)[..., None]  # (rows, N, 1)
+        if self.rows is None:
+            return torch.addcmul(states, edits, shown)  # (B, N, d)
+        return states.index_add(0, self.rows.to(states.device), edits * shown)  # (B, N, d)
+
+    def _call(self, instances: Instances, depth: int, weights: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        """The output of the adapters for their instances."""
+        if weights is None and len(self.generators) > 1:
+            return self._one_by_one(instances, depth)
+        return self.model(instances, depth, weights)
 
     def _device(self, weights: Mapping[str, torch.Tensor] | None, default: torch.device) -> torch.device:
         """The device of the adapters, which may differ from the layer's.
@@ -119,7 +136,7 @@ class Group:
         return next((tensor.device for tensor in known if tensor is not None), default)
 
     def _one_by_one(self, instances: Instances, depth: int) -> torch.Tensor:
-        """The prompt vectors (G, l, w) of managed adapters. Each loads its parameters only when it is called, so they cannot be stacked."""
+        """The output of managed adapters. Each loads its parameters only when it is called, so they cannot be stacked."""
         places = [[i for i, n in enumerate(self.adapter_of) if n == number] for number in range(len(self.generators))]
         made = [
             generator(Instances._make(pick(values, torch.tensor(own)) for values in instances), depth)
@@ -145,13 +162,13 @@ class Group:
         return generator.weights(depth, unbound if made_with_grad == grad else None)
 
 
-def managed(generator: PromptGenerator) -> bool:
+def managed(generator: InstanceGenerator) -> bool:
     """Whether FSDP, DeepSpeed or accelerate's offloading loads the parameters only when the module is called."""
     return bool(generator._forward_pre_hooks) or "_hf_hook" in generator.__dict__
 
 
 @contextmanager
-def in_place(generator: PromptGenerator) -> Iterator[None]:
+def in_place(generator: InstanceGenerator) -> Iterator[None]:
     """Load parameters that accelerate has offloaded, for a block that reads them without calling their module."""
     hooks = [(m, hook) for m in generator.modules() if (hook := m.__dict__.get("_hf_hook")) is not None]
     for module, hook in hooks:
@@ -186,8 +203,16 @@ def put(
     return whole.index_put((rows.to(whole.device)[:, None], columns), values.to(whole.dtype))
 
 
+def names_of_rows(active: Sequence[str], num_rows: int, request: Request) -> list[str | None]:
+    """The name of each row's adapter. None: the row has none, as far as the names tell."""
+    if request.adapter_names is None:
+        return [next(iter(active), None)] * num_rows
+    repeats = request.rows_per_name(num_rows, beams=request.prompt_length is not None)
+    return [None if name == "__base__" else name for name in request.adapter_names for _ in range(repeats)]
+
+
 def group_rows(
-    generators: Mapping[str, PromptGenerator],
+    generators: Mapping[str, InstanceGenerator],
     active: Sequence[str],
     num_rows: int,
     request: Request,
@@ -196,7 +221,7 @@ def group_rows(
     """The adapter groups of a batch; an empty list if no row has an adapter.
 
     Args:
-        generators (`Mapping[str, PromptGenerator]`): The adapters by name.
+        generators (`Mapping[str, InstanceGenerator]`): The adapters by name.
         active (`Sequence[str]`): The names of the active adapters. Read if the request has no `adapter_names`.
         num_rows (`int`): B.
         request (`Request`): The request.

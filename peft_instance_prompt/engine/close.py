@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .cache import SlotCache
+from .cache import SlotCache, length
 from .calls import by_name, cache_of
 from .layout import Layout, SlotTable, take
 from .masks import padding_mask
@@ -45,9 +45,11 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
     Raises:
         ValueError: The stack returned an output in which the slots' places are not known.
     """
-    if running.table is None:  # no adapter, and no slots in the cache
-        return output
     cache, (name, filled) = running.cache, cache_of(output)
+    if running.table is None and running.text is not None and filled is not None:  # the stack has made its cache
+        running.table = running.text.table(length(filled), output.last_hidden_state.device)
+    if running.table is None:  # no adapter, or none that a cache would have to know of
+        return output.to_tuple() if running.as_tuple and running.groups else output
     if (layout := running.layout) is not None:
         check_outputs(output, layout)
         whole = output.last_hidden_state  # (B, N, d)
@@ -73,8 +75,6 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         ):  # their keys belong to the encoder's text, which keeps its slots
             maps = output.cross_attentions
             output.cross_attentions = tuple(m if m is None else take(m, layout.token_index, dim=2) for m in maps)
-        if filled is not None:
-            cache = SlotCache(filled, running.table)
         if info.encoder_of_pair:  # the decoder attends to the slots, so they stay
             kind: Any = type(output)  # no `type[...]`, which mypy does not take for hashable
             output.__class__ = with_slots(kind)
@@ -82,7 +82,9 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
             note_encoder_slots(layout.order, layout.used)
         else:
             output.last_hidden_state = last
-    if output.get("attentions") is not None:
+    if cache is None and filled is not None:
+        cache = SlotCache(filled, running.table)
+    if output.get("attentions") is not None and running.table.num_slots:
         output.attentions = tuple(_strip(maps, running) for maps in output.attentions)
     if filled is not None:
         output[name] = cache

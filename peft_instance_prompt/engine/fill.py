@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Before a layer runs: write this depth's prompt vectors into the slots, and hide from the layer what it must not see.
+"""Before a layer runs: write this depth's prompt vectors into the slots, edit the instruction's tokens, and hide from the layer what it must not see.
 
 It must not see late slots, and in a packed row no token sees a different sequence. A plain pass only collects the layer's input, if
 it is asked to.
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from .batch import put
+from .batch import Group, put
 from .cache import length
 from .calls import LayerCall
-from .layout import fill, take
+from .layout import Layout, fill, take
 from .masks import hide
 from .passes import Pass
 from .stack import StackInfo
@@ -41,20 +41,17 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
     if running.states is not None:
         running.states[depth] = states
     groups = [group for group in running.groups if depth in group.model.depths]
-    if (groups or late) and layout is not None and (states.dim() != 3 or states.shape[:2] != layout.order.shape):
-        adds_tokens = states.dim() == 3 and len(states) == len(layout.order)
-        cure = "It adds tokens of its own; choose another base model."
-        raise ValueError(
-            f"The layers of {info.name!r} take states of shape {tuple(states.shape)}, where its input has "
-            f"{tuple(layout.order.shape)} positions: prompts cannot be written between them. "
-            + (cure if adds_tokens else "Use a method that writes to the input only, such as IPT or S-IDPG.")
-        )
+    if groups or late:
+        check_states(states, info, layout, groups)
     flash = running.attention.startswith("flash_attention")
     hides = (late and (depth < late[-1] or flash)) or (running.segment_ids is not None and not flash)
     if hides and depth not in info.image_layers:
         call = hide_positions(running, info, depth, call)
     in_place = may_overwrite(running, info, depth)
     for group in groups:
+        if group.model.edits:
+            states = group.edit(states, depth)  # (B, N, d)
+            continue
         assert layout is not None and group.selection is not None  # the pass has opened its groups' slots
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
         if group.rows is not None or layout.seats is not None:
@@ -63,6 +60,24 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
             prompts = put(standing, group.rows, prompts, layout.seats)  # (B, L, d)
         states = fill(states, prompts, layout, group.model.adds, in_place)  # (B, N, d)
     return call.with_states(states)
+
+
+def check_states(states: torch.Tensor, info: StackInfo, layout: Layout | None, groups: list[Group]) -> None:
+    """Raise a ValueError if a layer's input has not one state (B, N, d) for each position of the stack."""
+    shapes = [group.edited.shape for group in groups if group.edited is not None and group.rows is None]
+    shapes = [layout.order.shape] if layout is not None else shapes
+    if states.dim() == 3 and all(states.shape[:2] == shape for shape in shapes):
+        return
+    adds_tokens = states.dim() == 3 and all(len(states) == shape[0] for shape in shapes)
+    cure = (
+        "It adds tokens of its own; choose another base model."
+        if adds_tokens
+        else "Use a method that writes to the input only, such as IPT or S-IDPG."
+    )
+    wanted = f", where its input has {tuple(shapes[0])} positions" if shapes else ""
+    raise ValueError(
+        f"The layers of {info.name!r} take states of shape {tuple(states.shape)}{wanted}: prompts cannot be written between them. {cure}"
+    )
 
 
 def may_overwrite(running: Pass, info: StackInfo, depth: int) -> bool:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch import nn
 
 from .cache import SlotCache
 from .calls import cache_of, declared, named
-from .request import OWN_ARGUMENTS, GrowingText, adapters_of, check_kinds, known_of, note
+from .request import OWN_ARGUMENTS, Adapters, GrowingText, adapters_of, check_kinds, known_of, note
 from .wrap import MethodWrapper
+
+
+NUMBERS = count()  # of the calls of `generate` in this process
 
 
 class Generate(MethodWrapper):
@@ -28,7 +32,7 @@ class Generate(MethodWrapper):
         *args, **kwargs: As for the base model.
 
     Raises:
-        ValueError: An argument and the input differ in their number of rows, or `prefill_chunk_size` is set.
+        ValueError: An argument and the input differ in their number of rows, or `prefill_chunk_size` is set and an adapter has slots.
     """
 
     method = "generate"
@@ -36,8 +40,9 @@ class Generate(MethodWrapper):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         model = self.module
         given = {name: kwargs.pop(name, None) for name in OWN_ARGUMENTS}
-        call = named(model, self.method, args, kwargs)
-        if (chunk := setting(model, call, "prefill_chunk_size")) is not None:
+        call, adapters = named(model, self.method, args, kwargs), adapters_of(model)
+        chunk = setting(model, call, "prefill_chunk_size")
+        if chunk is not None and has_slots(adapters, known_of(model).adapter_names):
             raise ValueError(
                 "Instance prompts cannot be used with `prefill_chunk_size`: they are generated from the whole instruction, "
                 f"of which a chunk shows only a part. Set it to None, got {chunk!r}."
@@ -59,10 +64,19 @@ class Generate(MethodWrapper):
             prompt_length=texts[0].shape[1] if texts else None,
             texts=texts,
             prompt_mask=fields["instruction_mask"],
-            adapters=adapters_of(model),
+            adapters=adapters,
+            generate_call=next(NUMBERS),
             **fields,
         ):
             return self.call_wrapped(*args, **kwargs)
+
+
+def has_slots(adapters: Adapters, names: Collection[str] | None) -> bool:
+    """Whether one of the adapters that a call is for has slots: those with these `names`; None: those that are active."""
+    used = [
+        own[name] for active, own in adapters.values() for name in (active if names is None else names) if name in own
+    ]
+    return any(generator.num_slots for generator in used)
 
 
 def setting(model: nn.Module, call: Mapping[str, Any], name: str) -> Any:
@@ -98,7 +112,8 @@ def growing_texts(model: nn.Module, call: Mapping[str, Any], bound: int | None) 
         inputs = ids = torch.tensor([[start]])  # (1, 1), whatever the number of rows
     B, P = inputs.shape[:2]
     length = P if bound is None else bound
-    texts = [GrowingText((B, length), None if ids is None else ids[:, :length], P)]
+    in_parts = setting(model, call, "prefill_chunk_size") is not None
+    texts = [GrowingText((B, length), None if ids is None else ids[:, :length], P, in_parts)]
     unlike = call.get("negative_prompt_ids")  # (B, Q)
     if unlike is None and ids is not None and setting(model, call, "guidance_scale") not in (None, 1):
         unlike = ids[:, -1:]  # (B, 1)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..generator import Instances, PromptGenerator
+from ..generator import InstanceGenerator, Instances
 from .instances import InstanceTokens
 from .layout import Layout
 
@@ -26,7 +26,7 @@ class Generated:
         values (`torch.Tensor`): Shape (G, l, d), the prompt vectors of one depth; or (G, ...), the output of the method's `encode`,
             on which the places of the slots and the prompt vectors may depend.
         depth (`int`, *optional*): The layer, or `INPUT`; None for the output of `encode`.
-        generators (`list[PromptGenerator]`): The generator; in a mixed batch, those that ran together.
+        generators (`list[InstanceGenerator]`): The generator; in a mixed batch, those that ran together.
         rows (`torch.LongTensor`, *optional*): Shape (G,). The instances' rows in the batch, or sequences in a packed batch. None: all.
         instances (`Instances`, *optional*): The input of the generator.
         selection (`InstanceTokens`, *optional*): Where the instances' tokens stand: among the stack's positions, or at `INPUT` in the text.
@@ -35,7 +35,7 @@ class Generated:
 
     values: torch.Tensor
     depth: int | None
-    generators: list[PromptGenerator]
+    generators: list[InstanceGenerator]
     rows: torch.Tensor | None = None
     instances: Instances | None = None
     selection: InstanceTokens | None = None

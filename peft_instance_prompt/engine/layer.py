@@ -22,19 +22,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..generator import PromptGenerator
-from .batch import group_rows
+from ..generator import InstanceGenerator
+from .batch import Group, group_rows, names_of_rows
 from .cache import SlotCache
 from .calls import LayerCall, by_name, cache_of
 from .close import attend_to_slots, close_slots
+from .edits import begin_text, resume_edits
 from .fill import fill_slots
 from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
 from .plain import check_hooks_ran, in_plain_pass
-from .request import CALLERS, LAYERS, CallNote, NotedForward, current_request, end_call
+from .request import CALLERS, LAYERS, CallNote, NotedForward, Request, check_kinds, current_request, end_call
 from .resume import resume
 from .stack import StackInfo, find_stacks
+from .text import read_text
 from .use import callers, decoders_beside
 from .wrap import MethodWrapper, wrappers
 
@@ -70,7 +72,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         path = f"{self.info.name}.{self.name}".removeprefix(".")
         return path.removeprefix(f"{name}.") if name else path
 
-    def update_layer(self, adapter_name: str, generator: PromptGenerator) -> None:
+    def update_layer(self, adapter_name: str, generator: InstanceGenerator) -> None:
         """Add an adapter. When it is in all layers, the tuner activates it, or the one that was active before."""
         self.generators[adapter_name] = generator
 
@@ -151,27 +153,53 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             call[name] = given.inner
         if running.cache is not None:
             running.table = running.cache.table
+            if running.table.text is not None:
+                running.groups = self.resume_edits(call, running.cache)
             call = resume(self.info, call, running.cache, counts_slots=given is not running.cache)
         else:
             request, tokens = current_request(), call.get("input_ids")
             tokens = call["inputs_embeds"] if tokens is None else tokens  # (B, S, ...)
-            if not self.disable_adapters:
-                now = (self.active_adapters, dict(self.generators._modules))
-                active, generators = (request.adapters or {}).get(self, now)
-                running.groups = group_rows(generators, active, tokens.shape[0], request, tokens.device)
-            if not running.groups:
+            groups, names = self.groups_now(request, tokens)
+            if not groups:
                 return call
+            check_kinds(vars(request))
             if not self.info.decoder_of_pair:
                 request = request.of_tokens(call.get("input_ids"), call.get("inputs_embeds"))
-            call, running.groups, running.layout = open_slots(stack, self.info, running.groups, request, call)
-            running.table, running.segment_ids = running.layout.table, running.layout.segment_ids
-            if (filled := cache_of(call)[1]) is not None:
+            text = read_text(stack, self.info, groups, call, request)
+            call, running.groups, running.layout = open_slots(stack, self.info, groups, text, request, call)
+            running.text = begin_text(groups, names, text, request)
+            filled = cache_of(call)[1]
+            if running.layout is not None:
+                running.table, running.segment_ids = running.layout.table, running.layout.segment_ids
+                running.table.text = running.text
+            elif running.text is not None and filled is not None:
+                running.table = running.text.table(tokens.shape[1], tokens.device)
+            if running.table is not None and filled is not None:
                 SlotCache(filled, running.table)  # RecurrentGemma does not return it: the caller's own comes back
             if request.opened is not None:
                 request.opened(call)
             if torch.is_grad_enabled() and stack.training:
                 keep_context(stack)
         return {**call, "return_dict": True} if running.as_tuple else call
+
+    def groups_now(self, request: Request, tokens: torch.Tensor) -> tuple[list[Group], list[str | None]]:
+        """The adapter groups of a batch `tokens` (B, S, ...), and the names of its rows' adapters."""
+        if self.disable_adapters:
+            return [], [None] * len(tokens)
+        now = (self.active_adapters, dict(self.generators._modules))
+        active, generators = (request.adapters or {}).get(self, now)
+        names = names_of_rows(active, len(tokens), request)
+        return group_rows(generators, active, len(tokens), request, tokens.device), names
+
+    def resume_edits(self, call: dict[str, Any], cache: SlotCache) -> list[Group]:
+        """The groups that edit tokens of a pass that goes on from a cache."""
+        request, text = current_request(), cache.table.text
+        assert text is not None  # the cache was filled by an adapter that edits
+        ids = request.input_ids if call.get("input_ids") is None else call["input_ids"]
+        tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
+        text.add(ids if ids is None or ids.shape == tokens.shape[:2] else None)
+        groups, names = self.groups_now(request, tokens)
+        return resume_edits(groups, names, request, call, cache.get_seq_length(), text)
 
     # Not recursive: switching the compiler off and on costs more than all other work of this hook in a decoding step.
     @staticmethod
@@ -189,7 +217,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         """After the stack ran with `call`: return its output without slots."""
         running = current_pass.get()
         assert running is not None  # `open` has set it
-        if running.layout is not None:
+        if running.groups:
             check_hooks_ran(running, self.info, call, self.skipped)
         return close_slots(running, self.info, output)
 

@@ -27,6 +27,7 @@ class SlotTable:
         all_used (`bool`): Whether every slot is used.
         first_visible_layer (`torch.LongTensor`): Shape (B, L). The first layer that sees each slot.
         late_layers (`tuple[int]`): The values other than 0 in `first_visible_layer`, in order.
+        text (`CachedText`, *optional*): What is kept of the text for adapters that edit the instruction's states.
         num_counted (`torch.LongTensor`): Shape (B, 1). How many slots move the position ids of later tokens: the used ones that every
             layer sees. A late slot must not, since it would move the tokens in the first layers, too.
     """
@@ -38,7 +39,8 @@ class SlotTable:
         first_visible_layer: torch.Tensor | None = None,
         late_layers: tuple[int, ...] = (),
     ):
-        self.order, self.used, self.all_used = order, used, bool(used.all())
+        self.order, self.used, self.all_used = order, used, used.shape[1] == 0 or bool(used.all())
+        self.text: CachedText | None = None
         if first_visible_layer is None:
             first_visible_layer = torch.zeros_like(used, dtype=torch.long)  # (B, L)
         self.first_visible_layer, self.late_layers = first_visible_layer, late_layers
@@ -88,12 +90,61 @@ class SlotTable:
         """Forget what stands behind the first `length` positions."""
         self.check_crop(length)
         self.order = self.order[:, :length]  # (B, length)
+        if self.text is not None:
+            self.text.crop(length - self.num_slots)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep, reorder or repeat rows, by their indices (K,)."""
         rows = rows.to(self.order.device)
         for name in ("order", "used", "first_visible_layer", "num_counted"):
             setattr(self, name, getattr(self, name)[rows])
+        if self.text is not None:
+            self.text.select(rows)
+
+
+@dataclass
+class CachedText:
+    """What a cache keeps of its text for adapters that edit the instruction's states.
+
+    Attributes:
+        names (`list[str]`): By row: the name of the adapter with which the cache was filled; None if there is none.
+        generate_call (`int`, *optional*): The number of the call of `generate` that filled it.
+        prompt_length (`int`, *optional*): In that call, the number of columns of the prompt.
+        parts (`list[torch.LongTensor]`, *optional*): The token ids (B, T) so far, in parts. None: they are not known, or nobody needs them.
+    """
+
+    names: list[str | None]
+    generate_call: int | None = None
+    prompt_length: int | None = None
+    parts: list[torch.Tensor] | None = None
+
+    def add(self, ids: torch.Tensor | None) -> None:
+        """Add the token ids (B, S) of the next columns. None: they are not known."""
+        if self.parts is not None:
+            # A view would keep the whole text alive, at each step.
+            whole = ids is None or ids.untyped_storage().nbytes() == ids.nbytes
+            self.parts = None if ids is None else [*self.parts, ids if whole else ids.clone()]
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """The token ids (B, T) so far."""
+        if self.parts is not None and len(self.parts) > 1:
+            self.parts = [torch.cat(self.parts, dim=1)]
+        return None if self.parts is None else self.parts[0]
+
+    def table(self, num_tokens: int, device: torch.device) -> SlotTable:
+        """The table of a cache that holds `num_tokens` tokens S of this text and no slots."""
+        order = torch.arange(num_tokens, device=device).expand(len(self.names), -1)  # (B, S)
+        table = SlotTable(order, torch.ones(len(self.names), 0, dtype=torch.bool, device=device))
+        table.text = self
+        return table
+
+    def crop(self, num_tokens: int) -> None:
+        self.parts = None if (ids := self.ids) is None else [ids[:, :num_tokens]]
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.names = [self.names[row] for row in rows.tolist()]
+        self.parts = None if (ids := self.ids) is None else [ids[rows.to(ids.device)]]
 
 
 @dataclass(frozen=True)

@@ -20,51 +20,56 @@ from transformers import PreTrainedModel
 from ..generator import INPUT, Source
 from .batch import Group, in_place, put
 from .calls import PACKED_ARGUMENTS, cache_of
+from .edits import edit_groups
 from .instances import InstanceTokens
 from .intercept import intercepted
 from .layout import Layout, insert, take
 from .place import Places, place_slots
 from .plain import run_plain
-from .request import Request, check_kinds
+from .request import Request
 from .stack import StackInfo
-from .text import Text, count_positions, find_scopes, read_text, shown_response
+from .text import Text, count_positions, find_scopes, shown_response
 from .widen import lengths_of, no_padding, widen
 
 
 def open_slots(
-    stack: PreTrainedModel, info: StackInfo, groups: list[Group], request: Request, call: dict[str, Any]
-) -> tuple[dict[str, Any], list[Group], Layout]:
-    """Change the arguments of a stack from S tokens to N = S + L positions.
+    stack: PreTrainedModel, info: StackInfo, groups: list[Group], text: Text, request: Request, call: dict[str, Any]
+) -> tuple[dict[str, Any], list[Group], Layout | None]:
+    """Change the arguments of a stack from S tokens to N = S + L positions, if an adapter has slots.
 
     Args:
         stack (`PreTrainedModel`): The stack.
         info (`StackInfo`): Facts about it.
         groups (`list[Group]`): The rows that have an adapter.
+        text (`Text`): The tokens.
         request (`Request`): The request.
         call (`dict`): The arguments of the stack.
 
     Returns:
-        The new call, the groups with their instances among the stack's positions, and the layout.
+        The new call; the groups with their instances, or the positions that they edit, among the stack's positions; and the layout, None if
+        there are no slots.
 
     Raises:
-        TypeError: An argument of this package's own is no tensor of its kind.
-        ValueError: The call cannot get prompts, as `read_text`, `find_scope`, `place_slots` and `widen` say.
+        ValueError: The call cannot get prompts, as `find_scope`, `place_slots` and `widen` say.
     """
-    check_kinds(vars(request))
-    text = read_text(stack, info, groups, call, request)
-    packing = text.packing
-    name, cache = cache_of(call)
-    call = prepare(call, text, groups, info)
+    packing, by_row = text.packing, groups
     if packing is not None:
         groups = [own for group in groups if (own := group.of_sequences(packing))]
         if not groups:
             raise ValueError("No packed row with an adapter holds a sequence of two or more tokens.")
+    scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
+    groups = [group for group in groups if group.model.num_slots]
+    if not groups:
+        # With a cache, transformers would not keep the sequences of packed rows apart.
+        call = call if packing is None else {**call, "use_cache": False}
+        return call, edit_groups(by_row, scope, None), None
+    name, cache = cache_of(call)
+    call = prepare(call, text, groups, info)
     plain = {key: value for key, value in call.items() if key != name}
     if cache is not None and cache.is_compileable:
         plain["attention_mask"] = without_room(plain.get("attention_mask"), *text.tokens.shape)
     plain["use_cache"] = False
 
-    scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
     response = shown_response(stack, info, call, text, scope, request)  # (B, S)
     frozen_states = once(partial(last_states, stack, plain, text, response))
     if packing is None:
@@ -78,7 +83,8 @@ def open_slots(
     call = {**call, "input_ids": None, "inputs_embeds": embeds}
     call = widen(stack, info, call, text, layout, max(group.model.num_slots for group in groups))
     selection = selection.within(layout)
-    return call, [replace(group, selection=selection.pick(group.rows)) for group in groups], layout
+    groups = [replace(group, selection=selection.pick(group.rows)) for group in groups]
+    return call, groups + edit_groups(by_row, scope, layout), layout
 
 
 def prepare(call: dict[str, Any], text: Text, groups: list[Group], info: StackInfo) -> dict[str, Any]:

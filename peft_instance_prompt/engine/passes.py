@@ -15,7 +15,7 @@ from torch import nn
 
 from .batch import Group
 from .cache import SlotCache
-from .layout import Layout, SlotTable
+from .layout import CachedText, Layout, SlotTable
 from .stack import StackInfo, walk
 
 
@@ -31,6 +31,7 @@ class Pass:
         cache (`SlotCache`, *optional*): The cache with slots of an earlier pass, if this pass continues from it.
         layout (`Layout`, *optional*): Where the slots stand, if this pass opened any.
         table (`SlotTable`, *optional*): Which positions are slots, opened by this pass or an earlier one.
+        text (`CachedText`, *optional*): What the cache that this pass fills is to keep of the text.
         groups (`list[Group]`): The adapter groups.
         segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The segment id of each position, if rows are packed: positions of
             different segments do not see each other.
@@ -48,6 +49,7 @@ class Pass:
     cache: SlotCache | None = None
     layout: Layout | None = None
     table: SlotTable | None = None
+    text: CachedText | None = None
     groups: list[Group] = field(default_factory=list)
     segment_ids: torch.Tensor | None = None
     as_tuple: bool = False
@@ -63,13 +65,8 @@ class Pass:
 
     @property
     def concerns_layers(self) -> bool:
-        """Whether the layers' hooks have work: slots to fill, positions to hide, or states to collect."""
-        return (
-            self.layout is not None
-            or self.segment_ids is not None
-            or self.states is not None
-            or bool(self.late_layers)
-        )
+        """Whether the layers' hooks have work: slots to fill, tokens to edit, positions to hide, or states to collect."""
+        return bool(self.groups) or self.segment_ids is not None or self.states is not None or bool(self.late_layers)
 
 
 current_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", default=None)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..generator import PromptGenerator
-from .calls import PACKED_ARGUMENTS, declared, named
+from ..generator import InstanceGenerator
+from .calls import PACKED_ARGUMENTS, cache_of, declared, named
 from .wrap import MethodWrapper
 
 
@@ -28,7 +28,7 @@ LAYERS = "_instance_prompt_layers"
 CALLERS = "_instance_prompt_callers"
 
 # {layer: (names of the active adapters, {name: generator})}
-Adapters = dict[nn.Module, tuple[list[str], dict[str, PromptGenerator]]]
+Adapters = dict[nn.Module, tuple[list[str], dict[str, InstanceGenerator]]]
 
 
 @dataclass
@@ -41,21 +41,23 @@ class GrowingText:
         shape (`tuple[int, int]`): B and P, its rows and columns at the start.
         ids (`torch.LongTensor`, *optional*): Shape (B, P). Its tokens at the start; None if the caller gave embeddings only.
         next_length (`int`): Its number of columns in the model's next call.
+        in_parts (`bool`): Whether the prompt may come in parts: `prefill_chunk_size`.
     """
 
     shape: tuple[int, int]
     ids: torch.Tensor | None
     next_length: int
+    in_parts: bool = False
 
     def goes_on_in(self, tokens: torch.Tensor) -> bool:
         """Whether token ids (B, S) or embeddings (B, S, e) continue this text. A row may have become several beams."""
         (B, P), (num_rows, S) = self.shape, tokens.shape[:2]
-        if B == 0 or num_rows % B or S < P:
+        if B == 0 or num_rows % B or (S < P and not self.in_parts):
             return False
         if tokens.is_floating_point() or self.ids is None:
             return tokens.is_floating_point()
         own = self.ids.to(tokens.device).repeat_interleave(num_rows // B, dim=0)  # (num_rows, P)
-        return torch.equal(tokens[:, :P], own)
+        return torch.equal(tokens[:, :P], own[:, :S])
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Request:
         labels (`torch.LongTensor`, *optional*): Shape (B, S).
         shifted (`bool`): Whether the labels are TRL's `shift_labels`, which stand one column earlier.
         last_only (`bool`): Whether the caller wants the logits of the last position only.
+        keeps_cache (`bool`): Whether the caller asked for a cache or gave one, so that the text may go on in a later call.
+        generate_call (`int`, *optional*): In `generate`, the number of the call.
         prompt_length (`int`, *optional*): In `generate`, P, the number of columns of its prompt.
         texts (`tuple[GrowingText]`): In `generate`, the texts that grow, its prompt first.
         prompt_mask (`torch.Tensor`, *optional*): In `generate`, the `instruction_mask` of its prompt.
@@ -95,6 +99,8 @@ class Request:
     labels: torch.Tensor | None = None
     shifted: bool = False
     last_only: bool = False
+    keeps_cache: bool = False
+    generate_call: int | None = None
     prompt_length: int | None = None
     texts: tuple[GrowingText, ...] = ()
     prompt_mask: torch.Tensor | None = None
@@ -324,6 +330,7 @@ def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             model=model,
             packed=told.pop("packed") or {},
             shifted=shifted,
+            keeps_cache=call.get("use_cache") is True or cache_of(call)[1] is not None,
             last_only=type(kept := call.get("logits_to_keep")) is int and kept == 1,
             prompt_mask=None if "instruction_mask" in fields else known.prompt_mask,
             entered=False,

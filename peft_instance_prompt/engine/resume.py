@@ -30,6 +30,8 @@ def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots
     Raises:
         ValueError: The text does not continue the tokens in the cache, or the sequence does not fit the model.
     """
+    if cache.table.num_slots == 0:  # nothing has moved
+        return call
     tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
     (B, S), table, seen = tokens.shape[:2], cache.table, cache.get_seq_length()
     if counts_slots and not _goes_on(info, call.get("position_ids"), call.get("attention_mask"), seen, S):

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Scope: which tokens are the instance that a prompt is generated from.
+"""Scope: which tokens are the instance that a prompt is generated from, or whose states are edited.
 
 In a causal model, instruction and response stand in the same row. A prompt that reads the response leaks what is to be predicted. So
 the first of these rules that applies gives the scope:
@@ -20,6 +20,11 @@ refused if tokens in the gap are, or may be, predicted.
 
 A causal stack whose use is unknown (`use.py`) counts as a causal model, unless the call has one label per row.
 
+A method that edits the instruction's states follows the same rules, but for two. With a `response_template` all tokens are edited that
+lie in no answer: an answer begins behind the template and goes on to the end of `response_end`. So a chat of several turns has the same
+edits whether its text comes at once or, with a KV cache, turn by turn. And a gap in the `instruction_mask` leaks nothing: an edit reads the
+token's own state only. What `generate` samples is an answer and is not edited.
+
 In an encoder-decoder model the instruction stands in the encoder. The instance of a decoder is its start token, the only token that its
 rows share in training and generation.
 """
@@ -33,7 +38,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..config import InstancePromptConfig
+from ..config import InstanceConfig
+from .answers import ends_of, outside_answers
 from .complaints import WRAPPED, all_scored, no_instruction, numbers, without_template
 from .request import Request
 from .stack import StackInfo
@@ -51,7 +57,9 @@ class Rules:
     """What decides the scope of an adapter's rows beside the call: fields of its config, and the use of its stack.
 
     Attributes:
+        edits (`bool`): Whether the adapter edits the states of the instruction's tokens.
         template (`list[int]`, *optional*): The adapter's `response_template`, as token ids.
+        end (`list[int]`, *optional*): The adapter's `response_end`, as token ids.
         missing_template (`str`): The adapter's field: what a row without the template is, `"error"` or `"all"`.
         instruction_length (`int`, *optional*): The adapter's field: how many tokens of plain text are its instruction.
         tokenizer (`str`, *optional*): The name of a tokenizer, for messages.
@@ -62,7 +70,9 @@ class Rules:
         pair_decoder (`bool`): Whether the stack is the decoder of an encoder-decoder model.
     """
 
+    edits: bool = False
     template: list[int] | None = None
+    end: list[int] | None = None
     missing_template: Literal["error", "all"] = "error"
     instruction_length: int | None = None
     tokenizer: str | None = None
@@ -72,17 +82,25 @@ class Rules:
     pair_decoder: bool = False
 
     @classmethod
-    def of(cls, config: InstancePromptConfig, info: StackInfo | None = None) -> Rules:
+    def of(cls, config: InstanceConfig, info: StackInfo | None = None, edits: bool = False) -> Rules:
         """The rules of an adapter.
 
         Args:
-            config (`InstancePromptConfig`): Its config, with the template as token ids.
+            config (`InstanceConfig`): Its config, with the template as token ids.
             info (`StackInfo`, *optional*): Facts about its stack. Defaults to those of a causal language model.
+            edits (`bool`): Whether it edits the states of the instruction's tokens. Defaults to False.
         """
-        template = config.response_template
-        assert not isinstance(template, str)  # attaching the adapter turned it into ids
-        tokenizer = config.tokenizer_name_or_path or config.base_model_name_or_path
-        rules = cls(template, config.missing_template, config.instruction_length, tokenizer, causal_lm=True)
+        template, end = config.response_template, config.response_end
+        assert not (isinstance(template, str) or isinstance(end, str))  # attaching the adapter turned them into ids
+        rules = cls(
+            edits,
+            template,
+            end,
+            config.missing_template,
+            config.instruction_length,
+            tokenizer=config.tokenizer_name_or_path or config.base_model_name_or_path,
+            causal_lm=True,
+        )
         if info is None:
             return rules
         return replace(
@@ -109,11 +127,11 @@ def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_lengt
         ValueError: The mask has a wrong shape, or a row without an instruction token.
     """
     (B, S), shape = tokens.shape, tuple(instruction_mask.shape)
-    grown = prompt_length is not None and shape == (B, prompt_length) and prompt_length < S
-    if shape != (B, S) and not grown:
+    whole = prompt_length is not None and shape == (B, prompt_length)  # of a prompt that has grown, or comes in parts
+    if shape != (B, S) and not whole:
         raise ValueError(f"`instruction_mask` must have the shape of the tokens, {(B, S)}, got {shape}.")
-    mask = instruction_mask.to(tokens.device, torch.bool)
-    mask = nn.functional.pad(mask, (0, S - shape[1])) & tokens  # (B, S)
+    mask = instruction_mask.to(tokens.device, torch.bool)[:, :S]
+    mask = nn.functional.pad(mask, (0, S - mask.shape[1])) & tokens  # (B, S)
     _check_no_empty_row(
         mask,
         tokens,
@@ -180,20 +198,14 @@ def from_template(
             "`response_template` is searched for in `input_ids`, but the model got `inputs_embeds`; "
             "pass `instruction_mask`."
         )
-    S, k = tokens.shape[1], len(template)
-    wanted = torch.tensor(template, device=input_ids.device)
-    if S >= k:
-        hit = (input_ids.unfold(1, k, 1) == wanted).all(dim=-1) & tokens[:, : S - k + 1]  # (B, S - k + 1)
-    else:
-        hit = tokens.new_zeros(tokens.shape[0], 1)  # (B, 1)
+    hit = ends_of(template, input_ids, tokens)  # (B, S)
     found = hit.any(dim=1, keepdim=True)  # (B, 1)
     allowed = found | found.new_full(found.shape, missing == "all")  # (B, 1)
     if unlabelled is not None:
         allowed = allowed | (unlabelled | ~tokens).all(dim=1, keepdim=True)  # (B, 1)
     if (rows := ~allowed[:, 0] & tokens.any(dim=1)).any():
         raise ValueError(without_template(template, input_ids, tokens, rows, tokenizer))
-    end = torch.where(found, hit.long().argmax(dim=1, keepdim=True) + k, S)  # (B, 1)
-    scope = (torch.arange(S, device=tokens.device) < end) & tokens  # (B, S)
+    scope = ((hit.cumsum(dim=1) == 0) | hit & (hit.cumsum(dim=1) == 1)) & tokens  # (B, S)
     unlabelled = scope if unlabelled is None else unlabelled
     return torch.where(found | ~unlabelled.any(dim=1, keepdim=True), scope, unlabelled)  # (B, S)
 
@@ -204,13 +216,18 @@ def check_no_response(scope: torch.Tensor, labels: torch.Tensor, shifted: bool) 
     Raises:
         ValueError: There is such a row.
     """
-    asked = (labels != -100).roll(1, dims=1) if shifted else labels != -100  # (B, S)
+    asked = asked_of(labels, shifted)  # (B, S)
     later = (scope & ~asked).flip(1).cumsum(dim=1).flip(1) > 0  # (B, S), an instruction token without label follows
     if (rows := (scope & asked & later).any(dim=1)).any():
         raise ValueError(
             f"The tokens up to the first `response_template` in row(s) {numbers(rows)} begin with a response, "
             f"which would be predicted from a prompt that has read it. {WRAPPED}"
         )
+
+
+def asked_of(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """The tokens (B, S) that have a label. `shifted` labels (B, S) stand one column earlier."""
+    return (labels != -100).roll(1, dims=1) if shifted else labels != -100
 
 
 def before_labels(labels: torch.Tensor, tokens: torch.Tensor, shifted: bool) -> torch.Tensor:
@@ -319,10 +336,12 @@ def find_scope(
         rules = replace(rules, causal_lm=True)
     if request.instruction_mask is not None:
         mask = from_mask(request.instruction_mask, tokens, request.prompt_length)  # (B, S)
-        if rules.causal_lm and request.prompt_length is None:
+        if rules.causal_lm and request.prompt_length is None and not rules.edits:
             check_no_gap(mask, tokens, request.labels, training, request.shifted)
         return mask
-    if request.second_text:
+    # A text that may go on need not hold an answer yet: the first part of a prompt, or of a chat whose cache is kept.
+    part = rules.edits and request.keeps_cache and request.prompt_length is None
+    if request.second_text or part or (request.prompt_length or 0) > tokens.shape[1]:
         rules = replace(rules, missing_template="all")
     # Without a KV cache `generate` calls the stack with the tokens that it has generated, too.
     S = tokens.shape[1]
@@ -345,12 +364,16 @@ def _by_rules(
     labels = request.labels if rules.causal_lm else None  # (B, S)
     labels = labels.to(tokens.device) if labels is not None and labels.shape == tokens.shape else None
     if rules.template is not None:
-        missing, tokenizer = rules.missing_template, rules.tokenizer
-        if labels is None:
-            return from_template(rules.template, input_ids, tokens, missing, tokenizer=tokenizer)
-        before = before_labels(labels, tokens, request.shifted)  # (B, S)
-        scope = from_template(rules.template, input_ids, tokens, missing, before, tokenizer)  # (B, S)
-        check_no_response(scope, labels, request.shifted)
+        before = None if labels is None else before_labels(labels, tokens, request.shifted)  # (B, S)
+        scope = from_template(
+            rules.template, input_ids, tokens, rules.missing_template, before, rules.tokenizer
+        )  # (B, S)
+        if rules.edits:
+            assert input_ids is not None  # the template was searched for in them
+            asked = None if labels is None else asked_of(labels, request.shifted)  # (B, S)
+            return outside_answers(rules.template, rules.end, input_ids, tokens, scope, asked, rules.special_ids)
+        if labels is not None:
+            check_no_response(scope, labels, request.shifted)
         return scope
     if rules.instruction_length is not None:
         return from_length(rules.instruction_length, tokens)
@@ -370,9 +393,13 @@ def _by_rules(
         )
     if rules.causal_lm and not request.last_only and not _SAID["plain"] and len(tokens) > 1:
         _SAID["plain"] = True
+        what = (
+            "the states of whole rows are edited, and in generation those of responses are not"
+            if rules.edits
+            else "prompts are generated from whole rows. If responses in them are scored, the prompt has read them"
+        )
         warnings.warn(
             f"A causal {'stack' if rules.undeclared else 'language model'} got several rows and was not told which of their tokens are "
-            "the instruction: prompts are generated from whole rows. If responses in them are scored, the prompt has read them: set "
-            "`response_template`, or pass `instruction_mask`."
+            f"the instruction: {what}: set `response_template`, or pass `instruction_mask`."
         )
     return tokens

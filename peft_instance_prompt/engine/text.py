@@ -31,7 +31,8 @@ class Text:
 
     Attributes:
         ids (`torch.LongTensor`, *optional*): Shape (B, S). None if they are not known.
-        embeds (`torch.Tensor`): Shape (B, S, e).
+        embeds (`torch.Tensor`): Shape (B, S, e), the input embeddings. Without slots nobody reads them, and it is what the stack was called
+            with, ids (B, S) or embeddings.
         mask (`torch.Tensor`, *optional*): Shape (B, S). The caller's padding mask. None if there is none, or if rows are packed.
         tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
         packing (`Packing`, *optional*): The sequences in the rows, if the rows are packed.
@@ -53,7 +54,7 @@ def read_text(
 
     Raises:
         ValueError: The batch is empty, its mask has an unknown form, its cache was filled without an adapter, or its rows are packed
-            and the stack does not keep their sequences apart.
+            and get slots, and the stack does not keep their sequences apart.
     """
     given = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
     B, S = given.shape[:2]
@@ -62,12 +63,14 @@ def read_text(
     name, cache = cache_of(call)
     if cache is not None and length(cache) > 0:
         raise ValueError(
-            f"`{name}` holds {length(cache)} tokens but no prompt slots: it was filled without an adapter. "
+            f"`{name}` holds {length(cache)} tokens and was filled without an adapter. "
             "Start from an empty cache, or fill it with the adapter active."
         )
     told = {**request.packed, **{name: value for name, value in call.items() if value is not None}}
-    packing = find_packing(told, B, S, given.device, info.position_offset)
-    if packing is not None:
+    slots = any(group.model.num_slots for group in groups)
+    # All tokens of an encoder are edited, whatever sequences they belong to.
+    packing = find_packing(told, B, S, given.device, info.position_offset) if slots or info.causal else None
+    if packing is not None and slots:
         check_packable(stack, info, late=any(group.model.first_visible_layer > 0 for group in groups))
         if request.prompt_length is not None or cache is not None:
             raise ValueError(
@@ -76,7 +79,7 @@ def read_text(
             )
     ids = request.input_ids if call.get("input_ids") is None else call["input_ids"]
     ids = ids if ids is not None and ids.shape == (B, S) else None
-    embeds = embed(stack, given) if call.get("inputs_embeds") is None else given  # (B, S, e)
+    embeds = embed(stack, given) if slots and call.get("inputs_embeds") is None else given  # (B, S, e)
     static = cache is not None and cache.is_compileable
     given_mask = None if packing is not None else call.get("attention_mask")
     mask = padding_mask(given_mask, B, S, static)  # (B, S)
@@ -121,7 +124,7 @@ def find_scopes(groups: list[Group], text: Text, request: Request, info: StackIn
                 own = find_scope(
                     pick(tokens, rows),
                     request.of_rows(len(tokens), rows),
-                    Rules.of(generator.config, info),
+                    Rules.of(generator.config, info, generator.edits),
                     input_ids=pick(ids, rows),
                     prefix=pick(text.prefix, rows),
                     training=training,

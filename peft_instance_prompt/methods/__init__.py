@@ -9,6 +9,7 @@ from .idpg import IDPGConfig, IDPGModel
 from .idspam import IDSPAMConfig, IDSPAMModel
 from .ipt import IPTConfig, IPTModel
 from .lpt import LPTConfig, LPTModel
+from .preft import PreFTConfig, PreFTModel
 
 
 __all__ = [
@@ -25,4 +26,6 @@ __all__ = [
     "IPTModel",
     "LPTConfig",
     "LPTModel",
+    "PreFTConfig",
+    "PreFTModel",
 ]

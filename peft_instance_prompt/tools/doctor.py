@@ -37,7 +37,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from .. import __version__
-from ..config import InstancePromptConfig
+from ..config import InstanceConfig
 
 
 PACKAGE = "peft-instance-prompt"
@@ -80,10 +80,10 @@ class Broken(Exception):
     """A check does not hold."""
 
 
-def registered_methods() -> dict[str, type[InstancePromptConfig]]:
+def registered_methods() -> dict[str, type[InstanceConfig]]:
     """The config classes of all methods that were registered with `register_method`, by `peft_type`."""
     methods = PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    return {peft_type.value: cls for peft_type, cls in methods if issubclass(cls, InstancePromptConfig)}
+    return {peft_type.value: cls for peft_type, cls in methods if issubclass(cls, InstanceConfig)}
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
@@ -99,7 +99,7 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     return model.eval()
 
 
-def adapted(model_type: str, config_cls: type[InstancePromptConfig]) -> PeftModel:
+def adapted(model_type: str, config_cls: type[InstanceConfig]) -> PeftModel:
     """The tiny model with an adapter in the method's default settings, whose weights are moved far from their start."""
     base = tiny_model(model_type)
     task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"

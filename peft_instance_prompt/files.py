@@ -1,0 +1,74 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""A folder on this machine: whose adapter it holds, and how its files are replaced together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+
+STAGE = ".saving-"
+LEFT_OVER = 3600  # seconds after which the files of a killed writer are removed
+
+
+def read_kind(folder: Path) -> str | None:
+    """The `peft_type` that a folder's config names; None if it has no config.
+
+    Raises:
+        ValueError: The config is no JSON object with a `peft_type`.
+    """
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no adapter's config: {error!r}.") from error
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"{file} is no adapter's config: its `peft_type` must be a text, got {kind!r}.")
+    return kind
+
+
+@contextmanager
+def staged(folder: str | os.PathLike, *kept: str) -> Iterator[Path]:
+    """A new folder to write into. When the block ends, each of its files replaces that of `folder`, a config after the weights.
+
+    The files `kept` are to be changed and not written anew; they are copied first. A ValueError if `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(STAGE + "*"):
+        with suppress(FileNotFoundError):  # another writer's, who is done
+            if time.time() - old.stat().st_mtime > LEFT_OVER:
+                shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=STAGE, dir=folder) as outer:
+        stage = Path(outer, "files")  # not `outer`: Trainer takes a folder with weights in it for another adapter's
+        stage.mkdir()
+        for name in kept:
+            if (folder / name).is_file():
+                (stage / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, stage / name)
+        yield stage
+        files = {file: folder / file.relative_to(stage) for file in stage.rglob("*") if file.is_file()}
+        for target in files.values():
+            target.parent.mkdir(parents=True, exist_ok=True)
+        for file in sorted(files, key=_turn):
+            os.replace(file, files[file])
+
+
+def _turn(file: Path) -> tuple[Path, bool, bool]:
+    """When a file's turn is. An adapter's config comes right after its weights: between, the adapter cannot be loaded."""
+    return file.parent, file.name == CONFIG_NAME, file.name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
