@@ -145,4 +145,4 @@ def make_tuner(
         "__module__": generator_cls.__module__,
         "__doc__": TUNER_DOC.format(doc=doc, config=config_cls.__name__, package=config_cls.__module__.split(".")[0]),
     }
-    return type(f"{generator_cls.__name__.removesuffix('InstanceGenerator')}Model", (InstancePromptModel,), fields)
+    return type(f"{generator_cls.__name__.removesuffix('Generator')}Model", (InstancePromptModel,), fields)

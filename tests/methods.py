@@ -9,7 +9,15 @@ from collections.abc import Callable
 
 from mean_prompt import MeanPromptConfig
 
-from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IDSPAMConfig, IPTConfig, LPTConfig
+from peft_instance_prompt import (
+    DynamicPromptConfig,
+    IAPTConfig,
+    IDPGConfig,
+    IDSPAMConfig,
+    IPTConfig,
+    LPTConfig,
+    PreFTConfig,
+)
 
 
 # Each makes a config for a tiny model; `kw` are the fields that all methods have.
@@ -87,12 +95,14 @@ METHODS: dict[str, Callable] = {
         }
     ),
     "mean_prompt": lambda **kw: MeanPromptConfig(**kw),
+    "preft": lambda **kw: PreFTConfig(**{"r": 4, **kw}),
 }
 
 # The methods that span what the engine sees of one: vectors that replace the slots' states in every layer, or are added to them and
-# read a vector of the instance; late slots; slots that are not used; and places that are chosen per instance, with their gradient.
+# read a vector of the instance; late slots; slots that are not used; places that are chosen per instance, with their gradient; and no
+# slots, but edits of the instruction's own states.
 # A shared test runs over these; with `--all-methods`, as in `make test-all`, over all.
-SPANNING: list[str] = ["iapt", "idpg", "lpt_pooled", "ipt", "dynamic_prompt_all"]
+SPANNING: list[str] = ["iapt", "idpg", "lpt_pooled", "ipt", "dynamic_prompt_all", "preft"]
 
 # Which shared test (the name of its function) does not hold for which method, and why.
 SKIPS: dict[tuple[str, str], str] = {

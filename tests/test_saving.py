@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 from tiny import adapted, batch, causal_lm
 
 from peft_instance_prompt import adapter_files
-from peft_instance_prompt.adapter_files import LEFT_OVER, STAGE, digest, find_config, staged
+from peft_instance_prompt.adapter_files import digest, find_config
 from peft_instance_prompt.config import InstancePromptConfig
+from peft_instance_prompt.files import LEFT_OVER, STAGE, staged
 
 
 FILES = {CONFIG, WEIGHTS, "README.md"}

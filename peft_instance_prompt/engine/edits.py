@@ -8,7 +8,7 @@ Shapes: B rows, S tokens of this pass, T tokens so far, N positions in the stack
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,17 +41,16 @@ def begin_text(groups: list[Group], names: list[str | None], text: Text, request
     own = [group.model for group in groups if group.model.edits]
     if not own or text.packing is not None:
         return None
-    needs_ids = any(
+    by_role = any(
         generator.config.response_template is not None for group in groups for generator in group.generators
     )
-    kept = CachedText(names, request.generate_call, request.prompt_length, [] if needs_ids else None)
+    kept = CachedText(names, request.generate_call, request.prompt_length, by_role, [] if by_role else None)
     kept.add(text.ids)
     return kept
 
 
 def resume_edits(
-    groups: list[Group],
-    names: list[str | None],
+    find_groups: Callable[[], tuple[list[Group], list[str | None]]],
     request: Request,
     call: Mapping[str, Any],
     seen: int,
@@ -60,8 +59,7 @@ def resume_edits(
     """The groups that edit some of the S tokens of a pass that goes on from a cache of `seen` tokens; none in a step of decoding.
 
     Args:
-        groups (`list[Group]`): The groups of the adapters that are active now.
-        names (`list[str]`): By row: the name of the adapter that is active now.
+        find_groups (`Callable`): Returns the groups of the adapters that are active now, and by row the names of these adapters.
         request (`Request`): The request.
         call (`Mapping`): The arguments of the stack.
         seen (`int`): The number of tokens in the cache.
@@ -72,39 +70,25 @@ def resume_edits(
     """
     tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
     B, S = tokens.shape[:2]
-    shown = request.instruction_mask
-    # What `generate` samples stands behind its prompt.
-    inside = S
+    inside = S  # how many of the new tokens `generate` has not sampled: it samples behind its prompt
     if request.generate_call is not None:
         goes_on = request.generate_call == text.generate_call
         bound = (text.prompt_length if goes_on else request.prompt_length) or 0
         inside = min(max(bound - seen, 0), S)
-    own = [group for group in groups if group.model.edits]
-    if inside == 0 or not own:
+    elif request.instruction_mask is None and not text.by_role:
+        inside = 0  # a plain call
+    if inside == 0:
         return []
-    plain = request.generate_call is None and shown is None
-    if plain and all(generator.config.response_template is None for group in own for generator in group.generators):
-        return []
+    groups, names = find_groups()
+    groups = [group for group in groups if group.model.edits]
     edited = torch.zeros(B, S, dtype=torch.bool, device=tokens.device)  # (B, S)
-    mask, real = edited.new_ones(B, seen + S), call.get("attention_mask")  # (B, T)
-    if isinstance(real, torch.Tensor) and real.shape == mask.shape:
-        mask = real.bool().to(mask.device)
-    for group in own:
+    real, given = edited.new_ones(B, seen + S), call.get("attention_mask")  # (B, T)
+    if isinstance(given, torch.Tensor) and given.shape == real.shape:
+        real = given.bool().to(real.device)
+    for group in groups:
         for generator, rows in group:
-            rules = Rules.of(generator.config, edits=True)
-            if shown is not None:
-                told = mask_of_new(shown, B, seen, S).to(edited.device)  # (B, S)
-            elif rules.template is not None:
-                ids = text.ids
-                if ids is None or ids.shape != (B, seen + S):
-                    raise ValueError(
-                        "Which of the new tokens lie in an answer is not known, since the cache was filled with `inputs_embeds`: pass "
-                        "`instruction_mask`."
-                    )
-                told = ~in_answers(rules.template, rules.end, ids.to(edited.device), mask)[:, seen:]  # (B, S)
-            else:
-                told = edited.new_full((B, S), not plain)  # (B, S)
-            told = told & (torch.arange(S, device=edited.device) < inside) & mask[:, seen:]  # (B, S)
+            told = edited_tokens(Rules.of(generator.config, edits=True), request, text, real, S)  # (B, S)
+            told[:, inside:] = False
             edited = put(edited, rows, told if rows is None else told[rows.to(told.device)])  # (B, S)
     if not edited.any():
         return []
@@ -114,7 +98,24 @@ def resume_edits(
             f"The cache was filled with the adapter {then!r}, and {now!r} is active: activate {then!r} to go on with the text, or start from "
             "an empty cache."
         )
-    return [replace(group, edited=pick(edited, group.rows)) for group in own]
+    return [replace(group, edited=pick(edited, group.rows)) for group in groups]
+
+
+def edited_tokens(rules: Rules, request: Request, text: CachedText, real: torch.Tensor, num_new: int) -> torch.Tensor:
+    """Which of the S new tokens (B, S) of a text an adapter edits, by its rules. `real` (B, T) is False where there is padding."""
+    (B, T), S = real.shape, num_new
+    new = real[:, T - S :].clone()  # (B, S)
+    if request.instruction_mask is not None:
+        return new & mask_of_new(request.instruction_mask, B, T - S, S).to(new.device)
+    if rules.template is None:
+        return new if request.generate_call is not None else torch.zeros_like(new)
+    ids = text.ids  # (B, T)
+    if ids is None or ids.shape != real.shape:
+        raise ValueError(
+            "Which of the new tokens lie in an answer is not known, since the cache was filled with `inputs_embeds`: pass "
+            "`instruction_mask`."
+        )
+    return new & ~in_answers(rules.template, rules.end, ids.to(new.device), real)[:, T - S :]
 
 
 def mask_of_new(instruction_mask: torch.Tensor, num_rows: int, seen: int, num_new: int) -> torch.Tensor:

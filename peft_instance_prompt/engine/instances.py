@@ -123,15 +123,19 @@ class InstanceTokens:
         scope = self.mask.new_zeros(len(self), layout.num_tokens)  # (B, S)
         scope[:, self.columns] = self.mask
         scope = insert(scope, scope.new_zeros(len(self), layout.num_slots), layout)  # (B, N)
-        columns = span(scope)
+        # A token moves by L columns at most.
+        columns = wide_enough(self.columns.start, self.columns.stop + layout.num_slots, scope.shape[1])
         return replace(self, mask=scope[:, columns], first=first, last=last, columns=columns)
 
 
 def span(scope: torch.Tensor) -> slice:
-    """The shortest range of columns with all instruction tokens of `scope` (B, S).
+    """The shortest range of columns with all instruction tokens of `scope` (B, S)."""
+    S, used = scope.shape[1], scope.any(dim=0)  # (S,)
+    place = torch.arange(S, device=scope.device)  # (S,)
+    start, stop = torch.stack([torch.where(used, place, S).min(), torch.where(used, place, -1).max() + 1]).tolist()
+    return wide_enough(start, stop, S) if start < stop else slice(0, S)
 
-    If it covers three quarters of the columns, all of them: a matrix product with a part of the columns first copies it, at each layer.
-    """
-    used = scope.any(dim=0).nonzero().flatten()  # (columns,)
-    start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, scope.shape[1])
-    return slice(0, scope.shape[1]) if stop - start >= 0.75 * scope.shape[1] else slice(start, stop)
+
+def wide_enough(start: int, stop: int, num_columns: int) -> slice:
+    """A range of columns; all of them, if it covers three quarters: a matrix product with a part first copies it, at each layer."""
+    return slice(0, num_columns) if stop - start >= 0.75 * num_columns else slice(start, stop)

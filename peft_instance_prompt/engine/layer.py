@@ -198,8 +198,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         ids = request.input_ids if call.get("input_ids") is None else call["input_ids"]
         tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
         text.add(ids if ids is None or ids.shape == tokens.shape[:2] else None)
-        groups, names = self.groups_now(request, tokens)
-        return resume_edits(groups, names, request, call, cache.get_seq_length(), text)
+        return resume_edits(partial(self.groups_now, request, tokens), request, call, cache.get_seq_length(), text)
 
     # Not recursive: switching the compiler off and on costs more than all other work of this hook in a decoding step.
     @staticmethod

@@ -38,8 +38,9 @@ class SlotTable:
         used: torch.Tensor,
         first_visible_layer: torch.Tensor | None = None,
         late_layers: tuple[int, ...] = (),
+        all_used: bool | None = None,
     ):
-        self.order, self.used, self.all_used = order, used, used.shape[1] == 0 or bool(used.all())
+        self.order, self.used, self.all_used = order, used, bool(used.all()) if all_used is None else all_used
         self.text: CachedText | None = None
         if first_visible_layer is None:
             first_visible_layer = torch.zeros_like(used, dtype=torch.long)  # (B, L)
@@ -110,12 +111,14 @@ class CachedText:
         names (`list[str]`): By row: the name of the adapter with which the cache was filled; None if there is none.
         generate_call (`int`, *optional*): The number of the call of `generate` that filled it.
         prompt_length (`int`, *optional*): In that call, the number of columns of the prompt.
+        by_role (`bool`): Whether an adapter has a `response_template`, so that the roles of tokens count.
         parts (`list[torch.LongTensor]`, *optional*): The token ids (B, T) so far, in parts. None: they are not known, or nobody needs them.
     """
 
     names: list[str | None]
     generate_call: int | None = None
     prompt_length: int | None = None
+    by_role: bool = False
     parts: list[torch.Tensor] | None = None
 
     def add(self, ids: torch.Tensor | None) -> None:
@@ -135,7 +138,7 @@ class CachedText:
     def table(self, num_tokens: int, device: torch.device) -> SlotTable:
         """The table of a cache that holds `num_tokens` tokens S of this text and no slots."""
         order = torch.arange(num_tokens, device=device).expand(len(self.names), -1)  # (B, S)
-        table = SlotTable(order, torch.ones(len(self.names), 0, dtype=torch.bool, device=device))
+        table = SlotTable(order, torch.ones(len(self.names), 0, dtype=torch.bool, device=device), all_used=True)
         table.text = self
         return table
 
@@ -260,7 +263,8 @@ def arrange(
     """
     B, L = before_token.shape
     first = torch.zeros_like(before_token) if first is None else first  # (B, L)
-    used = torch.ones_like(before_token, dtype=torch.bool) if used is None else used
+    all_used = True if used is None else None  # otherwise the values tell
+    used = torch.ones_like(before_token, dtype=torch.bool) if used is None else used  # (B, L)
     # Slots before token t sort just before it: keys 2t and 2t + 1. Unused slots sort before everything, or behind it.
     slot_key = torch.where(used, 2 * before_token, 2 * num_tokens + 1 if unused_at_end else -1)  # (B, L)
     token_key = 2 * torch.arange(num_tokens, device=before_token.device).expand(B, -1) + 1  # (B, S)
@@ -271,7 +275,7 @@ def arrange(
     if predicts is not None:
         behind = slot_index.masked_fill(~(predicts & used), 0)  # (B, L)
         output_index = token_index.scatter_reduce(1, (before_token - 1).clamp(min=0), behind, "amax")  # (B, S)
-    table = SlotTable(order, used, first_visible_layer, late_layers)
+    table = SlotTable(order, used, first_visible_layer, late_layers, all_used)
     return Layout(table, before_token, slot_index, token_index, output_index, first, seats)
 
 

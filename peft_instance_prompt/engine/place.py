@@ -51,26 +51,24 @@ def place_slots(
         The layout of the batch, and the places of each group.
 
     Raises:
-        ValueError: Rows have different numbers of slots in a stack with learned absolute positions by column, or are padded on the
-            left in one that tells padding by its id, or a config asks for a separator that a row lacks.
+        ValueError: Rows have different numbers of slots in a stack with learned absolute positions by column, or a config asks for a
+            separator that a row lacks.
     """
     B, S, packing = *text.tokens.shape, text.packing
-    if info.padding_by_id and bool((text.tokens.any(dim=1) & ~text.tokens[:, 0]).any()):
-        raise ValueError(
-            f"{info.name!r} counts its positions from the first id that is no padding, and a prompt comes with embeddings, which show "
-            "none: pad on the right (`tokenizer.padding_side = 'right'`), not on the left."
-        )
     L = max(group.model.num_slots for group in groups)
     everywhere = all(group.rows is None for group in groups)
     # A row per instance: G rows.
     front = selection.first[:, None].expand(-1, L)  # (G, L)
     before_token, since = front, torch.zeros_like(front)  # (G, L) each
-    used = torch.full_like(front, everywhere, dtype=torch.bool)  # (G, L)
+    used, known = (
+        torch.full_like(front, everywhere, dtype=torch.bool),
+        everywhere,
+    )  # (G, L); whether all are known to be used
     each: list[Places] = []
     for group in groups:
         model, own = group.model, selection.pick(group.rows)
         behind, own_used = model.place(own.mask, group.vector)  # (G, l) each
-        behind = behind.to(front.device)
+        behind, known = behind.to(front.device), known and own_used is None
         start, stop = edges(group, text, selection, info)  # (G,) each
         if info.absolute_column_positions and not info.causal and model.first_visible_layer > 0:
             # Late slots have no position of their own. Where positions go by column, they stand behind the last token, where they
@@ -97,6 +95,7 @@ def place_slots(
             seats.put(empty.to(table.dtype), None, table) for table in tables
         )
     answers = predicts if info.causal else None
+    used = None if known and packing is None else used
     layout = arrange(before_token, S, used, answers, since, late, not info.causal, front, seats)  # B rows
     return layout if packing is None else replace(layout, segment_ids=packing.widen(layout)), each
 

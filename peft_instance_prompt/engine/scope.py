@@ -255,18 +255,31 @@ def from_labels(
             both are the same token.
     """
     asked, mask = labels != -100, before_labels(labels, tokens, shifted)  # (B, S) each
-    _check_instruction(mask, asked, tokens, tokens, "")
+    words = {
+        "": tokens
+    }  # by what else a complaint must name: the tokens (B, S) of which an instruction has one at least
     if input_ids is not None and special_ids:
         special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device)).to(tokens.device)  # (B, S)
         alone = packed & (mask.sum(dim=1, keepdim=True) == 1)  # (B, 1)
-        _check_instruction(mask & (~special | alone), asked, tokens, tokens & ~special, " but special ones")
-    if packed and not _SAID["continuation"] and bool((asked.any(dim=1) & (mask.sum(dim=1) == 1)).any()):
+        words[" but special ones"] = tokens & (~special | alone)  # (B, S)
+    real = tokens.any(dim=1)  # (B,), a row of nothing but padding may be empty
+    empty = {but: ~(mask & own).any(dim=1) & real for but, own in words.items()}  # (B,) each
+    continued = asked.any(dim=1) & (mask.sum(dim=1) == 1)  # (B,)
+    turns = asked.diff(dim=1).sum(dim=1) + asked[:, 0].long() > 2  # (B,)
+    # The host waits for the device once.
+    *bad, continued, turns = torch.stack([one.any() for one in (*empty.values(), continued, turns)]).tolist()
+    for (but, rows), wrong in zip(empty.items(), bad):
+        if wrong:
+            whole = rows & (asked | ~words[but]).all(dim=1)  # (B,)
+            some = bool((mask & words[but]).any())
+            raise ValueError(all_scored(whole, but, some) if whole.any() else no_instruction(rows, but))
+    if packed and continued and not _SAID["continuation"]:
         _SAID["continuation"] = True
         warnings.warn(
             "Packed sequences have labels from their second token on, as in plain text and in what `packing_strategy='bfd_split'` cuts "
             "off: their prompts are generated from their first token alone. For plain text, set `instruction_length`."
         )
-    if not _SAID["turns"] and bool((asked.diff(dim=1).sum(dim=1) + asked[:, 0].long() > 2).any()):
+    if turns and not _SAID["turns"]:
         _SAID["turns"] = True
         warnings.warn(
             "The rows have several labelled spans, as chats of several turns do: in training prompts are generated from the text before the "
@@ -274,16 +287,6 @@ def from_labels(
             "answer."
         )
     return mask
-
-
-def _check_instruction(
-    mask: torch.Tensor, asked: torch.Tensor, tokens: torch.Tensor, words: torch.Tensor, but: str
-) -> None:
-    """Refuse rows without a token in `mask` (B, S): all of their `words` (B, S) are scored, or they begin in a response."""
-    if (empty := ~mask.any(dim=1) & tokens.any(dim=1)).any():  # (B,); a row of nothing but padding may be empty
-        whole = empty & (asked | ~words).all(dim=1)  # (B,)
-        some = bool(mask.any())
-        raise ValueError(all_scored(whole, but, some) if whole.any() else no_instruction(empty, but))
 
 
 # Which warnings were given: each is given once.

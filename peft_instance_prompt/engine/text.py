@@ -54,7 +54,8 @@ def read_text(
 
     Raises:
         ValueError: The batch is empty, its mask has an unknown form, its cache was filled without an adapter, or its rows are packed
-            and get slots, and the stack does not keep their sequences apart.
+            and get slots, and the stack does not keep their sequences apart; or they are padded on the left and get slots, and the stack
+            tells padding by its id.
     """
     given = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
     B, S = given.shape[:2]
@@ -86,6 +87,11 @@ def read_text(
     mask = None if mask is None else mask.to(embeds.device)
     tokens = torch.ones(B, S, dtype=torch.bool, device=embeds.device) if mask is None else mask.bool()  # (B, S)
     tokens = tokens if packing is None else packing.sequence >= 0  # (B, S)
+    if slots and info.padding_by_id and bool((tokens.any(dim=1) & ~tokens[:, 0]).any()):
+        raise ValueError(
+            f"{info.name!r} counts its positions from the first id that is no padding, and a prompt comes with embeddings, which show "
+            "none: pad on the right (`tokenizer.padding_side = 'right'`), not on the left."
+        )
     prefix = prefix_of(given_mask, tokens) if info.prefix_lm else None  # (B, S)
     return Text(ids, embeds, mask, tokens, packing, prefix)
 
