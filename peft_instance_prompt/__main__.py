@@ -85,8 +85,7 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
         "num_layers": config.num_layers,
         "stacks": stacks,
         "generated_at": ["input" if depth < 0 else depth for depth in generator.depths],
-        "num_virtual_tokens": config.num_virtual_tokens,
-        "bottleneck_dim": config.bottleneck_dim,
+        **{name: getattr(config, name) for name in config.sized_by},
         "parameters": sum(w.numel() for w in weights.values() if w.is_floating_point()),
         "dtypes": sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()}),
         "bytes": weights_file.stat().st_size,
@@ -197,10 +196,11 @@ def is_declared(config: InstanceConfig, key: str) -> bool:
 def as_text(found: dict[str, Any]) -> str:
     """The dict of [`inspect_folder`] as text, a line for each fact."""
     low, high = found["coefficient_range"]
+    sized_by = PEFT_TYPE_TO_CONFIG_MAPPING[found["type"]].sized_by
     lines = [
         f"type           {found['type']}, for {found['task_type'] or 'no particular task'}",
         f"base model     {found['base_model'] or 'not named'}: {found['num_layers']} layers, hidden size {found['hidden_size']}",
-        f"prompt         {found['num_virtual_tokens']} vectors, bottleneck {found['bottleneck_dim']}",
+        f"size           {', '.join(f'{name} {found[name]}' for name in sized_by)}",
         f"generated at   {', '.join(map(str, found['generated_at']))} of {', '.join(name or 'the model' for name in found['stacks'])}",
         f"weights        {found['parameters']:,} parameters, {', '.join(found['dtypes'])}, {found['bytes']:,} bytes",
         f"sha256         {found['sha256']}",

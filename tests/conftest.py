@@ -22,7 +22,7 @@ pytest.register_assert_rewrite(
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from methods import KINDS, METHODS, SKIPS, SPANNING  # noqa: E402
+from methods import KINDS, METHODS, SKIPS, SPANNING, WITHOUT_SLOTS  # noqa: E402
 from peft import mapping  # noqa: E402
 from tiny import native_refuses  # noqa: E402
 
@@ -39,13 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `method` runs for each entry of SPANNING, with `--all-methods` of METHODS; one that takes `kind`, for
-    one entry per config class."""
+    one entry per config class; if it is marked `slots`, for those with slots."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     own = [name for names in named for name in (names.split(",") if isinstance(names, str) else names)]
     methods = METHODS if metafunc.config.getoption("--all-methods") else SPANNING
     for name, values in (("method", methods), ("kind", KINDS)):
         if name in metafunc.fixturenames and name not in own:
-            metafunc.parametrize(name, list(values))
+            about_slots = metafunc.definition.get_closest_marker("slots") is not None
+            metafunc.parametrize(name, [one for one in values if not (about_slots and one in WITHOUT_SLOTS)])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("native") and (reason := native_refuses()):
             item.add_marker(pytest.mark.skip(reason=reason))
         params = getattr(getattr(item, "callspec", None), "params", {})
+        if item.get_closest_marker("slots") and not WITHOUT_SLOTS.isdisjoint(map(str, params.values())):
+            item.add_marker(pytest.mark.skip(reason="it is about slots"))
         for name in ("method", "kind"):
             if reason := SKIPS.get((params.get(name), getattr(item, "originalname", ""))):
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -95,7 +95,8 @@ METHODS: dict[str, Callable] = {
         }
     ),
     "mean_prompt": lambda **kw: MeanPromptConfig(**kw),
-    "preft": lambda **kw: PreFTConfig(**{"r": 4, **kw}),
+    # The shared tests call what sets an adapter's size `num_virtual_tokens`.
+    "preft": lambda num_virtual_tokens=4, **kw: PreFTConfig(**{"r": num_virtual_tokens, **kw}),
 }
 
 # The methods that span what the engine sees of one: vectors that replace the slots' states in every layer, or are added to them and
@@ -103,6 +104,9 @@ METHODS: dict[str, Callable] = {
 # slots, but edits of the instruction's own states.
 # A shared test runs over these; with `--all-methods`, as in `make test-all`, over all.
 SPANNING: list[str] = ["iapt", "idpg", "lpt_pooled", "ipt", "dynamic_prompt_all", "preft"]
+
+# The methods that edit the instruction's states and have no slots: a test that is marked `slots` does not run for them.
+WITHOUT_SLOTS: frozenset[str] = frozenset({"preft"})
 
 # Which shared test (the name of its function) does not hold for which method, and why.
 SKIPS: dict[tuple[str, str], str] = {

@@ -61,6 +61,7 @@ def refuse(way: tuple[Callable, Callable], says: str, name: str = "new", kind: s
 LARGE = 2 * 10**9
 
 
+@pytest.mark.slots
 def test_too_large(kind: str) -> None:
     refuse(
         WAYS["get_peft_model"], f"`num_virtual_tokens` {LARGE}, `bottleneck_dim`", kind=kind, num_virtual_tokens=LARGE

@@ -182,6 +182,7 @@ def test_env_prints_what_run_sets(tmp_path: Path, capsys, monkeypatch: pytest.Mo
 # ------------------------------------------------------------------------------------------------------ TRL's own config
 
 
+@pytest.mark.slots
 def test_config_of_a_fresh_adapter(kind: str, tmp_path: Path) -> None:
     config = METHODS[kind](num_virtual_tokens=3, response_template=[4, 5])
     config.save_pretrained(tmp_path)

@@ -70,6 +70,7 @@ def test_what_a_config_says_stays() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slots
 def test_an_instruction_of_one_token(kind: str) -> None:
     """Behind the first token and at the end are the same place, and the response is predicted at the same slot."""
     if kind == "dynamic_prompt":

@@ -42,6 +42,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize(("word", "value", "says"), WORDS, ids=[row[0] for row in WORDS])
+@pytest.mark.slots
 def test_counterpart(kind: str, word: str, value, says: str) -> None:
     with pytest.raises(TypeError, match=f"^{type(METHODS[kind]()).__name__} does not have these fields. {says}"):
         METHODS[kind](**{word: value})
@@ -56,6 +57,7 @@ def test_dropout_is_named_where_there_is_one(kind: str) -> None:
 @pytest.mark.parametrize(
     "foreign", [LoraConfig, PromptTuningConfig, MultitaskPromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig]
 )
+@pytest.mark.slots
 def test_every_word_of_another_methods_config(kind: str, foreign: type) -> None:
     """Each has a counterpart; of many the first are told."""
     own = {field.name for field in fields(METHODS[kind]())}
@@ -71,6 +73,7 @@ def test_every_word_of_another_methods_config(kind: str, foreign: type) -> None:
     assert len(told) + int(more[1] if more else 0) == len(words)
 
 
+@pytest.mark.slots
 def test_the_words_of_a_usual_script_are_all_told(kind: str) -> None:
     with pytest.raises(TypeError, match="`r`: .*`lora_alpha`: .*`lora_dropout`: .*`bias`: "):
         METHODS[kind](task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, bias="none")
@@ -86,6 +89,7 @@ def test_the_words_of_a_usual_script_are_all_told(kind: str) -> None:
         ("response_templates", "response_template"),
     ],
 )
+@pytest.mark.slots
 def test_a_slip_of_the_pen(kind: str, word: str, meant: str) -> None:
     with pytest.raises(TypeError, match=f"`{word}`: did you mean `{meant}`\\?"):
         METHODS[kind](**{word: 3})
@@ -93,6 +97,7 @@ def test_a_slip_of_the_pen(kind: str, word: str, meant: str) -> None:
         METHODS[kind](**{word: 3, "r": 8})
 
 
+@pytest.mark.slots
 def test_a_field_of_a_newer_release_in_a_file(kind: str, tmp_path) -> None:
     """PEFT leaves it out with a warning, as it does for its own methods, whether or not it resembles one that is known."""
     METHODS[kind](num_virtual_tokens=3).save_pretrained(tmp_path)
@@ -101,6 +106,7 @@ def test_a_field_of_a_newer_release_in_a_file(kind: str, tmp_path) -> None:
         assert PeftConfig.from_pretrained(tmp_path).num_virtual_tokens == 3
 
 
+@pytest.mark.slots
 def test_words_in_a_file(kind: str, tmp_path) -> None:
     """PEFT ignores fields that it does not know, with a warning that proposes an upgrade; a word of LoRA's is no new field."""
     METHODS[kind]().save_pretrained(tmp_path)

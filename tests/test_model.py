@@ -50,6 +50,7 @@ def test_only_the_adapter_is_trained(method: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slots
 def test_fresh_adapter_copies_the_first_token(method: str) -> None:
     """What makes a fresh adapter nearly a no-op where the first token is an attention sink, as it is in trained models
     and not in these: whatever the random draw, each vector is a copy of that token's state, or adds nothing."""

@@ -68,6 +68,7 @@ def test_families(base: str, kind: str, tmp_path: Path) -> None:
     assert_same(run(disk_offload(model, str(tmp_path), execution_device="cpu"), inputs), expected)
 
 
+@pytest.mark.slots
 def test_constant_condition(kind: str) -> None:
     model, inputs = made("causal", kind, condition="constant")
     expected = run(model, inputs)

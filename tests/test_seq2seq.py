@@ -98,6 +98,7 @@ def test_pair(method: str, family: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slots
 def test_decoder_attends_to_the_slots(kind: str) -> None:
     """With the encoder's output by hand: the logits are those of a bare decoder that is given all of its positions."""
     for family in ("t5", "bart"):

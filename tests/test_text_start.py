@@ -30,6 +30,7 @@ def repeated(length: int) -> list[int]:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", [name for name in FREE if not hasattr(METHODS[name](), "insertion_layer")])
 @torch.no_grad()
+@pytest.mark.slots
 def test_fresh_adapter_is_the_text_before_the_row(method: str, family: str) -> None:
     """Layer by layer the slots hold what the base model makes of the text, so the row's logits are those behind it."""
     config = METHODS[method](task_type="CAUSAL_LM", prompt_position="before", init_text=TEXT)
@@ -132,6 +133,7 @@ def test_two_texts_in_one_batch() -> None:
 
 
 @pytest.mark.parametrize("method", [name for name in FREE if name in KINDS])
+@pytest.mark.slots
 def test_saved_adapter_needs_no_text(method: str, tmp_path, monkeypatch) -> None:
     """It is loaded without a pass of the base model and without a tokenizer, and trains no weight more."""
     config = METHODS[method](task_type="CAUSAL_LM", init_text=TEXT)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from methods import METHODS
 from peft import PeftModel
-from tiny import adapted, causal_lm, tokenizer
+from tiny import adapted, causal_lm, generator_of, tokenizer
 from torch.nn.functional import cross_entropy
 from trainers import (
     collate,
@@ -51,9 +51,16 @@ def chat_batch(data: list[dict], cut: int | None = None, assistant_only: bool = 
 
 @torch.no_grad()
 def chat_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> float:
-    """The loss with prompts that are made of what stands up to the first `w1`, by rule 1; of all of a row without it."""
+    """The loss with prompts that are made of what stands up to the first `w1`, by rule 1; of all of a row without it. A method that edits
+    states edits all but the answers, from behind `w1` to `</s>`."""
     marks = batch["input_ids"] == 5
     scope = (marks.cumsum(dim=1) - marks.long() == 0) & (batch["attention_mask"] == 1)
+    if generator_of(model).edits:
+        for row, ids in enumerate(batch["input_ids"].tolist()):
+            answering = False
+            for column, token in enumerate(ids):
+                scope[row, column] = bool(batch["attention_mask"][row, column]) and not answering
+                answering = token == 5 or (answering and token != 2)
     logits = model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"], instruction_mask=scope).logits
     return float(cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100))
 

@@ -202,6 +202,7 @@ def test_config_is_not_taken_for_the_input(kind: str) -> None:
 
 @pytest.mark.parametrize("where", ["position", "keyword", "argument", "model"])
 @pytest.mark.parametrize("callee", ["peft", "tuner", "base"])
+@pytest.mark.slots
 def test_chunked_prefill_is_refused_wherever_it_is_said(kind: str, where: str, callee: str) -> None:
     model, inputs = prompted(kind)[0], batch(9)
     called = {"peft": model, "tuner": model.base_model, "base": model.get_base_model()}[callee]
@@ -334,6 +335,7 @@ def test_generate_of_each_object(kind: str, task: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "TOKEN_CLS"])
+@pytest.mark.slots
 def test_report_after_calls_of_other_kinds(kind: str, task: str) -> None:
     """Calls of several adapters, of `generate` and without adapter leave nothing that a report would count."""
     if task == "TOKEN_CLS":

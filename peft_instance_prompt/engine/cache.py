@@ -29,13 +29,15 @@ class SlotCache(Cache):
         table (`SlotTable`): Its slots.
     """
 
-    # `generate` makes the masks of a compiled decoding step by the cache's length, which leaves out the slots: they would be too short.
-    is_compileable = False
-
     def __init__(self, inner: Cache, table: SlotTable):
         self.inner = inner
         self.table = table
         setattr(inner, _TABLE, table)
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` makes the masks of a static cache by its length, which leaves out the slots: they would be too short."""
+        return self.table.num_slots == 0 and self.inner.is_compileable
 
     @staticmethod
     def find(cache: Any) -> SlotCache | None:
@@ -95,6 +97,8 @@ class SlotCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """The number of tokens that a mask made outside the stack spans, and the index of the first."""
+        if self.table.num_slots == 0:
+            return self.inner.get_mask_sizes(query_length, layer_idx)
         return self.get_seq_length() + query_length, 0
 
     def __iter__(self):

@@ -19,6 +19,7 @@ from .batch import Group, pick, put
 from .layout import CachedText, Layout, insert
 from .request import Request
 from .scope import Rules
+from .stack import StackInfo
 from .text import Text
 
 
@@ -36,14 +37,16 @@ def edit_groups(groups: list[Group], scope: torch.Tensor, layout: Layout | None)
     return [replace(group, edited=pick(scope, group.rows)) for group in own]
 
 
-def begin_text(groups: list[Group], names: list[str | None], text: Text, request: Request) -> CachedText | None:
+def begin_text(
+    groups: list[Group], names: list[str | None], text: Text, request: Request, info: StackInfo
+) -> CachedText | None:
     """What the cache that this pass fills is to keep of the text; None if no adapter edits states, or rows are packed."""
-    own = [group.model for group in groups if group.model.edits]
-    if not own or text.packing is not None:
+    if text.packing is not None or not any(group.model.edits for group in groups):
         return None
-    by_role = any(
-        generator.config.response_template is not None for group in groups for generator in group.generators
-    )
+    if info.decoder_of_pair:  # its instruction is its start token
+        return CachedText(names, request.generate_call, prompt_length=1)
+    configs = [generator.config for group in groups for generator in group.generators]
+    by_role = any(config.response_template is not None for config in configs)
     kept = CachedText(names, request.generate_call, request.prompt_length, by_role, [] if by_role else None)
     kept.add(text.ids)
     return kept

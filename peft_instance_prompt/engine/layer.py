@@ -167,7 +167,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 request = request.of_tokens(call.get("input_ids"), call.get("inputs_embeds"))
             text = read_text(stack, self.info, groups, call, request)
             call, running.groups, running.layout = open_slots(stack, self.info, groups, text, request, call)
-            running.text = begin_text(groups, names, text, request)
+            running.text = begin_text(groups, names, text, request, self.info)
             filled = cache_of(call)[1]
             if running.layout is not None:
                 running.table, running.segment_ids = running.layout.table, running.layout.segment_ids

@@ -143,6 +143,7 @@ def test_whole_batch_of_one_name(kind: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slots
 def test_adapters_of_one_signature_run_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"n{i}" for i in range(8)]
     model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM"), name=names[0])

@@ -56,6 +56,7 @@ def test_bad_names_while_the_adapters_are_disabled(kind: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slots
 def test_decoder_that_counts_its_own_positions(kind: str) -> None:
     """BART's decoder takes no position ids, so rows with fewer slots than others would be moved."""
     fields = {"target_modules": ["decoder"], **at_the_first_layer(kind)}

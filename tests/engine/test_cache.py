@@ -50,6 +50,7 @@ def test_used_again_after_reset(kind: str) -> None:
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, past_key_values=cache), text)
 
 
+@pytest.mark.slots
 def test_counts_tokens_and_not_slots(method: str) -> None:
     model = prompted(method)
     cache = filled(model, batch(9, 6))
@@ -174,6 +175,7 @@ def test_token_positions_and_select() -> None:
     assert both.order.shape == (3, 5)
 
 
+@pytest.mark.slots
 def test_crop_that_is_refused_changes_nothing(kind: str) -> None:
     """By the cache inside, which takes negative numbers only, or since slots would be cut off."""
     model, inputs = prompted(kind), batch(9, 6)

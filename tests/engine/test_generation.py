@@ -159,6 +159,7 @@ def test_streaming(kind: str) -> None:
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.slots
 def test_chunked_prefill_is_refused(kind: str) -> None:
     model, inputs = prompted(kind), batch(9)
     with pytest.raises(ValueError, match="prefill_chunk_size"):

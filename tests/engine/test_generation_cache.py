@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 from greedy_loop import GREEDY, NEW, by_hand, prompted
-from methods import METHODS
+from methods import METHODS, WITHOUT_SLOTS
 from tiny import assert_same, batch, causal_lm
 from transformers import DynamicCache, StaticCache
 
@@ -18,19 +18,22 @@ from transformers import DynamicCache, StaticCache
 # ---------------------------------------------------------------------------------------------------- several turns
 
 
-def second_turn(first: torch.Tensor, mask: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A second question behind the text of the first turn; and the scope, which stays that of the first turn."""
+def second_turn(method: str, first: torch.Tensor, mask: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A second question behind the text of the first turn; and the scope. It stays that of the first turn for a method with slots; one that
+    edits states also edits what the cache does not hold yet, as nothing says what in it is an answer."""
     question = batch(4, 4, seed=5)["input_ids"]
     ids = torch.cat([first, question], dim=1)  # (B, S + NEW + 4)
     whole = torch.cat([mask, mask.new_ones(2, ids.shape[1] - mask.shape[1])], dim=1)
     scope = torch.cat([mask, mask.new_zeros(2, ids.shape[1] - mask.shape[1])], dim=1)
+    if method in WITHOUT_SLOTS:
+        scope[:, first.shape[1] - 1 :] = 1
     return {"input_ids": ids, "attention_mask": whole}, scope
 
 
 def test_second_turn_from_the_returned_cache(method: str, family: str) -> None:
     model, inputs = prompted(method, family), batch(12, 9)
     out = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
-    turn, scope = second_turn(out.sequences, inputs["attention_mask"])
+    turn, scope = second_turn(method, out.sequences, inputs["attention_mask"])
     text, logits = by_hand(model, {**turn, "instruction_mask": scope})
     seen = out.past_key_values.get_seq_length()
     assert seen == 12 + NEW - 1
@@ -43,7 +46,13 @@ def test_second_turn_from_the_returned_cache(method: str, family: str) -> None:
     # The copy knows nothing of what became of the original, and a plain forward goes on from it just as well.
     assert prefix.get_seq_length() == seen
     with torch.no_grad():
-        step = model(turn["input_ids"][:, seen:], attention_mask=turn["attention_mask"], past_key_values=prefix)
+        told = {}
+        if method in WITHOUT_SLOTS:  # what a plain call brings is edited where a mask says so, and has the bare model's positions
+            positions = turn["attention_mask"].cumsum(dim=1)[:, seen:] - 1
+            told = {"instruction_mask": scope, "position_ids": positions}
+        step = model(
+            turn["input_ids"][:, seen:], attention_mask=turn["attention_mask"], past_key_values=prefix, **told
+        )
     assert_same(step.logits[:, -1], logits[:, 0])
 
 
@@ -58,7 +67,7 @@ def test_second_turn_from_the_callers_own_cache(method: str, family: str, kind_o
     }[kind_of_cache]()
     out = model.generate(**inputs, **GREEDY, past_key_values=cache)
     assert torch.equal(out, by_hand(model, inputs)[0])
-    turn, scope = second_turn(out, inputs["attention_mask"])
+    turn, scope = second_turn(method, out, inputs["attention_mask"])
     text, _ = by_hand(model, {**turn, "instruction_mask": scope})
     assert torch.equal(model.generate(**turn, **GREEDY, past_key_values=cache), text)
 
@@ -80,7 +89,7 @@ def test_prefix_cache_for_several_continuations(method: str, family: str) -> Non
         prefix = model(**inputs, past_key_values=DynamicCache()).past_key_values
     for seed in (1, 2):
         ids = torch.cat([inputs["input_ids"], batch(3, seed=seed)["input_ids"]], dim=1)  # (1, 15)
-        scope = torch.cat([inputs["attention_mask"], torch.zeros(1, 3, dtype=torch.long)], dim=1)
+        scope = torch.cat([inputs["attention_mask"], torch.full((1, 3), int(method in WITHOUT_SLOTS))], dim=1)
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         text, _ = by_hand(model, {**whole, "instruction_mask": scope})
         assert torch.equal(model.generate(**whole, **GREEDY, past_key_values=copy.deepcopy(prefix)), text)
@@ -90,7 +99,7 @@ def test_cache_filled_without_adapter_is_refused(kind: str) -> None:
     model, inputs = prompted(kind), batch(9)
     with torch.no_grad(), model.disable_adapter():
         cache = model(**inputs, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="9 tokens but no prompt slots"), torch.no_grad():
+    with pytest.raises(ValueError, match="9 tokens and was filled without an adapter"), torch.no_grad():
         model(batch(2, seed=1)["input_ids"], past_key_values=cache)
 
 

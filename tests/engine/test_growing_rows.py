@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from greedy_loop import EOS, GREEDY, NEW, prompted
-from methods import METHODS
+from methods import METHODS, WITHOUT_SLOTS
 from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm
 from transformers import GenerationConfig, StoppingCriteria
@@ -71,7 +71,9 @@ def ruled(kind: str, rule: str, family: str) -> tuple[PeftModel, dict[str, Any],
     elif rule == "instruction_length":
         if kind == "dynamic_prompt":
             pytest.skip("it has no `prompt_position='end'`, which this rule needs")
-        fields = {"instruction_length": 12, "prompt_position": "end"}
+        fields = {"instruction_length": 12}
+        if kind not in WITHOUT_SLOTS:
+            fields["prompt_position"] = "end"
     model = adapted(causal_lm(family), METHODS[kind](task_type="CAUSAL_LM", **fields))
     if rule == "mask":
         scope[:, -3:] = 0
@@ -149,6 +151,7 @@ def test_beams(kind: str, rule: str, how: dict) -> None:
 
 
 @pytest.mark.parametrize("rule", ["mask", "template", "written_template", "missing_all", "instruction_length"])
+@pytest.mark.slots
 def test_drafts(kind: str, rule: str) -> None:
     """Assisted decoding, by the model itself and by looking up: the text is that of decoding alone."""
     model, inputs, scope = ruled(kind, rule, "llama")

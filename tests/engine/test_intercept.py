@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import tiny
 import torch
 from methods import METHODS
@@ -42,6 +43,7 @@ def test_what_is_seen_is_what_the_layers_get():
         assert made.generators == [model.base_model.model.model.iapt.generators["default"]]
 
 
+@pytest.mark.slots
 def test_watching_changes_nothing_and_ends_with_the_context(kind):
     model, calls = adapted(kind), []
     before = model(batch()).logits
@@ -52,6 +54,7 @@ def test_watching_changes_nothing_and_ends_with_the_context(kind):
     assert torch.equal(model(batch()).logits, before) and not calls
 
 
+@pytest.mark.slots
 def test_replacing(kind):
     """What is put in place of the vectors is what the model works with: each row's with another's."""
     model = adapted(kind)

@@ -101,6 +101,7 @@ def test_outputs_as_a_tuple_by_the_config(kind: str) -> None:
     assert isinstance(out, tuple) and torch.equal(out[0], states)
 
 
+@pytest.mark.slots
 def test_attentions_are_those_among_tokens(kind: str) -> None:
     model = adapted(causal_lm(attn_implementation="eager"), METHODS[kind](task_type="CAUSAL_LM"))
     with torch.no_grad():
@@ -123,6 +124,7 @@ def test_attentions_are_those_among_tokens(kind: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.slots
 def test_model_with_positions_for_no_slots(kind: str) -> None:
     model = adapted(causal_lm("gpt2", n_positions=12), METHODS[kind](task_type="CAUSAL_LM"))
     with torch.no_grad():

@@ -89,6 +89,7 @@ def placeable(method: str, position: str, family: str) -> bool:
 @pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
+@pytest.mark.slots
 def test_frequencies_are_those_of_the_text(family: str, method: str, position: str, length: int) -> None:
     if not placeable(method, position, family):
         pytest.skip("the method has no such position there")
@@ -107,6 +108,7 @@ def test_frequencies_are_those_of_the_text(family: str, method: str, position: s
 
 @pytest.mark.parametrize("method", KINDS)
 @pytest.mark.parametrize("family", ["phi3", "phimoe"])
+@pytest.mark.slots
 def test_text_that_grows_past_the_switch(family: str, method: str) -> None:
     """Phi-3 fills its cache anew when the text passes the switch, and has the logits of a model that has no cache."""
     model, inputs = with_prompt(model_of(family, "switching"), method), batch(SWITCH - 5, SWITCH - 8)

@@ -113,6 +113,7 @@ def test_families_whose_bare_model_leaks(family: str) -> None:
         assert difference() > 1e-3, "the bare model does not leak"
 
 
+@pytest.mark.slots
 def test_slots_behind_the_instruction(kind: str) -> None:
     if kind == "dynamic_prompt":
         pytest.skip("it chooses the places itself")

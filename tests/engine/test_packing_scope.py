@@ -38,6 +38,7 @@ def test_scope_of_each_sequence(how: str) -> None:
 
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @torch.no_grad()
+@pytest.mark.slots
 def test_plain_text_does_not_leak(kind: str, form: str) -> None:
     """No logit at or before a token depends on later tokens, and no prompt on a token behind the first three of its text."""
     if kind == "dynamic_prompt":

@@ -40,6 +40,7 @@ def depends_on(model: PeftModel, columns: range, expected: torch.Tensor, **kwarg
 
 
 @pytest.mark.parametrize("tell", TELLS)
+@pytest.mark.slots
 def test_no_leak(method: str, tell: str) -> None:
     model = prompted(method, response_template=TEMPLATE if tell == "template" else None)
     with instruction_scope(MASK if tell == "context" else None):
@@ -53,6 +54,7 @@ def test_no_leak(method: str, tell: str) -> None:
         assert_same(prompts(model, IDS), prompts(model, IDS, instruction_mask=torch.ones_like(IDS)))
 
 
+@pytest.mark.slots
 def test_whole_row_is_the_instance_of_a_plain_call(method: str) -> None:
     model = prompted(method)
     assert depends_on(model, range(SPLIT, 11), prompts(model, IDS))
@@ -65,6 +67,7 @@ def test_response_logits_do_not_depend_on_later_tokens(method: str) -> None:
     assert_same(actual.logits[:, :10], expected.logits[:, :10])
 
 
+@pytest.mark.slots
 def test_precedence(kind: str) -> None:
     some = torch.zeros_like(IDS).index_fill(1, torch.arange(1, 4), 1)
     by_mask = prompts(prompted(kind), IDS, instruction_mask=some)
@@ -168,6 +171,7 @@ def test_first_tokens_of_plain_text() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.slots
 def test_plain_text_does_not_leak(training: bool) -> None:
     """No logit at or before a token depends on later ones, and every token behind the first n sees the prompt."""
     config = IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8, instruction_length=3, prompt_position="end")

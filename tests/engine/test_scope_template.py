@@ -37,6 +37,7 @@ def tokenizer_folder(tmp_path) -> str:
     return str(tmp_path / "tokenizer")
 
 
+@pytest.mark.slots
 def test_template_as_text(kind: str, tokenizer_folder: str) -> None:
     config = METHODS[kind](
         task_type="CAUSAL_LM", response_template="Answer :", tokenizer_name_or_path=tokenizer_folder
@@ -60,6 +61,7 @@ def test_template_as_text_without_a_tokenizer(kind: str) -> None:
         get_peft_model(causal_lm(), METHODS[kind](task_type="CAUSAL_LM", response_template="Answer:"))
 
 
+@pytest.mark.slots
 def test_template_is_stable_over_the_turns_of_a_chat(method: str) -> None:
     model = prompted(method, response_template=TEMPLATE)
     how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
@@ -102,6 +104,7 @@ def test_rows_without_the_template() -> None:
     assert short.tolist() == [[True]]
 
 
+@pytest.mark.slots
 def test_a_row_that_asks_for_nothing_needs_no_template(kind: str) -> None:
     """As `max_length` leaves a conversation that it cuts off before the answer, where only answers are learned."""
     ids, labels = IDS.clone(), IDS.clone()
@@ -217,6 +220,7 @@ def test_a_row_without_the_template_is_shown(tmp_path) -> None:
         model(ids, attention_mask=mask)
 
 
+@pytest.mark.slots
 def test_the_config_says_what_a_row_without_the_template_is(kind: str) -> None:
     ids = IDS.clone()
     ids[1, 3] = 40
@@ -237,6 +241,7 @@ def chat_folder(tmp_path) -> str:
     return str(tmp_path)
 
 
+@pytest.mark.slots
 def test_chat_template_is_what_stands_before_an_answer(chat_folder: str, kind: str) -> None:
     make = METHODS[kind]
     config = make(task_type="CAUSAL_LM", response_template="chat", tokenizer_name_or_path=chat_folder)

@@ -79,6 +79,7 @@ def test_prompt_vectors_are_what_a_layer_gets():
 
 
 @pytest.mark.parametrize("fields", [{"init_weights": True}, {"init_weights": True, "init_text": [7, 20, 9]}])
+@pytest.mark.slots
 def test_generated_parts(method, fields):
     """What `generate` returns for the instances: the start is taken out, and its size, in which the vectors are measured."""
     model = tiny.perturb(adapted(method, **fields))

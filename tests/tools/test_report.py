@@ -74,6 +74,7 @@ def with_slots(model, data, states: dict[int, torch.Tensor] | None = None):
     return losses, ({n: torch.stack(part) for n, part in read.items()} if states is None else None)
 
 
+@pytest.mark.slots
 def test_own_and_none(kind):
     model, data = adapted(kind), rows(5)
     report = instance_report(model, data, batch_size=3)
@@ -102,6 +103,7 @@ def test_shuffled_and_mean():
     assert ((own - shuffled).abs() > 1e-3).all() and ((own - mean).abs() > 1e-3).all()
 
 
+@pytest.mark.slots
 def test_batches_of_different_lengths(method):
     """What a method reads of an instance may be as long as the text; what it makes of that is exchanged."""
     data = [{name: value[start:] for name, value in row.items()} for row, start in zip(rows(4), (0, 0, 2, 2))]
@@ -133,6 +135,7 @@ def test_nobody_gets_its_own(seed):
     assert ((values["own"] - values["shuffled"]).abs() > 1e-4).all()
 
 
+@pytest.mark.slots
 def test_a_constant_prompt_cannot_tell_instances_apart(kind):
     """The control that is fed a constant: own, shuffled and mean are one and the same, and none is not."""
     model = tiny.perturb(adapted(kind, condition="constant"))
@@ -229,6 +232,7 @@ def test_after_another_feature(feature):
     assert (bare - loss).abs().max() > 1e-2
 
 
+@pytest.mark.slots
 def test_of_an_offloaded_model(kind):
     model, data = adapted(kind), rows(4)
     expected = instance_report(model, data, batch_size=2, tokenizer=tiny.tokenizer())
@@ -325,6 +329,7 @@ def test_spread(batch_size):
     assert json.loads(report.to_json())["spread"] == {str(depth): share for depth, share in report.spread.items()}
 
 
+@pytest.mark.slots
 def test_spread_is_that_of_the_generated_part(kind):
     """Not of the base state, which is large: here it differs between the rows, and a constant has no spread all the same."""
     data = rows(4)
@@ -348,6 +353,7 @@ def test_page(tmp_path):
     assert html.escape(page) in report._repr_html_()
 
 
+@pytest.mark.slots
 def test_page_of_each_method(kind):
     """With what is read of the texts, or a sentence that says why there is nothing to show."""
     page = instance_report(adapted(kind), rows(2), resamples=10, tokenizer=tiny.tokenizer()).to_html()
