@@ -18,6 +18,8 @@
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
 #   test-vllm       adapters in a real vLLM engine and its HTTP server, on the CPU
 #   test-sweep      every class of transformers, with four methods: red means that a cell differs from docs/sweep.md
+#   test-axolotl    examples/axolotl in a real axolotl: Python 3.12, as test-py312
+#   test-swift      examples/ms_swift in a real ms-swift
 #   test-notebook   examples/notebook from top to bottom, in its short form
 # make release-check  build sdist and wheel, look into them, install the wheel in an empty environment, run the quickstart there
 #
@@ -39,11 +41,13 @@ STAMP := $(VENV)/.$(basename $(notdir $(CONSTRAINTS)))
 PINS := $(CONSTRAINTS) constraints/common.txt
 
 # The parts of `make test-all`.
-ALL := test-floor test-previous test test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm test-sweep test-notebook
+ALL := test-floor test-previous test test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm test-axolotl test-swift test-sweep \
+    test-notebook
 LOGS := outputs/test-all
 
 .PHONY: test coverage lint format types docs demo bench bench-serving bench-quality test-all test-floor test-previous
-.PHONY: test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm test-sweep test-notebook release-check clean
+.PHONY: test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm test-axolotl test-swift test-sweep
+.PHONY: test-notebook release-check clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -145,6 +149,34 @@ $(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
 	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
+# Environments of their own: both pin releases that the others do not have. axolotl is installed beside a list of what a CPU needs, and
+# not with all that it asks for: among the releases of `openenv-core` pip had found none that fits after ten minutes.
+FRAMEWORK_TESTS = -m pytest tests/frameworks
+AXOLOTL := .venv-axolotl
+test-axolotl: $(AXOLOTL)/.axolotl
+	$(AXOLOTL)/bin/python $(FRAMEWORK_TESTS)/test_axolotl.py $(PYTEST_ARGS)
+
+$(AXOLOTL)/.axolotl: constraints/axolotl.txt pyproject.toml
+	@test "$$($(PYTHON312) -c 'import sys; print(*sys.version_info[:2])')" = "3 12" || { \
+	    echo "axolotl wants Python 3.12, which '$(PYTHON312)' is not: make test-axolotl PYTHON312=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON312) -m venv $(AXOLOTL)
+	$(AXOLOTL)/bin/python -m pip install $(TORCH)
+	$(AXOLOTL)/bin/python -m pip install -r constraints/axolotl.txt
+	$(AXOLOTL)/bin/python -m pip install --no-deps axolotl==0.21.0 -e .
+	touch $@
+
+# ms-swift 4.6 asks for a peft below 0.21, and works with 0.21.2, which is put over it.
+SWIFT := .venv-swift
+test-swift: $(SWIFT)/.swift
+	$(SWIFT)/bin/python $(FRAMEWORK_TESTS)/test_ms_swift.py $(PYTEST_ARGS)
+
+$(SWIFT)/.swift: constraints/swift.txt pyproject.toml
+	$(PYTHON) -m venv $(SWIFT)
+	$(SWIFT)/bin/python -m pip install $(TORCH)
+	$(SWIFT)/bin/python -m pip install -r constraints/swift.txt
+	$(SWIFT)/bin/python -m pip install --no-deps peft==0.21.2 -e .
+	touch $@
+
 # Takes an hour on one core. `make test-sweep SWEEP_ARGS=` goes on with a run that was stopped.
 SWEEP_ARGS ?= --again
 test-sweep: $(STAMP)-test
@@ -185,6 +217,6 @@ $(STAMP)-ruff: $(PINS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-previous .venv-torch .venv-py312 .venv-py313 .venv-machines $(FRESH) $(VLLM) $(RELEASE) $(VENV)
+	rm -rf .venv .venv-floor .venv-previous .venv-torch .venv-py312 .venv-py313 .venv-machines $(FRESH) $(VLLM) $(RELEASE) $(AXOLOTL) $(SWIFT) $(VENV)
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Look into an adapter's folder, without its base model: `python -m peft_instance_prompt ADAPTER_FOLDER [--json]`.
+"""The command `peft-instance-prompt`, which is `python -m peft_instance_prompt`, too.
 
-The checks are those of loading, as far as they need no base model; of tensors that are not the method's own, only the names are
+`inspect ADAPTER_FOLDER [--json]` looks into an adapter's folder, without its base model; the folder alone does the same. The checks are those of loading, as far as they need no base model; of tensors that are not the method's own, only the names are
 checked. The exit status is 0 if all is well; 1 if the adapter can be loaded but should not be trusted (activation coefficients out of
 range); 2, with one sentence, if it cannot be loaded.
 
@@ -39,7 +39,16 @@ from .nn.rational import GELU_FITS
 from .tools import doctor
 
 
-COMMANDS = ("doctor", "run", "env", "--version", "--help")
+COMMANDS = ("inspect", "doctor", "run", "env", "--version", "--help")
+SYNONYMS = {"show": "inspect", "info": "inspect", "check": "doctor", "help": "--help"}
+SCRIPT = "peft-instance-prompt"  # of [project.scripts]
+HELP = """Soft prompts that are generated from the input instance, as PEFT adapters.
+
+commands:
+  inspect ADAPTER_FOLDER  what an adapter's folder holds, and whether it can be loaded; `inspect` may be left out
+  doctor                  check this package with the libraries that are installed
+  run TOOL ...            run a tool that does not import this package, with its methods
+  env                     print what to set in a shell for that"""
 
 # A rational activation starts as a fit of GELU whose coefficients lie within 0.5 of zero. A coefficient multiplies x^j, and values in
 # the bottleneck reach well beyond 1, so that from a coefficient of 1 on, high powers explode. Training went wrong, or the file is
@@ -98,12 +107,11 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def check_folder(folder: str, rest: Sequence[str] = ()) -> None:
+def check_folder(folder: str) -> None:
     """Raise a ValueError if a folder is none, or holds adapters in its subfolders only.
 
     Args:
-        folder (`str`): The first word of the command line, which is none of the commands.
-        rest (`Sequence[str]`): The other words.
+        folder (`str`): The word of the command line that should be an adapter's folder.
     """
     path = Path(folder)
     if path.is_dir():
@@ -113,13 +121,8 @@ def check_folder(folder: str, rest: Sequence[str] = ()) -> None:
         return
     if path.exists():
         raise ValueError(f"{folder} is a file. Name the folder that {CONFIG_NAME} lies in.")
-    if folder in ("inspect", "show", "info"):
-        given = rest[0] if rest else "ADAPTER_FOLDER"
-        raise ValueError(
-            f"There is no command {folder!r}: name the folder alone, `python -m peft_instance_prompt {given}`."
-        )
-    meant = get_close_matches(folder, COMMANDS, n=1)
-    cure = f"Did you mean `{meant[0]}`?" if meant else f"The commands are {', '.join(COMMANDS)}."
+    meant = SYNONYMS.get(folder) or next(iter(get_close_matches(folder, COMMANDS, n=1)), None)
+    cure = f"Did you mean `{meant}`?" if meant else f"The commands are {', '.join(COMMANDS)}."
     raise ValueError(f"There is neither a folder nor a command {folder!r}. {cure}")
 
 
@@ -225,19 +228,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return doctor.main(arguments[1:])
     if arguments[:1] in (["run"], ["env"]):
         return commands.main(arguments[0], arguments[1:])
+    program = SCRIPT if Path(sys.argv[0]).stem == SCRIPT else "python -m peft_instance_prompt"
+    named = arguments[:1] == ["inspect"]
     parser = argparse.ArgumentParser(
-        prog="python -m peft_instance_prompt",
-        description=__doc__.splitlines()[0],
-        epilog="`python -m peft_instance_prompt doctor` checks this package with the libraries that are installed, `run TOOL ...` "
-        "runs a tool with this package's methods, and `env` prints what to set for that.",
+        prog=f"{program} inspect" if named else program,
+        usage="%(prog)s ADAPTER_FOLDER [--json]" if named else "%(prog)s COMMAND ...",
+        description="Look into an adapter's folder, without its base model." if named else HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="ADAPTER_FOLDER", help="as `save_pretrained` writes it")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--version", action="version", version=f"peft_instance_prompt {__version__}")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(arguments[1:] if named else arguments)
     warnings.simplefilter("ignore")
     try:
-        check_folder(options.folder, rest)
+        check_folder(options.folder)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         found = inspect_folder(options.folder)

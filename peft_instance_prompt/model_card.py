@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 PACKAGE = "peft-instance-prompt"
+HOME_LABELS = ("homepage", "repository", "documentation")  # of `[project.urls]`, the first that is there
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -38,7 +40,7 @@ SECTION = """<!-- {package} -->
 ## How to load this adapter
 
 A soft prompt that is computed from each input, by the method {method}{paper}. PEFT knows the method when
-`{home}` has been imported, which needs [{package}](https://pypi.org/project/{package}/), and not before:
+`{home}` has been imported, which needs {link}, and not before:
 
 ```bash
 pip install {package}
@@ -58,6 +60,16 @@ def as_literal(name: str) -> str:
     return json.dumps(name).replace("<", "\\u003c").replace("`", "\\u0060")
 
 
+def home_page() -> str | None:
+    """The address that the installed package's metadata gives, from `[project.urls]` of pyproject.toml; None if it gives none."""
+    try:
+        entries = metadata.metadata(PACKAGE).get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        entries = []
+    urls = {label.strip().lower(): url.strip() for label, _, url in (entry.partition(",") for entry in entries)}
+    return next((urls[label] for label in HOME_LABELS if label in urls), None)
+
+
 def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDER_OR_REPOSITORY") -> None:
     """Write into the `README.md` of an adapter's folder how to load it; the rest of the card stays.
 
@@ -70,12 +82,13 @@ def write_card(folder: str | os.PathLike, config: PeftConfig, name: str = "FOLDE
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData(library_name='peft')}\n---\n")
     method = getattr(config.peft_type, "value", config.peft_type)
     title, number = config.paper or (None, None)
-    home = config.import_first
+    home, url = config.import_first, home_page()
     card.data["tags"] = sorted(
         {*(card.data.tags or []), PACKAGE, method.lower(), *([f"arxiv:{number}"] if number else [])}
     )
     section = SECTION.format(
         package=PACKAGE,
+        link=f"[{PACKAGE}]({url})" if url else PACKAGE,
         home=home,
         method=method,
         paper=f" ([{title}](https://arxiv.org/abs/{number}))" if number else "",

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""`python -m peft_instance_prompt`: what it says of good folders, and how it refuses broken ones."""
+"""The command `peft-instance-prompt`: what it says of good folders, and how it refuses broken ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import json
 import os
 import runpy
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from peft_instance_prompt import IAPTConfig, __version__
-from peft_instance_prompt.__main__ import main
+from peft_instance_prompt.__main__ import COMMANDS, main
 
 
 def save(folder: Path, method: str = "iapt", family: str = "llama", **changes):
@@ -195,16 +197,16 @@ def test_words_that_are_no_folder(tmp_path, capsys, monkeypatch):
         "rum": "run",
         "envs": "env",
         "version": "--version",
+        "inspct": "inspect",
+        "show": "inspect",
+        "help": "--help",
     }.items():
         assert refused(capsys, word) == f"There is neither a folder nor a command {word!r}. Did you mean `{meant}`?"
     nothing = refused(capsys, "some/where")
     assert nothing.startswith(
-        "There is neither a folder nor a command 'some/where'. The commands are doctor, run, env"
+        "There is neither a folder nor a command 'some/where'. The commands are inspect, doctor, run, env"
     )
-    assert refused(capsys, "inspect", "outputs/iapt") == (
-        "There is no command 'inspect': name the folder alone, `python -m peft_instance_prompt outputs/iapt`."
-    )
-    assert "peft_instance_prompt ADAPTER_FOLDER`" in refused(capsys, "inspect")
+    assert refused(capsys, "inspect", "outputs") == refused(capsys, "outputs")
     assert refused(capsys, "outputs") == "outputs holds no adapter_config.json. Did you mean outputs/iapt?"
     assert "is a file. Name the folder" in refused(capsys, "outputs/iapt/adapter_config.json")
     assert (
@@ -213,7 +215,9 @@ def test_words_that_are_no_folder(tmp_path, capsys, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("words", [["FOLDER", "more"], ["FOLDER", "--jsn"], []])
+@pytest.mark.parametrize(
+    "words", [["FOLDER", "more"], ["FOLDER", "--jsn"], ["inspect"], ["inspect", "FOLDER", "more"], []]
+)
 def test_other_arguments_are_refused(tmp_path, capsys, words):
     save(tmp_path)
     with pytest.raises(SystemExit) as end:
@@ -247,6 +251,32 @@ def test_other_folders_are_refused(tmp_path, capsys):
     get_peft_model(tiny.causal_lm(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert "of the type 'LORA'" in capsys.readouterr().err
+
+
+def test_inspect_is_what_a_folder_alone_says(tmp_path, capsys):
+    save(tmp_path)
+    said = [
+        (main([*words, str(tmp_path), *flags]), capsys.readouterr())
+        for flags in ([], ["--json"])
+        for words in ([], ["inspect"])
+    ]
+    assert said[0] == said[1] and said[2] == said[3] and said[0][0] == 0 and said[0] != said[2]
+
+
+def test_the_installed_command(capsys, monkeypatch):
+    """What pip writes for `[project.scripts]`: a program that calls this function, under the name that its usage shows."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ((name, target),) = project["scripts"].items()
+    command = EntryPoint(name, target, "console_scripts").load()
+    for words, usage in ([], "COMMAND ..."), (["inspect"], "inspect ADAPTER_FOLDER [--json]"):
+        monkeypatch.setattr(sys, "argv", [f"/env/bin/{name}", *words])
+        with pytest.raises(SystemExit):
+            command()
+        assert f"usage: peft-instance-prompt {usage}\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and all(f"\n  {one} " in shown for one in COMMANDS if not one.startswith("--"))
 
 
 def test_as_a_module(tmp_path, capsys, monkeypatch):

@@ -10,6 +10,9 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from email.message import Message
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.model_card import write_card
+from peft_instance_prompt.model_card import HOME_LABELS, write_card
 
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +59,57 @@ def test_card_says_how_to_load(tmp_path, kind):
     code = python_of(card.text)
     assert code.index(f"import {home}") < code.index("from_pretrained(")
     assert "# Model Card for" in card.text  # what PEFT writes is there as well
+
+
+def metadata_of(*urls: str) -> Message:
+    """A wheel's metadata, with these lines of `[project.urls]`."""
+    message = Message()
+    for url in urls:
+        message["Project-URL"] = url
+    return message
+
+
+@pytest.mark.parametrize(
+    ("urls", "link"),
+    [
+        ((), "peft-instance-prompt"),
+        (("Changes, https://a/changes",), "peft-instance-prompt"),
+        (("Repository, https://a/b", "Homepage, https://a/?x=1,2"), "[peft-instance-prompt](https://a/?x=1,2)"),
+        (("repository, https://a/b",), "[peft-instance-prompt](https://a/b)"),
+    ],
+)
+def test_the_card_links_the_home_page_of_the_metadata_or_none(tmp_path, monkeypatch, urls, link):
+    monkeypatch.setattr(metadata, "metadata", lambda name: metadata_of(*urls))
+    write_card(tmp_path, IAPTConfig(task_type="CAUSAL_LM"))
+    card = (tmp_path / "README.md").read_text()
+    assert f"which needs {link}, and not before" in card
+    assert re.findall(r"https://[^)]*", card)[1:] == re.findall(r"https://[^)]*", link), (
+        "beside the paper's, none is invented"
+    )
+
+
+def test_a_source_tree_has_no_home_page(tmp_path, monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "metadata", missing)
+    write_card(tmp_path, IAPTConfig(task_type="CAUSAL_LM"))
+    assert "which needs peft-instance-prompt, and" in (tmp_path / "README.md").read_text()
+
+
+def test_where_addresses_go():
+    """pyproject.toml says where, in lines that are valid once their # is gone; the site has a variable for each of its two."""
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.removeprefix("# ") == "[project.urls]")
+    end = lines.index("", start)
+    text = "\n".join(lines[:start] + [line.removeprefix("# ") for line in lines[start:end]] + lines[end:])
+    urls = tomllib.loads(text)["project"]["urls"]
+    assert {label.lower() for label in urls} <= set(HOME_LABELS) and len(urls) == 2
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert re.findall(r"^(repo_url|site_url): !ENV (\w+)$", site, flags=re.MULTILINE) == [
+        ("repo_url", "REPOSITORY_URL"),
+        ("site_url", "SITE_URL"),
+    ]
 
 
 @pytest.mark.parametrize("name", ['a"b', "a\nb", "```\n# x", "a\\b", "<!-- /peft-instance-prompt -->", "ä/ö"])

@@ -135,6 +135,23 @@ def test_encoder(run: Run, tmp_path: Path) -> None:
     assert any("classifier" in key for key in trained(tmp_path / "outputs/encoder"))
 
 
+@pytest.mark.parametrize("documents", ["adapter", "base"])
+def test_retrieval(run: Run, tmp_path: Path, documents: str) -> None:
+    pytest.importorskip("sentence_transformers")
+    out = run("retrieval/train.py", "--short", "--steps", "2", "--n-test", "20", "--documents", documents)
+    after = re.search(r"the right one of 20 second halves comes first: \S+ before, (\S+) after\n", out)[1]
+    sides = ["query", "document"] if documents == "adapter" else ["query"]
+    assert f"{after} after loading {' and '.join(sides)} from outputs/retrieval again" in out
+    assert sorted(path.parent.name for path in Path("outputs/retrieval").glob("*/adapter_config.json")) == sorted(
+        sides
+    )
+    found = [trained(tmp_path / "outputs/retrieval" / side) for side in sides]
+    assert all(moved(tmp_path / "outputs/retrieval" / side) for side in sides)
+    assert len(found) == 1 or any(not torch.equal(found[0][key], found[1][key]) for key in found[0]), (
+        "each has its own"
+    )
+
+
 def test_seq2seq(run: Run, tmp_path: Path) -> None:
     out = run("seq2seq/train.py", "--short")
     assert "making a base model: a random T5 learns to copy and to reverse, 20 steps" in out
