@@ -38,14 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `method` runs for each entry of SPANNING, with `--all-methods` of METHODS; one that takes `kind`, for
-    one entry per config class."""
+    """A test that takes `method` runs for each entry of SPANNING, with `--all-methods` of METHODS, and has the marker `shared`;
+    one that takes `kind` runs for one entry per config class."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     own = [name for names in named for name in (names.split(",") if isinstance(names, str) else names)]
     methods = METHODS if metafunc.config.getoption("--all-methods") else SPANNING
-    for name, values in (("method", methods), ("kind", KINDS)):
+    for name, values, marks in (("method", methods, pytest.mark.shared), ("kind", KINDS, ())):
         if name in metafunc.fixturenames and name not in own:
-            metafunc.parametrize(name, list(values))
+            metafunc.parametrize(name, [pytest.param(value, marks=marks) for value in values])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

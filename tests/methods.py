@@ -91,7 +91,7 @@ METHODS: dict[str, Callable] = {
 
 # The methods that span what the engine sees of one: vectors that replace the slots' states in every layer, or are added to them and
 # read a vector of the instance; late slots; slots that are not used; and places that are chosen per instance, with their gradient.
-# A shared test runs over these; with `--all-methods`, as in `make test-all`, over all.
+# A shared test runs over these; with `--all-methods`, as in `make test-methods`, over all.
 SPANNING: list[str] = ["iapt", "idpg", "lpt_pooled", "ipt", "dynamic_prompt_all"]
 
 # Which shared test (the name of its function) does not hold for which method, and why.
