@@ -58,7 +58,7 @@ class Probe:
     outputs: Callable[..., torch.Tensor] = outputs
     per_token: bool = True
     tolerance: float = 1e-5
-    generation: dict[str, Any] = field(default_factory=lambda: GREEDY)
+    generation: dict[str, Any] = field(default_factory=GREEDY.copy)
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> torch.Tensor:
