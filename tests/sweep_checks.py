@@ -111,10 +111,10 @@ class Checks:
             yield "cache", lambda: promises.cache(probe, self.texts("left"))
             yield "leak", lambda: promises.leak(probe, labelled(0), labelled(7), early)
             yield "prompt", lambda: promises.prompt(probe, labelled(), at, self.texts("right", lengths))
-        if adapted and kind != CLASSIFIER:
-            yield "effect", lambda: promises.effect(probe, labelled(), TOLERANCE)
         if adapted:
             yield "gradient", lambda: promises.gradient(probe, labelled())
+        if adapted and kind != CLASSIFIER:
+            yield "effect", lambda: promises.effect(probe, labelled(), TOLERANCE)
 
     def rows(self) -> None:
         """What is padded is the second row."""

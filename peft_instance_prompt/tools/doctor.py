@@ -166,7 +166,8 @@ def check_leak(model: PeftModel) -> None:
         inputs.append(
             {"input_ids": instruction, "labels": response} if pair else {"input_ids": whole, "labels": labels}
         )
-    promises.leak(probe(model), *inputs, early=2 if pair else 3)  # of a pair: the decoder's start token and `first`
+    early = 2 if pair else 3  # of a pair: the decoder's start token and `first`
+    promises.leak(probe(model), inputs[0], inputs[1], early)
 
 
 CHECKS: dict[str, Callable[[PeftModel], None]] = {

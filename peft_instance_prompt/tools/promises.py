@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 
 Inputs = dict[str, torch.Tensor]
@@ -30,7 +31,7 @@ class Broken(AssertionError):
     """A promise does not hold."""
 
 
-def outputs(model: nn.Module, **inputs: Any) -> torch.Tensor:
+def outputs(model: PreTrainedModel | PeftModel, **inputs: Any) -> torch.Tensor:
     """The logits (B, S, V), or the last states (B, S, d) of an encoder without a head.
 
     Of an encoder-decoder model, the logits (B, T, V) at its decoder's tokens; without labels, at the same three for all rows.
@@ -46,7 +47,7 @@ class Probe:
     """A model in evaluation mode, and how it is asked.
 
     Attributes:
-        model (`nn.Module`): The model.
+        model (`PreTrainedModel` or `PeftModel`): The model.
         outputs (`Callable`): What a forward pass gives, from the model and named inputs. Defaults to [`outputs`].
         per_token (`bool`): Whether an output stands at each token of the input. A decoder that has an encoder gives one at each
             of its own tokens, a classifier one per row.
@@ -54,7 +55,7 @@ class Probe:
         generation (`dict`): Arguments of `generate`. Defaults to four new tokens, greedily.
     """
 
-    model: nn.Module
+    model: PreTrainedModel | PeftModel
     outputs: Callable[..., torch.Tensor] = outputs
     per_token: bool = True
     tolerance: float = 1e-5

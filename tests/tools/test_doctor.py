@@ -166,6 +166,7 @@ def test_the_command_fails_and_says_why(monkeypatch, capsys):
 
 
 def test_wrong_shapes_are_named(monkeypatch):
+    monkeypatch.setattr(doctor, "MODELS", {"llama": MODELS["llama"]})
     slots_are_not_stripped(monkeypatch)
     (error,) = (r.error for r in run_doctor(["IAPT"]) if (r.model, r.check) == ("llama", "effect"))
     assert error == "the output has the shape (1, 11, 96) and not (1, 7, 96)"
@@ -227,7 +228,8 @@ def test_versions_without_an_installed_package(monkeypatch):
     assert doctor.versions()[0].startswith("python ")
 
 
-def test_nothing_of_the_process_is_changed():
+def test_nothing_of_the_process_is_changed(monkeypatch):
+    monkeypatch.setattr(doctor, "MODELS", {"llama": MODELS["llama"]})
     torch.manual_seed(5)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(2)
