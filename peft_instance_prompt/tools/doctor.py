@@ -10,7 +10,7 @@ Adapters of every registered method are attached to four tiny models with random
     batch   a row of a padded batch has the same logits as alone, in a forward pass and for new tokens in `generate`
     cache   `generate` has the same logits with a cache and without
     save    an adapter that is loaded under a different name has the logits of the saved adapter
-    leak    the logits do not depend on later tokens of the response, which the labels mark
+    leak    the logits do not depend on later tokens of the response, which the labels mark, in evaluation and training
 
 The exit status is 0 if all checks hold, and 1 if one fails.
 """
