@@ -10,6 +10,7 @@
 # make test-all   all that is too long for CI, part by part; each is a target of its own:
 #   test-floor      the suite on the oldest supported releases
 #   test-previous   the suite on the newest transformers whose own `add_adapter` takes this PEFT
+#   test-methods    the shared tests over all methods: `make test` runs them over the five that span what the engine sees
 #   test-torch      the suite on the newest torch, beside which the newest of the others stay
 #   test-py312      the suite on Python 3.12: `python3.12` on PATH, or PYTHON312=/its/path
 #   test-py313      the suite on Python 3.13: `python3.13` on PATH, or PYTHON313=/its/path
@@ -41,13 +42,13 @@ STAMP := $(VENV)/.$(basename $(notdir $(CONSTRAINTS)))
 PINS := $(CONSTRAINTS) constraints/common.txt
 
 # The parts of `make test-all`.
-ALL := test-floor test-previous test test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm test-axolotl test-swift test-sweep \
-    test-notebook
+ALL := test-floor test-previous test test-methods test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm \
+    test-axolotl test-swift test-sweep test-notebook
 LOGS := outputs/test-all
 
 .PHONY: test coverage lint format types docs demo bench bench-serving bench-quality test-all test-floor test-previous
-.PHONY: test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm test-axolotl test-swift test-sweep
-.PHONY: test-notebook release-check clean
+.PHONY: test-methods test-torch test-py312 test-py313 test-rounding test-machines test-fresh test-vllm test-axolotl test-swift
+.PHONY: test-sweep test-notebook release-check clean
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -98,6 +99,9 @@ test-floor:
 
 test-previous:
 	$(MAKE) test VENV=.venv-previous CONSTRAINTS=constraints/previous.txt
+
+test-methods: $(STAMP)-test
+	$(BIN)/python -m pytest --all-methods -m shared $(PYTEST_ARGS)
 
 test-torch:
 	$(MAKE) test VENV=.venv-torch CONSTRAINTS=constraints/torch.txt

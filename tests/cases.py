@@ -17,7 +17,9 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from methods import METHODS
 from peft import PeftConfig, PeftModel
-from tiny import DECODERS, ENCODERS, PAIRS, adapted, assert_same, batch, causal_lm, encoder, pair, perturb
+from tiny import DECODERS, ENCODERS, PAIRS, adapted, batch, causal_lm, encoder, pair, perturb
+
+from peft_instance_prompt.tools.promises import Probe, outputs
 
 
 DECODER_NAMES = list(DECODERS)
@@ -34,7 +36,6 @@ FIELDS = {
     "condition": st.sampled_from(["instance", "constant"]),
     "layers_to_transform": st.sampled_from([0, 1, [0, 2], [1, 2]]),
 }
-GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 
 
 def make_config(data: st.DataObject, task: str = "CAUSAL_LM", cls: type | None = None, **fixed: Any) -> PeftConfig:
@@ -87,25 +88,17 @@ def any_model(data: st.DataObject) -> tuple[torch.nn.Module, str]:
     return build(data.draw(st.sampled_from(list(families)), "family")), kind
 
 
-@torch.no_grad()
-def rows(model: torch.nn.Module, inputs: dict[str, torch.Tensor], task: str) -> torch.Tensor:
-    """The logits or the last states of a batch, zero where there is padding."""
-    if task == "SEQ_2_SEQ_LM":
-        ids = torch.tensor([[1, 5, 6, 7]]).repeat(len(inputs["input_ids"]), 1)  # (B, 4)
-        return model(**inputs, decoder_input_ids=ids).logits  # (B, 4, VOCAB)
-    out = model(**inputs)
-    return out.logits if task == "CAUSAL_LM" else out.last_hidden_state  # (B, S, ...)
+def probe(model: torch.nn.Module, task: str = "CAUSAL_LM") -> Probe:
+    """A probe that knows no other differences than rounding, of a model in float64 if it can run so."""
+    kind = model.config.model_type
+    model = model if kind in FLOAT32 else model.double()
+    return Probe(model, seeded, task != "SEQ_2_SEQ_LM", tolerance=1e-8 if kind in FLOAT64 else 1e-5)
 
 
-def precise(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in float64, if it can run so."""
-    return model if model.config.model_type in FLOAT32 else model.double()
-
-
-def near(actual: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module) -> None:
-    """Equal up to the rounding of what the model computes in."""
-    whole = actual.dtype == torch.float64 and model.config.model_type in FLOAT64
-    assert_same(actual, expected, 1e-8 if whole else 1e-5)
+def seeded(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    """The outputs, with the same dropout and random choices in each pass."""
+    torch.manual_seed(0)
+    return outputs(model, **inputs)
 
 
 def said(how: str, ids: torch.Tensor, instruction: int) -> dict[str, torch.Tensor]:
@@ -124,20 +117,6 @@ def texts(length: int, how: str, seed: int) -> dict[str, torch.Tensor]:
     ids = batch(length, seed=seed)["input_ids"]
     ids[:, 1:3] = torch.tensor([7, 8])
     return {"input_ids": ids, **said(how, ids, 3)}
-
-
-def pack(rows: list[list[dict[str, torch.Tensor]]], pads: int) -> dict[str, torch.Tensor]:
-    """Rows of several texts, with at least some pads at position 0 behind them, as TRL writes them."""
-    fill = {"labels": -100}
-    width = pads + max(sum(text["input_ids"].shape[1] for text in row) for row in rows)
-    made: dict[str, list[torch.Tensor]] = {}
-    for row in rows:
-        places = [{**text, "position_ids": torch.arange(text["input_ids"].shape[1])[None]} for text in row]
-        for name in places[0]:
-            whole = torch.cat([text[name] for text in places], dim=1)  # (1, tokens)
-            padding = whole.new_full((1, width - whole.shape[1]), fill.get(name, 0))
-            made.setdefault(name, []).append(torch.cat([whole, padding], dim=1))  # (1, width)
-    return {name: torch.cat(values) for name, values in made.items()}
 
 
 def damage(data: st.DataObject, folder: Path) -> str | None:

@@ -57,8 +57,8 @@ def run(row: str, method: str) -> Cell:
 
 
 def sentence(error: Exception) -> str:
-    """The first sentence of a message, on one line."""
-    line = " ".join(str(error).split()).replace(f"{ROOT}/", "")
+    """The first sentence of a message, on one line, without the measured number."""
+    line = " ".join(str(error).split()).replace(f"{ROOT}/", "").partition(": off by")[0]
     return line.split(". ")[0].rstrip(".") + "."
 
 

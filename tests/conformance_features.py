@@ -30,41 +30,27 @@ from conformance_training import check_checkpointing, check_sft, check_trainer
 from peft import PeftModel
 from tiny import batch, causal_lm, perturb, row_of, with_adapter
 
-
-def check_forward(method: str) -> None:
-    out, bare = logits(prompted(method)), logits(causal_lm())
-    must(out.shape == bare.shape, "the logits have another length than the input")
-    must(not close(out, bare, 1e-3), "the adapter does nothing")
+from peft_instance_prompt.tools import promises
+from peft_instance_prompt.tools.promises import Probe
 
 
-@torch.no_grad()
 def check_padding(method: str) -> None:
-    model, inputs = prompted(method), batch(*LENGTHS)
-    left, right = logits(model), logits(model, side="right")
-    for row, n in enumerate(LENGTHS):
-        alone = model(**row_of(inputs, row)).logits[0]
-        must(close(left[row, -n:], alone) and close(right[row, :n], alone), "a row depends on the padding beside it")
+    probe = Probe(prompted(method))
+    for side in ("left", "right"):
+        promises.rows(probe, batch(*LENGTHS, side=side))
 
 
-@torch.no_grad()
 def check_packed(method: str) -> None:
-    model = prompted(method)
-    parts = [torch.randint(3, 90, (1, n), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
-    labels = [part.masked_fill(torch.arange(part.shape[1]) < 2, -100) for part in parts]
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    ids, said = torch.cat(parts, dim=1), torch.cat(labels, dim=1)
-    found = model(input_ids=ids, labels=said, position_ids=positions, use_cache=False).logits.split(LENGTHS, dim=1)
-    alone = [model(input_ids=part, labels=own).logits for part, own in zip(parts, labels)]
-    must(all(map(close, found, alone)), "a sequence of a packed row differs from the sequence alone")
+    parts = [batch(n, seed=n)["input_ids"] for n in LENGTHS]
+    row = [{"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) < 2, -100)} for ids in parts]
+    # With a cache, a bare model would not see that the row is packed.
+    promises.packed(Probe(prompted(method), lambda model, **kw: model(**kw, use_cache=False).logits), [row])
 
 
 def check_greedy(method: str) -> None:
-    model, inputs = prompted(method), batch(*LENGTHS)
-    found = text(model)
-    must(found.shape == (3, 14) and not torch.equal(found, text(causal_lm())), "the adapter does nothing")
-    for row, n in enumerate(LENGTHS):
-        alone = model.generate(**row_of(inputs, row), **GREEDY)
-        must(torch.equal(found[row, 9:], alone[0, n:]), "a row's text depends on the rows beside it")
+    model = prompted(method)
+    must(not torch.equal(text(model), text(causal_lm())), "the adapter does nothing")
+    promises.rows(Probe(model), batch(*LENGTHS), generates=True)
 
 
 def check_same_text(method: str, how: dict, other: dict) -> None:
@@ -103,15 +89,6 @@ def check_inputs_embeds(method: str) -> None:
     must(torch.equal(found, text(model)[:, 9:]), "embeddings give another text than their ids")
 
 
-@torch.no_grad()
-def check_mixed_forward(method: str) -> None:
-    model, inputs = of_several(method), batch(*LENGTHS)
-    mixed = logits(model, adapter_names=NAMES)
-    for row, name in enumerate(NAMES):
-        alone = with_adapter(model, name, model, **row_of(inputs, row)).logits[0]
-        must(close(mixed[row, -len(alone) :], alone), "a row of a mixed batch differs from the row alone")
-
-
 def check_mixed_generate(method: str) -> None:
     model, inputs = of_several(method), batch(*LENGTHS)
     how = {"num_beams": 2, "num_return_sequences": 2}
@@ -132,13 +109,9 @@ def check_switching(method: str) -> None:
 
 
 def check_save_and_load(method: str) -> None:
-    model = prompted(method)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        again = PeftModel.from_pretrained(causal_lm(), folder, adapter_name="another_name").eval()
-        low = PeftModel.from_pretrained(causal_lm(), folder, low_cpu_mem_usage=True).eval()
-    must(torch.equal(logits(again), logits(model)), "what is loaded differs from what was saved")
-    must(torch.equal(logits(low), logits(model)), "low_cpu_mem_usage=True loads something else")
+    probe = Probe(prompted(method), tolerance=0)
+    for how in ({"adapter_name": "another_name"}, {"low_cpu_mem_usage": True}):
+        promises.saved(probe, causal_lm(), batch(*LENGTHS), **how)
 
 
 def check_native(method: str) -> None:
@@ -158,8 +131,8 @@ def check_native(method: str) -> None:
 def check_disable(method: str) -> None:
     model, bare = prompted(method), causal_lm()
     logits(model)
+    promises.disabled(Probe(model), batch(*LENGTHS), logits(bare))
     with model.disable_adapter():
-        must(torch.equal(logits(model), logits(bare)), "logits differ from the base model's")
         must(torch.equal(text(model), text(bare)), "text differs from the base model's")
 
 
@@ -215,11 +188,11 @@ def check_compile(method: str) -> None:
 
 
 FEATURES: dict[str, Callable[[str], None]] = {
-    "forward: the logits have the input's length": check_forward,
+    "forward: the logits have the input's length": lambda m: promises.effect(Probe(prompted(m)), batch(*LENGTHS)),
     "padding left = right = none": check_padding,
     "packed rows: a sequence = the sequence alone": check_packed,
     "`generate`: a row in a batch = the row alone": check_greedy,
-    "`generate` with cache = without": functools.partial(check_same_text, how={}, other=NO_CACHE),
+    "`generate` with cache = without": lambda m: promises.cache(Probe(prompted(m)), batch(*LENGTHS)),
     "`generate`: beams, several sequences": functools.partial(
         check_same_text,
         how={"num_beams": 3, "num_return_sequences": 2},
@@ -236,7 +209,7 @@ FEATURES: dict[str, Callable[[str], None]] = {
     "`generate`: second turn from the returned cache": check_second_turn,
     "`generate`: `inputs_embeds`": check_inputs_embeds,
     "`generate`: `prefill_chunk_size`": functools.partial(check_same_text, how={"prefill_chunk_size": 4}, other={}),
-    "`adapter_names` in forward": check_mixed_forward,
+    "`adapter_names` in forward": lambda m: promises.mixed(Probe(of_several(m)), batch(*LENGTHS), NAMES),
     "`adapter_names` in `generate`, beams": check_mixed_generate,
     "several adapters: switch, delete": check_switching,
     "save, load under another name": check_save_and_load,

@@ -58,7 +58,7 @@ def page(results: dict[tuple[str, str], Cell]) -> str:
         "`disable_adapter` is bit-equal to the base model. Encoders stand under a token classifier.",
         "",
     ]
-    for group, (families, _) in GROUPS.items():
+    for group, (families, *_) in GROUPS.items():
         rows = [f"{group}: {family}" for family in families]
         lines += [*table(results, rows, group, notes), ""]
     return "\n".join([*lines, "## Reasons", "", *footnotes(notes), ""])
@@ -72,7 +72,7 @@ def compact(results: dict[tuple[str, str], Cell]) -> str:
     lines = table(results, rest, "feature", notes)
     works = " | ".join(["works"] * len(COLUMNS))
     lines.insert(2, f"| {len(whole)} others, from padding to `SFTTrainer` | {works} |")
-    for group, (families, _) in GROUPS.items():
+    for group, (families, *_) in GROUPS.items():
         counts = [sum(results[f"{group}: {f}", m].what == "works" for f in families) for m in COLUMNS]
         lines.append(f"| {group} | {' | '.join(f'{n} of {len(families)}' for n in counts)} |")
     return "\n".join([*lines, "", *footnotes(notes)])

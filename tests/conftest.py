@@ -38,15 +38,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `method` runs for each entry of SPANNING, with `--all-methods` of METHODS; one that takes `kind`, for
-    one entry per config class; if it is marked `slots`, for those with slots."""
+    """A test that takes `method` runs for each entry of SPANNING, with `--all-methods` of METHODS, and has the marker `shared`;
+    one that takes `kind` runs for one entry per config class. If it is marked `slots`, it runs for methods with slots."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     own = [name for names in named for name in (names.split(",") if isinstance(names, str) else names)]
     methods = METHODS if metafunc.config.getoption("--all-methods") else SPANNING
-    for name, values in (("method", methods), ("kind", KINDS)):
+    for name, values, marks in (("method", methods, pytest.mark.shared), ("kind", KINDS, ())):
         if name in metafunc.fixturenames and name not in own:
             about_slots = metafunc.definition.get_closest_marker("slots") is not None
-            metafunc.parametrize(name, [one for one in values if not (about_slots and one in WITHOUT_SLOTS)])
+            values = [value for value in values if not (about_slots and value in WITHOUT_SLOTS)]
+            metafunc.parametrize(name, [pytest.param(value, marks=marks) for value in values])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import DECODER_NAMES, GREEDY, any_model, attach, attach_second, damage, make_config, refusal_names, rows
+from cases import DECODER_NAMES, any_model, attach, attach_second, damage, make_config, refusal_names
 from folders import assert_unchanged, picture
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -23,6 +23,8 @@ from tiny import VOCAB, adapted, batch, causal_lm, native_refuses
 
 from peft_instance_prompt.engine.passes import current_pass
 from peft_instance_prompt.engine.request import Request, current_request
+from peft_instance_prompt.tools import promises
+from peft_instance_prompt.tools.promises import GREEDY, Probe, outputs
 
 
 JUNK = st.one_of(
@@ -70,11 +72,7 @@ def saved_and_loaded_gives_the_same(data: st.DataObject) -> None:
     base, task = any_model(data)
     again = base.__class__(base.config).eval()
     again.load_state_dict(base.state_dict())
-    model, inputs = attach(base, make_config(data, task)), batch(9, 6, side="right")
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        loaded = PeftModel.from_pretrained(again, folder).eval()
-    assert torch.equal(rows(loaded, inputs, task), rows(model, inputs, task))
+    promises.saved(Probe(attach(base, make_config(data, task)), tolerance=0), again, batch(9, 6, side="right"))
 
 
 @torch.no_grad()
@@ -115,15 +113,14 @@ def base_model_comes_back(data: st.DataObject) -> None:
     """`disable_adapter` and `unload` give the base model back, bit for bit and without a hook left."""
     base, task = any_model(data)
     inputs, before = batch(9, 6, side="right"), picture(base)
-    expected = rows(base, inputs, task)
+    expected = outputs(base, **inputs)
     model = attach(base, make_config(data, task))
     if data.draw(st.booleans(), "second adapter"):
         attach_second(model, make_config(data, task, cls=type(model.active_peft_config)))
-    rows(model, inputs, task)
-    with model.disable_adapter():
-        assert torch.equal(rows(model, inputs, task), expected)
+    outputs(model, **inputs)
+    promises.disabled(Probe(model), inputs, expected)
     base = model.unload().eval()
-    assert torch.equal(rows(base, inputs, task), expected)
+    assert torch.equal(outputs(base, **inputs), expected)
     after = picture(base)
     assert after["tensors"].keys() == before["tensors"].keys()
     for name, (kind, _, _, hooks, _) in after["modules"].items():
@@ -135,7 +132,7 @@ def failing_call_changes_nothing_for_the_next(data: st.DataObject) -> None:
     """A call that is interrupted or fails changes nothing for the next one."""
     base, task = any_model(data)
     model, inputs = attach(base, make_config(data, task)), batch(9, 6, side="right")
-    expected = rows(model, inputs, task)
+    expected = outputs(model, **inputs)
     error = data.draw(st.sampled_from([KeyboardInterrupt, ValueError, RuntimeError]), "error")
     where = data.draw(st.sampled_from([name for name, m in base.named_modules() if name]), "where")
     wait, generates = (
@@ -155,14 +152,14 @@ def failing_call_changes_nothing_for_the_next(data: st.DataObject) -> None:
     )
     stopped = False
     try:
-        model.generate(**inputs, **GREEDY) if generates else rows(model, inputs, task)
+        model.generate(**inputs, **GREEDY) if generates else outputs(model, **inputs)
     except (KeyboardInterrupt, ValueError, RuntimeError) as raised:
         assert str(raised) == "stop", raised
         stopped = True
     finally:
         handle.remove()
     assert current_pass.get() is None and current_request() == Request()
-    assert torch.equal(rows(model, inputs, task), expected)
+    assert torch.equal(outputs(model, **inputs), expected)
     assume(stopped)
 
 

@@ -102,7 +102,7 @@ METHODS: dict[str, Callable] = {
 # The methods that span what the engine sees of one: vectors that replace the slots' states in every layer, or are added to them and
 # read a vector of the instance; late slots; slots that are not used; places that are chosen per instance, with their gradient; and no
 # slots, but edits of the instruction's own states.
-# A shared test runs over these; with `--all-methods`, as in `make test-all`, over all.
+# A shared test runs over these; with `--all-methods`, as in `make test-methods`, over all.
 SPANNING: list[str] = ["iapt", "idpg", "lpt_pooled", "ipt", "dynamic_prompt_all", "preft"]
 
 # The methods that edit the instruction's states and have no slots: a test that is marked `slots` does not run for them.

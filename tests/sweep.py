@@ -15,6 +15,7 @@ import copy
 import io
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -49,7 +50,9 @@ Found = tuple[str, str]  # a verdict, and why
 
 
 def sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()).replace(f"{ROOT}/", "")
+    """A message on one line. A set in it, which is written in another order in each process, is sorted."""
+    text = " ".join(str(error).split()).replace(f"{ROOT}/", "")
+    return re.sub(r"\{('[^{}:]*')\}", lambda found: "{" + ", ".join(sorted(found[1].split(", "))) + "}", text)
 
 
 def refusal(error: Exception) -> bool:

@@ -100,11 +100,11 @@ def subject(model_type: str, auto: str) -> Subject:
             checks = Checks(made, model)
             with torch.no_grad():
                 model.train()
-                checks.forward(checks.labelled())
+                model(**checks.labelled())
                 model.eval()
-                loss = checks.forward(checks.labelled())
+                loss = model(**checks.labelled())
                 if kind in (LM, PAIR):
-                    checks.steps("right")
+                    checks.probe.steps(**checks.texts("right"))
         except Exception as error:
             why = why or f"its plain call fails, {type(error).__name__}: {error}"
             continue

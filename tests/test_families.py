@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from methods import METHODS, WITHOUT_SLOTS
+from methods import METHODS
 from peft import get_peft_model
 from sweep_configs import tiny_config
 from tiny import DECODERS, VOCAB, adapted, assert_same, batch, causal_lm
@@ -23,8 +23,6 @@ from peft_instance_prompt.engine.layer import InstancePromptLayer
 # The first method meets all families, the others one family of each kind of positions and masks.
 SPREAD = ("llama", "gpt2", "gemma3", "mistral", "bloom")
 CASES = [(method, family) for i, method in enumerate(METHODS) for family in DECODERS if i == 0 or family in SPREAD]
-# Without slots, a row that is padded on the left is as wrong as in the bare model, which takes columns for positions.
-CASES = [case for case in CASES if case[0] not in WITHOUT_SLOTS or case[1] != "gpt2"]
 
 
 def hooks(model: torch.nn.Module) -> list:

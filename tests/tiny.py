@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_instance_prompt.generator import InstanceGenerator, Instances
+from peft_instance_prompt.tools.promises import only
 
 
 def native_refuses() -> str | None:
@@ -221,28 +222,24 @@ def generator_of(model: torch.nn.Module, adapter: str = "default") -> InstanceGe
     return found
 
 
-def batch(*lengths: int, side: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:
+def batch(
+    *lengths: int, side: str = "left", seed: int = 0, pad: int = 0, tokens: tuple[int, int] = (3, VOCAB)
+) -> dict[str, torch.Tensor]:
     """Random rows of these lengths, padded on one side, with their mask; a row depends on its place and length only."""
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)  # (B, S)
+    ids = torch.full((len(lengths), max(lengths)), pad)  # (B, S)
     mask = torch.zeros_like(ids)
     for row, n in enumerate(lengths):
         generator = torch.Generator().manual_seed(1000 * seed + row)
         columns = slice(ids.shape[1] - n, None) if side == "left" else slice(0, n)
-        ids[row, columns] = torch.randint(3, VOCAB, (n,), generator=generator)
+        ids[row, columns] = torch.randint(*tokens, (n,), generator=generator)
         mask[row, columns] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def with_adapter(model: PeftModel, name: str, call: Callable, **inputs):
     """What a call gives with one adapter, or with none for `__base__`; the active one is active again afterwards."""
-    if name == "__base__":
-        with model.disable_adapter():
-            return call(**inputs)
-    before = model.active_adapter
-    model.set_adapter(name)
-    out = call(**inputs)
-    model.set_adapter(before)
-    return out
+    with only(model, name):
+        return call(**inputs)
 
 
 def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:

@@ -44,10 +44,11 @@ def begin_text(
     if text.packing is not None or not any(group.model.edits for group in groups):
         return None
     if info.decoder_of_pair:  # its instruction is its start token
-        return CachedText(names, request.generate_call, prompt_length=1)
+        return CachedText(names, request.generate_call, prompt_length=1, mask=text.mask)
     configs = [generator.config for group in groups for generator in group.generators]
     by_role = any(config.response_template is not None for config in configs)
-    kept = CachedText(names, request.generate_call, request.prompt_length, by_role, [] if by_role else None)
+    ids: list[torch.Tensor] | None = [] if by_role else None
+    kept = CachedText(names, request.generate_call, request.prompt_length, text.mask, by_role, ids)
     kept.add(text.ids)
     return kept
 

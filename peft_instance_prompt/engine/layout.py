@@ -111,6 +111,7 @@ class CachedText:
         names (`list[str]`): By row: the name of the adapter with which the cache was filled; None if there is none.
         generate_call (`int`, *optional*): The number of the call of `generate` that filled it.
         prompt_length (`int`, *optional*): In that call, the number of columns of the prompt.
+        mask (`torch.Tensor`, *optional*): Shape (B, S). The padding mask of the pass that filled the cache.
         by_role (`bool`): Whether an adapter has a `response_template`, so that the roles of tokens count.
         parts (`list[torch.LongTensor]`, *optional*): The token ids (B, T) so far, in parts. None: they are not known, or nobody needs them.
     """
@@ -118,6 +119,7 @@ class CachedText:
     names: list[str | None]
     generate_call: int | None = None
     prompt_length: int | None = None
+    mask: torch.Tensor | None = None
     by_role: bool = False
     parts: list[torch.Tensor] | None = None
 
@@ -141,6 +143,11 @@ class CachedText:
         table = SlotTable(order, torch.ones(len(self.names), 0, dtype=torch.bool, device=device), all_used=True)
         table.text = self
         return table
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether rows are padded, so that positions differ from columns."""
+        return self.mask is not None and not bool(self.mask.all())
 
     def crop(self, num_tokens: int) -> None:
         self.parts = None if (ids := self.ids) is None else [ids[:, :num_tokens]]

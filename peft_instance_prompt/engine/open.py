@@ -60,8 +60,10 @@ def open_slots(
     scope = find_scopes(groups, text, request, info, stack.training)  # (B, S)
     groups = [group for group in groups if group.model.num_slots]
     if not groups:
-        # With a cache, transformers would not keep the sequences of packed rows apart.
-        call = call if packing is None else {**call, "use_cache": False}
+        if packing is not None:  # with a cache, transformers would not keep their sequences apart
+            call = {**call, "use_cache": False}
+        elif text.mask is not None and "position_ids" in info.forward_args and call.get("position_ids") is None:
+            call = {**call, "position_ids": count_positions(text, by_row, info)}  # (B, S)
         return call, edit_groups(by_row, scope, None), None
     name, cache = cache_of(call)
     call = prepare(call, text, groups, info)

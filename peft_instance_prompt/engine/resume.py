@@ -30,29 +30,31 @@ def resume(info: StackInfo, call: dict[str, Any], cache: SlotCache, counts_slots
     Raises:
         ValueError: The text does not continue the tokens in the cache, or the sequence does not fit the model.
     """
-    if cache.table.num_slots == 0:  # nothing has moved
-        return call
     tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
     (B, S), table, seen = tokens.shape[:2], cache.table, cache.get_seq_length()
-    if counts_slots and not _goes_on(info, call.get("position_ids"), call.get("attention_mask"), seen, S):
+    positions = call.get("position_ids")
+    told = positions is not None or "position_ids" not in info.forward_args
+    if table.num_slots == 0 and (told or table.text is None or not table.text.padded):
+        return call  # nothing has moved
+    if counts_slots and table.num_slots and not _goes_on(info, positions, call.get("attention_mask"), seen, S):
         raise ValueError(
             f"The cache holds {seen} tokens and {table.num_slots} prompt slots, but the text does not go on from these "
             f"{seen} tokens. Pass the cache that the model returned, which counts tokens only, and not the cache that went in "
             "first."
         )
-    mask = padding_mask(call.get("attention_mask"), B, seen + S, from_static_cache=False)  # (B, seen + S)
+    mask = padding_mask(call.get("attention_mask"), B, seen + S, cache.is_compileable)  # (B, seen + S)
     num_positions = seen + table.num_slots + S
-    wide = table.widen_mask(mask, seen + S)  # (B, seen + L + S)
-    call = {**call, "attention_mask": pad_to_static_cache(wide, cache.inner, B, num_positions)}
+    if table.num_slots:
+        wide = table.widen_mask(mask, seen + S)  # (B, seen + L + S)
+        call = {**call, "attention_mask": pad_to_static_cache(wide, cache.inner, B, num_positions)}
     if "position_ids" in info.forward_args:
-        positions = call.get("position_ids")
         if positions is None and mask is not None:
             positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, seen:] + info.position_offset  # (B, S)
         elif positions is None:
             positions = torch.arange(seen, seen + S, device=tokens.device) + info.position_offset  # (S,)
         if not info.rotates_by_length:  # there, slots have positions before those of the tokens
             positions = positions + table.num_counted.to(positions.device)  # (B, S) or (R, B, S)
-        call["position_ids"] = positions
+        call = {**call, "position_ids": positions}
     check_fits(info, call.get("position_ids"), num_positions, table.num_slots)
     return call
 

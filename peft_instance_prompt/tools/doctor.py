@@ -10,7 +10,7 @@ Adapters of every registered method are attached to four tiny models with random
     batch   a row of a padded batch has the same logits as alone, in a forward pass and for new tokens in `generate`
     cache   `generate` has the same logits with a cache and without
     save    an adapter that is loaded under a different name has the logits of the saved adapter
-    leak    the logits do not depend on later tokens of the response, which the labels mark
+    leak    the logits do not depend on later tokens of the response, which the labels mark, in evaluation and training
 
 The exit status is 0 if all checks hold, and 1 if one fails.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import tempfile
 import textwrap
 import time
 import warnings
@@ -38,6 +37,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from .. import __version__
 from ..config import InstanceConfig
+from . import promises
+from .promises import Broken, Inputs, Probe
 
 
 PACKAGE = "peft-instance-prompt"
@@ -56,8 +57,7 @@ MODELS: dict[str, tuple[str, dict]] = {
 
 # The rows of a batch that stands for all instances. With few rows, a method's discrete choices could be the same for all.
 MANY = 64
-# In units of the largest logit. Rounding in float32 is about 1e-6, the effect of a random adapter 0.01 and more.
-TOLERANCE, LEAST_EFFECT = 1e-4, 1e-3
+TOLERANCE = 1e-4  # in units of the largest logit; rounding in float32 is about 1e-6, the effect of a random adapter 0.01 and more
 
 
 class Result(NamedTuple):
@@ -74,10 +74,6 @@ class Result(NamedTuple):
     model: str
     check: str
     error: str | None
-
-
-class Broken(Exception):
-    """A check does not hold."""
 
 
 def registered_methods() -> dict[str, type[InstanceConfig]]:
@@ -103,7 +99,7 @@ def adapted(model_type: str, config_cls: type[InstanceConfig]) -> PeftModel:
     """The tiny model with an adapter in the method's default settings, whose weights are moved far from their start."""
     base = tiny_model(model_type)
     task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
-    model = get_peft_model(base, config_cls(task_type=task, num_virtual_tokens=4))
+    model = get_peft_model(base, config_cls(task_type=task, **dict.fromkeys(config_cls.sized_by[:1], 4)))
     for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         # Vectors move less: they may be coefficients of an activation, which explodes far from its start.
         parameter.data.add_(torch.randn_like(parameter), alpha=1.0 if parameter.dim() > 1 else 0.05)
@@ -115,11 +111,11 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def padded_batch(side: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Rows of 7, 4 and 1 tokens, and the padded batch of them: ids and padding mask (3, 7)."""
+def padded_batch(side: str) -> Inputs:
+    """Ids and padding mask (3, 7) of rows of 7, 4 and 1 tokens."""
     rows = [random_tokens(n, seed=n) for n in (7, 4, 1)]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0, padding_side=side)  # (3, 7)
-    return rows, {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
 def is_pair(model: PeftModel) -> bool:
@@ -127,85 +123,51 @@ def is_pair(model: PeftModel) -> bool:
     return model.get_base_model().config.is_encoder_decoder
 
 
-def logits(model: PeftModel, input_ids: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-    """The logits (B, S, V); of an encoder-decoder model (B, 3, V), of the same three decoder tokens for all rows."""
-    if is_pair(model):
-        kwargs["decoder_input_ids"] = torch.tensor([[0, 5, 6]]).expand(input_ids.shape[0], -1)  # (B, 3)
-    return model(input_ids=input_ids, **kwargs).logits
+def seeded(model: PeftModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """The outputs, with the same dropout and random choices in each pass of training mode."""
+    torch.manual_seed(0)
+    return promises.outputs(model, **inputs)
 
 
-def new_token_logits(model: PeftModel, use_cache: bool = False, **inputs: torch.Tensor) -> torch.Tensor:
-    """The logits (B, 4, V) of the four tokens that `generate` adds."""
-    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
-    output = model.generate(**inputs, **how, return_dict_in_generate=True, output_logits=True)
-    return torch.stack(output.logits, dim=1)  # (B, 4, V)
-
-
-def largest_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, in units of the largest expected number if that is above 1. Raises [`Broken`] if shapes differ."""
-    if actual.shape != expected.shape:
-        raise Broken(f"the logits have the shape {tuple(actual.shape)} and not {tuple(expected.shape)}")
-    return float((actual - expected).abs().max()) / max(1.0, float(expected.abs().max()))
-
-
-def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Raise [`Broken`] if the numbers differ by more than rounding."""
-    difference = largest_difference(actual, expected)
-    if not difference <= TOLERANCE:  # NaN fails, too
-        raise Broken(f"{what}: the largest difference is {difference:.2g}, allowed is {TOLERANCE:g}")
+def probe(model: PeftModel) -> Probe:
+    # Without a cache, so that what is wrong with caches is found by one check only.
+    return Probe(model, seeded, not is_pair(model), TOLERANCE, {**promises.GREEDY, "use_cache": False})
 
 
 def check_effect(model: PeftModel) -> None:
-    _, inputs = padded_batch("right")
-    with model.disable_adapter():
-        bare = logits(model, **inputs)
-    difference = min(map(largest_difference, logits(model, **inputs), bare))
-    if not difference >= LEAST_EFFECT:
-        raise Broken(f"a row is changed by {difference:.2g} only, expected is {LEAST_EFFECT:g} or more")
+    for row in range(3):
+        promises.effect(probe(model), promises.row_alone(padded_batch("right"), row))
 
 
 def check_batch(model: PeftModel) -> None:
     for side in ("left", "right"):
-        rows, inputs = padded_batch(side)
-        for number, (row, together) in enumerate(zip(rows, logits(model, **inputs))):
-            if not is_pair(model):
-                together = together[-len(row) :] if side == "left" else together[: len(row)]
-            assert_same(together, logits(model, row[None])[0], f"row {number}, padded on the {side}, and alone")
-    rows, inputs = padded_batch("left")
-    for number, (row, together) in enumerate(zip(rows, new_token_logits(model, **inputs))):
-        alone = new_token_logits(model, input_ids=row[None])[0]
-        assert_same(together, alone, f"new tokens of row {number}, padded, and alone")
+        promises.rows(probe(model), padded_batch(side))
+    promises.rows(probe(model), padded_batch("left"), generates=True)
 
 
 def check_cache(model: PeftModel) -> None:
-    _, inputs = padded_batch("left")
-    cached, plain = (new_token_logits(model, use_cache, **inputs) for use_cache in (True, False))
-    assert_same(cached, plain, "new tokens with a cache and without")
+    promises.cache(probe(model), padded_batch("left"))
 
 
 def check_save(model: PeftModel) -> None:
     fresh = tiny_model(model.get_base_model().config.model_type)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)  # PEFT would ask the hub about the vocabulary
-        loaded = PeftModel.from_pretrained(fresh, folder, adapter_name="another_name").eval()
-    ids = random_tokens(MANY, 5)  # (MANY, 5)
-    assert_same(logits(loaded, ids), logits(model, ids), "loaded and saved")
+    promises.saved(probe(model), fresh, {"input_ids": random_tokens(MANY, 5)}, adapter_name="another_name")
 
 
 def check_leak(model: PeftModel) -> None:
-    # Pairs of rows that agree up to the first token of the response. The instruction has fewer tokens than the prompt has vectors: a
-    # method that reads a token for each vector would otherwise read the response.
-    instruction = random_tokens(MANY, 2).repeat(2, 1)  # (2 * MANY, 2)
-    first = random_tokens(MANY, 1, seed=1).repeat(2, 1)  # (2 * MANY, 1)
-    response = torch.cat([first, random_tokens(2 * MANY, 6, seed=2)], dim=1)  # (2 * MANY, 7)
-    if is_pair(model):
-        output, shared = model(input_ids=instruction, labels=response), 2  # the decoder's start token and `first`
-    else:
-        ids = torch.cat([instruction, response], dim=1)  # (2 * MANY, 9)
-        labels = torch.cat([torch.full_like(instruction, -100), response], dim=1)  # (2 * MANY, 9)
-        output, shared = model(input_ids=ids, labels=labels), 3
-    one, other = output.logits[:, :shared].chunk(2)  # each (MANY, shared, V)
-    assert_same(one, other, "rows that differ in later tokens of the response only")
+    # Rows that agree up to the first token of the response. The instruction has fewer tokens than the prompt has vectors: a method
+    # that reads a token for each vector would otherwise read the response.
+    instruction, first = random_tokens(MANY, 2), random_tokens(MANY, 1, seed=1)  # (MANY, 2), (MANY, 1)
+    pair, inputs = is_pair(model), []
+    for seed in (2, 3):
+        response = torch.cat([first, random_tokens(MANY, 6, seed=seed)], dim=1)  # (MANY, 7)
+        whole = torch.cat([instruction, response], dim=1)  # (MANY, 9)
+        labels = whole.masked_fill(torch.arange(9) < 2, -100)  # (MANY, 9)
+        inputs.append(
+            {"input_ids": instruction, "labels": response} if pair else {"input_ids": whole, "labels": labels}
+        )
+    early = 2 if pair else 3  # of a pair: the decoder's start token and `first`
+    promises.leak(probe(model), inputs[0], inputs[1], early)
 
 
 CHECKS: dict[str, Callable[[PeftModel], None]] = {
