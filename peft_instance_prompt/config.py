@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -18,7 +19,11 @@ from .lora_words import refuse_unknown_fields
 from .model_card import write_card
 
 
-FORMAT_VERSION = 1  # of a config file; those of 0.2.0 do not say theirs, and count as 0
+if TYPE_CHECKING:
+    from .engine.stack import StackInfo
+
+
+FORMAT_VERSION = 2  # of a config file; those of 0.2.0 do not say theirs, and count as 0
 PLAIN_POSITIONS = ("before", "after_first", "end")
 PAIR_POSITIONS = ("before_separator", "after_separator")  # of rows that hold two sentences
 
@@ -96,7 +101,7 @@ class InstancePromptConfig(PeftConfig):
             Filled in in the file when an adapter is saved: the digest of its weights. Loading compares it, and refuses a
             config and weights of two different saves. If it is None, loading compares nothing.
         format_version (`int`):
-            Filled in: the form of the config file, 1. A field that a file of an older form lacks gets the default that it had
+            Filled in: the form of the config file, 2. A field that a file of an older form lacks gets the default that it had
             then, see `old_defaults`.
         import_first (`str`, *optional*):
             Filled in: the package that registers the method, for readers of a saved config. Import it before loading the
@@ -240,6 +245,11 @@ class InstancePromptConfig(PeftConfig):
                 f"`init_text` must be None with `init_weights='paper'`, got {self.init_text!r}: the paper's prompts have no part "
                 "that could begin as a text."
             )
+
+    def fill_in(self, infos: Sequence[StackInfo]) -> None:
+        """Fill in what was left to the stacks that the adapter is for. The tuner calls it before it changes the model."""
+        if self.prompt_position is None:
+            self.prompt_position = "after_first" if infos[0].begins_with_special else "before"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any):

@@ -115,8 +115,7 @@ class InstancePromptModel(BaseTuner):
         for info in infos:
             layers = model.get_submodule(info.layers_name)
             check_understood(model.get_submodule(info.name), info.name, info.causal, layers)
-        if peft_config.prompt_position is None:
-            peft_config.prompt_position = "after_first" if infos[0].begins_with_special else "before"
+        peft_config.fill_in(infos)
         check_task(peft_config, infos, model)
         generators = {}
         for info in infos:

@@ -1,0 +1,55 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""Generators with a bottleneck: the field of their configs with which one learning rate suits both of its matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
+
+from ..checks import check_number
+from ..config import InstancePromptConfig
+
+
+if TYPE_CHECKING:
+    from ..engine.stack import StackInfo
+
+
+@dataclass
+class BottleneckConfig(InstancePromptConfig):
+    """Base class of the configs of methods whose generator is a bottleneck: a down-projection to the width m, then an up-projection.
+
+    Args:
+        down_factor (`float`, *optional*): The factor f of the down-projection. Its weights are stored divided by f and multiplied
+            by f when they are read, so that the projection moves f times as far under an optimizer that moves all weights alike,
+            as Adam does. Each of its outputs sums over the width of the model, each of the up-projection's over m, so that one
+            learning rate without f is too high for the one or too low for the other. It changes neither the start nor the
+            form. Filled in from the width d when the adapter is made: `DOWN_FACTOR / d`, and at most 1; with
+            `init_weights="paper"` 1.
+    """
+
+    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"down_factor": 1.0}}
+
+    down_factor: Optional[float] = field(
+        default=None, metadata={"help": "The factor of the down-projection, which it is stored divided by; filled in."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.down_factor is None and self.init_weights == "paper":
+            self.down_factor = 1.0
+        if self.down_factor is not None:
+            check_number(self, "down_factor", least=1e-4)
+
+    def fill_in(self, infos: Sequence[StackInfo]) -> None:
+        super().fill_in(infos)
+        self.down_factor = self.factor_of(infos[0].hidden_size)
+
+    def factor_of(self, width: int) -> float:
+        """The factor of a down-projection from states of a width: the config's, or the default for this width."""
+        return min(DOWN_FACTOR / width, 1.0) if self.down_factor is None else self.down_factor
+
+
+DOWN_FACTOR = 38.4
