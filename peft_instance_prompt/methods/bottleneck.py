@@ -24,10 +24,9 @@ class BottleneckConfig(InstancePromptConfig):
     Args:
         down_factor (`float`, *optional*): The factor f of the down-projection. Its weights are stored divided by f and multiplied
             by f when they are read, so that the projection moves f times as far under an optimizer that moves all weights alike,
-            as Adam does. Each of its outputs sums over the width of the model, each of the up-projection's over m, so that one
+            as Adam does. Each of its outputs sums over the width d of the model, each of the up-projection's over m, so that one
             learning rate without f is too high for the one or too low for the other. It changes neither the start nor the
-            form. Filled in from the width d when the adapter is made: `DOWN_FACTOR / d`, and at most 1; with
-            `init_weights="paper"` 1.
+            form. Filled in when the adapter is made: 2.4 m / d, and at most 1; with `init_weights="paper"` 1.
     """
 
     old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"down_factor": 1.0}}
@@ -49,7 +48,4 @@ class BottleneckConfig(InstancePromptConfig):
 
     def factor_of(self, width: int) -> float:
         """The factor of a down-projection from states of a width: the config's, or the default for this width."""
-        return min(DOWN_FACTOR / width, 1.0) if self.down_factor is None else self.down_factor
-
-
-DOWN_FACTOR = 38.4
+        return min(2.4 * self.bottleneck_dim / width, 1.0) if self.down_factor is None else self.down_factor
