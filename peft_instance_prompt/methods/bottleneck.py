@@ -26,13 +26,14 @@ class BottleneckConfig(InstancePromptConfig):
             by f when they are read, so that the projection moves f times as far under an optimizer that moves all weights alike,
             as Adam does. Each of its outputs sums over the width d of the model, each of the up-projection's over m, so that one
             learning rate without f is too high for the one or too low for the other. It changes neither the start nor the
-            form. Filled in when the adapter is made: 2.4 m / d, and at most 1; with `init_weights="paper"` 1.
+            form. Defaults to 1, which leaves it out. `None`, the default of IAPT alone, is filled in when the adapter is made: 2.4 m / d,
+            at most 1; with `init_weights="paper"` 1.
     """
 
     old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"down_factor": 1.0}}
 
     down_factor: Optional[float] = field(
-        default=None, metadata={"help": "The factor of the down-projection, which it is stored divided by; filled in."}
+        default=1.0, metadata={"help": "What the down-projection is stored divided by; None: by its width."}
     )
 
     def __post_init__(self):

@@ -77,6 +77,9 @@ class IAPTConfig(BottleneckConfig):
         default=1, metadata={"help": "How many consecutive layers share their down- and up-projection."}
     )
 
+    down_factor: Optional[float] = field(
+        default=None, metadata={"help": "What the down-projection is stored divided by; None: by its width."}
+    )
     slot_vectors: Optional[bool] = field(
         default=None,
         metadata={"help": "Whether each slot has a learned vector; None: unless `init_weights` is 'paper'."},

@@ -72,6 +72,10 @@ def test_what_a_config_says_stays() -> None:
     base = causal_lm(hidden_size=96)
     assert get_peft_model(base, IAPTConfig(**SMALL, down_factor=0.3)).active_peft_config.down_factor == 0.3
     assert IAPTConfig(init_weights="paper").down_factor == 1.0
+    for config in (LPTConfig(), IDSPAMConfig(), IDPGConfig(phm_n=4)):  # no figures for these
+        assert get_peft_model(causal_lm(hidden_size=256), config).active_peft_config.down_factor == 1.0
+    asked = LPTConfig(down_factor=None, bottleneck_dim=16)
+    assert get_peft_model(causal_lm(hidden_size=96), asked).active_peft_config.down_factor == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("name", MAKE)
