@@ -24,7 +24,7 @@ from .template import find_separator, tokenize_init_text, tokenize_template, tok
 if TYPE_CHECKING:
     from .engine.stack import StackInfo
 
-FORMAT_VERSION = 1  # of a config file; those of 0.2.0 do not say theirs, and count as 0
+FORMAT_VERSION = 2  # of a config file; those of 0.2.0 do not say theirs, and count as 0
 PLAIN_POSITIONS = ("before", "after_first", "end")
 PAIR_POSITIONS = ("before_separator", "after_separator")  # of rows that hold two sentences
 
@@ -76,7 +76,7 @@ class InstanceConfig(PeftConfig):
             Filled in in the file when an adapter is saved: the digest of its weights. Loading compares it, and refuses a
             config and weights of two different saves. If it is None, loading compares nothing.
         format_version (`int`):
-            Filled in: the form of the config file, 1. A field that a file of an older form lacks gets the default that it had
+            Filled in: the form of the config file, 2. A field that a file of an older form lacks gets the default that it had
             then, see `old_defaults`.
         import_first (`str`, *optional*):
             Filled in: the package that registers the method, for readers of a saved config. Import it before loading the

@@ -285,6 +285,10 @@ class PromptGenerator(TextStart, InstanceGenerator):
         """
         raise NotImplementedError
 
+    def adds_at(self, depth: int) -> bool:
+        """Whether the vectors of a depth are added to the states in the slots. Default: if the method `adds`, at every layer."""
+        return self.adds and depth != INPUT
+
     def start(self, instances: Instances, depth: int) -> torch.Tensor | None:
         """The state (G, 1, w) to which the generated part is added, in units of this state's root mean square. None: there is none."""
         return None if self.paper else instances.base_state
@@ -353,7 +357,7 @@ class PromptGenerator(TextStart, InstanceGenerator):
         if start is not None:
             start = start.to(generated.dtype)
             generated = rms(start) * generated  # (G, l, w)
-            if depth == INPUT or not self.adds:
+            if not self.adds_at(depth):
                 generated = start + generated
         return generated.expand(len(instances.mask), -1, -1)  # (G, l, w)
 

@@ -154,7 +154,7 @@ def test_whole_numbers_are_floats() -> None:
 class ChangedConfig(MeanPromptConfig):
     """A method whose fields came, and changed their defaults, over three forms of the file."""
 
-    old_defaults: ClassVar[dict] = {0: {"scale": "off", "form": "first"}, 1: {"form": "second"}}
+    old_defaults: ClassVar[dict] = {0: {"scale": "off", "form": "first"}, 2: {"form": "second"}}
     scale: str = field(default="on", metadata={"help": "Came after form 0, which did without it."})
     form: str = field(default="third", metadata={"help": "Had another default in each form."})
 
@@ -162,25 +162,25 @@ class ChangedConfig(MeanPromptConfig):
 @pytest.fixture
 def changed(monkeypatch: pytest.MonkeyPatch) -> type:
     register_method("changed_defaults", ChangedConfig, MeanPromptGenerator)
-    monkeypatch.setattr("peft_instance_prompt.config.FORMAT_VERSION", 2)
+    monkeypatch.setattr("peft_instance_prompt.config.FORMAT_VERSION", 3)
     return ChangedConfig
 
 
 @pytest.mark.parametrize("read", [PeftConfig.from_pretrained, lambda folder: ChangedConfig.from_pretrained(folder)])
 @pytest.mark.parametrize(
-    ("version", "scale", "form"), [(None, "off", "first"), (1, "on", "second"), (2, "on", "third")]
+    ("version", "scale", "form"), [(None, "off", "first"), (2, "on", "second"), (3, "on", "third")]
 )
 def test_defaults_of_an_older_file(changed: type, read, version, scale: str, form: str, tmp_path) -> None:
     changed(num_virtual_tokens=3).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["format_version"] == 2
+    assert saved["format_version"] == 3
     old = {key: value for key, value in saved.items() if key not in ("scale", "form", "format_version")}
     (tmp_path / "adapter_config.json").write_text(
         json.dumps(old if version is None else {**old, "format_version": version})
     )
     found = read(str(tmp_path))
     assert (found.scale, found.form, found.num_virtual_tokens) == (scale, form, 3)
-    assert found.format_version == 2  # saved again, it says of itself what it holds
+    assert found.format_version == 3  # saved again, it says of itself what it holds
     (tmp_path / "adapter_config.json").write_text(json.dumps({**old, "form": "mine"}))
     assert read(str(tmp_path)).form == "mine"
     assert (changed().scale, changed().form) == ("on", "third")  # who makes one gets what is right now
@@ -190,11 +190,11 @@ def test_files_say_their_form(kind: str, tmp_path) -> None:
     adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     saved = json.loads(file.read_text())
-    assert saved["format_version"] == 1
+    assert saved["format_version"] == 2
     model = causal_lm()
     before = picture(model)
     for version, error, says in (
-        (2, ValueError, "`format_version` is 2, and this release reads config files up to 1: install a newer release"),
+        (3, ValueError, "`format_version` is 3, and this release reads config files up to 2: install a newer release"),
         (-1, ValueError, "`format_version` must be at least 0, got -1"),
         ("1", TypeError, "`format_version` must be an integer, got '1'"),
     ):

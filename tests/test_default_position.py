@@ -75,10 +75,12 @@ def test_an_instruction_of_one_token(kind: str) -> None:
     """Behind the first token and at the end are the same place, and the response is predicted at the same slot."""
     if kind == "dynamic_prompt":
         pytest.skip("it has no `prompt_position='end'`; see methods/test_dynamic_prompt.py")
+    # What stands in a slot is kept or replaced, and IAPT's default depends on the position.
+    form = {"accumulate": True} if kind == "iapt" else {}
     inputs, answers = batch(9, 9), {}
     first = {"instruction_mask": torch.arange(9)[None].repeat(2, 1) < 1}
     for position in ("after_first", "end"):
-        model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM", prompt_position=position))
+        model = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM", prompt_position=position, **form))
         text = model.generate(inputs["input_ids"][:, :1], max_new_tokens=6, do_sample=False)
         answers[position] = (model(**inputs, **first).logits, text)
     assert_same(answers["after_first"][0], answers["end"][0])

@@ -29,7 +29,7 @@ def test_rows_at_is_read() -> None:
         assert torch.equal(weights["up"], generator.up[number]), "what the old name leaves alone is as by `index_at`"
     assert len(generator.unbind()["down"]) == len(generator.down) > 1
     assert IAPTGenerator(config, info).rows_at(generator.depths[1]) == {
-        name: 1 for name in ("down", "pool", "up", "activation")
+        name: 1 for name in ("down", "pool", "slot", "up", "activation")
     }
 
 

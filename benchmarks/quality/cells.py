@@ -90,6 +90,7 @@ def run_cell(plan: Plan, cell: Cell) -> dict:
     scratch = file.with_suffix(f".{os.getpid()}.tmp")
     scratch.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(scratch, file)
+    file.with_suffix(".tried").unlink(missing_ok=True)
     return result
 
 
@@ -99,8 +100,11 @@ def _trained(plan: Plan, cell: Cell, task: Task) -> dict:
     else:
         first = Cell(cell.task, cell.size, cell.method, 0).file(plan.folder)
         rates = [json.loads(first.read_text())["rate"]]
-    tried, best, kept = [], None, None
-    for rate in rates:
+    # A run that is broken off goes on from the rates that it has tried.
+    notes = cell.file(plan.folder).with_suffix(".tried")
+    tried = [json.loads(line) for line in notes.read_text().splitlines()] if notes.is_file() else []
+    tried, kept = [note for note in tried if note["rate"] in rates], None
+    for rate in [rate for rate in rates if rate not in {note["rate"] for note in tried}]:
         model, record = train(plan, cell, task, rate)
         dev = [summary(evaluate(plan.suite, model, part, "dev")) for part in task.each()]
         score = sum(values[plan.suite.score] for values in dev) / len(dev)
@@ -108,10 +112,13 @@ def _trained(plan: Plan, cell: Cell, task: Task) -> dict:
         tried.append({"rate": rate, "score": round(score, 4), "loss": round(loss, 4)})
         tried[-1]["train_seconds"] = round(record["seconds"], 2)
         tried[-1]["last_losses"] = round(sum(record["losses"][-20:]) / len(record["losses"][-20:]), 4)
-        if best is None or (score, -loss) > best:
-            best, kept = (score, -loss), (model, record, rate)
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        notes.write_text("".join(json.dumps(note) + "\n" for note in tried))
+        if best_of(tried)["rate"] == rate:
+            kept = model, record
         del model
-    model, record, rate = kept
+    rate = best_of(tried)["rate"]
+    model, record = kept or train(plan, cell, task, rate)
     start = time.perf_counter()
     exchanged = METHODS[cell.method].exchanged
     test, spread = {}, {}
@@ -132,6 +139,11 @@ def _trained(plan: Plan, cell: Cell, task: Task) -> dict:
         **({"spread": {depth: round(share, 4) for depth, share in spread.items()}} if spread else {}),
         "test": test,
     }
+
+
+def best_of(tried: list[dict]) -> dict:
+    """Of learning rates with their scores and losses on dev, the one with the best score; of equal ones that with the least loss."""
+    return max(tried, key=lambda note: (note["score"], -note["loss"]))
 
 
 def train(plan: Plan, cell: Cell, task: Task, rate: float) -> tuple[torch.nn.Module, dict]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import (
@@ -92,8 +93,12 @@ def _lora(r: int, targets: str | None) -> Callable[[Setting], PeftConfig]:
     return lambda setting: LoraConfig(task_type=setting.task_type, r=r, lora_alpha=2 * r, target_modules=targets)
 
 
+# IAPT as release 0.2.0 had it.
+IAPT_0_2: dict[str, Any] = {"slot_vectors": False, "accumulate": False, "down_factor": 1.0}
+
 OURS: dict[str, Callable[..., PeftConfig]] = {
     "iapt": IAPTConfig,
+    "iapt-0.2": lambda **kw: IAPTConfig(**IAPT_0_2, **kw),
     "m-idpg": lambda **kw: IDPGConfig.preset("m-phm", **kw),
     "s-idpg": lambda **kw: IDPGConfig.preset("s-phm", **kw),
     "lpt": LPTConfig,
@@ -101,7 +106,7 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "dp": DynamicPromptConfig,
     "idspam": IDSPAMConfig,
     "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
-    "iapt-slow-down": lambda **kw: IAPTConfig(activation="gelu", **kw),
+    "iapt-0.2-slow-down": lambda **kw: IAPTConfig(activation="gelu", **IAPT_0_2, **kw),
     # In all-MiniLM-L6-v2 the state of the first token, which IDPG and LPT read, hardly depends on the text below the last layer.
     "m-idpg-mean": lambda **kw: IDPGConfig.preset("m-phm", instance_pooling="mean", **kw),
     "lpt-appg": lambda **kw: LPTConfig(generator_type="appg", **kw),
@@ -110,22 +115,35 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
 CONTROLS = {name: "m-idpg-constant" if name == "m-idpg-mean" else f"{name}-constant" for name in OURS}
 # Each output of the down-projection is a sum over the width d of the model, each of the up-projection one over the bottleneck m. Adam
 # moves all weights alike, so the first moves about d / m times as far.
-FACTORS = {"iapt-slow-down": {"down": 0.1}}
+FACTORS = {"iapt-0.2-slow-down": {"down": 0.1}}
 # IPT learns vectors of single tokens, which want a rate as high as PEFT's prompt tuning does: of the others' rates the highest was best
 # by far on dev.
-RATES = {"ipt": (3e-2, 1e-2, 1e-1)}
-# One thing is changed in each: how many slots, where they stand, what they begin as, whether the activation is learned. They have no
-# control, and are tested with their own prompts only.
+RATES = {"ipt": (3e-2, 1e-2, 1e-1), "iapt": (1e-2, 3e-3, 3e-2), "iapt-128": (3e-3, 1e-3, 1e-2)}
+# One thing is changed in each: the form, how many slots, where they stand, what they begin as, whether the activation is learned. They
+# have no control, and are tested with their own prompts only.
 VARIANTS: dict[str, Callable[..., PeftConfig]] = {
+    "iapt-paper": lambda **kw: IAPTConfig(init_weights="paper", **kw),
+    "iapt-no-slot-vectors": lambda **kw: IAPTConfig(slot_vectors=False, **kw),
+    "iapt-replace": lambda **kw: IAPTConfig(accumulate=False, **kw),
+    "iapt-accumulate": lambda **kw: IAPTConfig(accumulate=True, **kw),
+    "iapt-no-factor": lambda **kw: IAPTConfig(down_factor=1.0, **kw),
     "iapt-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **kw),
     "iapt-end": lambda **kw: IAPTConfig(prompt_position="end", **kw),
     "iapt-gelu": lambda **kw: IAPTConfig(activation="gelu", **kw),
     "iapt-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **kw),
+    "iapt-0.2-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **IAPT_0_2, **kw),
+    "iapt-0.2-gelu": lambda **kw: IAPTConfig(activation="gelu", **IAPT_0_2, **kw),
+    "iapt-0.2-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **IAPT_0_2, **kw),
 }
 
 
 # Of which method each of these is another setting.
-SETTING_OF = {"iapt-slow-down": "iapt", **dict.fromkeys(VARIANTS, "iapt"), "m-idpg-mean": "m-idpg", "lpt-appg": "lpt"}
+SETTING_OF = {
+    "iapt-0.2-slow-down": "iapt-0.2",
+    **{name: "iapt-0.2" if name.startswith("iapt-0.2") else "iapt" for name in VARIANTS},
+    "m-idpg-mean": "m-idpg",
+    "lpt-appg": "lpt",
+}
 
 
 def _ours(name: str, condition: str, exchanged: bool = False) -> Method:
@@ -140,7 +158,7 @@ def _ours(name: str, condition: str, exchanged: bool = False) -> Method:
             made.anneal_steps = setting.steps  # dynamic prompting's temperature falls during all of the training
         return made
 
-    rates = RATES.get(name, (3e-3, 1e-3, 1e-2))
+    rates = RATES.get(name, RATES["iapt"] if SETTING_OF.get(name) == "iapt" else (3e-3, 1e-3, 1e-2))
     return Method(_peft(config), rates, ours=True, exchanged=exchanged, factors=FACTORS.get(name, {}))
 
 
@@ -150,8 +168,8 @@ METHODS: dict[str, Method] = {
     "head": Method(_head, (2e-2, 5e-3, 5e-2)),
     "full": Method(_full, (1e-4, 3e-5, 3e-4)),
     # PEFT's own choice of modules is q and v
-    "lora-r8-qv": Method(_peft(_lora(8, None)), (1e-3, 3e-4, 3e-3)),
-    "lora-r16": Method(_peft(_lora(16, "all-linear")), (1e-3, 3e-4, 3e-3)),
+    "lora-r8-qv": Method(_peft(_lora(8, None)), (3e-3, 1e-3, 1e-2)),
+    "lora-r16": Method(_peft(_lora(16, "all-linear")), (3e-3, 1e-3, 1e-2)),
     "prompt-tuning": Method(_peft(_prompt_tuning), (3e-2, 1e-2, 1e-1)),
     "p-tuning": Method(_peft(_p_tuning), (3e-3, 1e-3, 1e-2)),
     "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),

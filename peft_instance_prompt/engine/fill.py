@@ -56,9 +56,9 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
         if group.rows is not None or layout.seats is not None:
             standing = take(states, layout.slot_index)  # (B, L, d)
-            standing = torch.zeros_like(standing) if group.model.adds else standing
+            standing = torch.zeros_like(standing) if group.model.adds_at(depth) else standing
             prompts = put(standing, group.rows, prompts, layout.seats)  # (B, L, d)
-        states = fill(states, prompts, layout, group.model.adds, in_place)  # (B, N, d)
+        states = fill(states, prompts, layout, group.model.adds_at(depth), in_place)  # (B, N, d)
     return call.with_states(states)
 
 

@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional
 
 import torch
 from torch import nn
 
 from ..checks import check_choice, check_int
-from ..config import InstancePromptConfig
 from ..generator import Instances, PromptGenerator, Weights
 from ..nn.init import fan_in_uniform
 from ..nn.pooling import attention_pool, rms
 from ..nn.rational import FIXED_ACTIVATIONS, GELU_FITS, gelu_coefficients, rational
 from ..registry import register_method
+from .bottleneck import BottleneckConfig
 
 
 if TYPE_CHECKING:
@@ -25,14 +26,17 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class IAPTConfig(InstancePromptConfig):
+class IAPTConfig(BottleneckConfig):
     """Configuration of [`IAPTModel`], instruction-aware prompt tuning (https://arxiv.org/abs/2405.18203).
 
     At every layer the prompt vectors are generated anew from that layer's own input at the instruction's tokens:
     down-projection, self-attention pooling to `num_virtual_tokens` vectors, learned activation, up-projection.
 
-    Deviations from the paper: by default the adapter starts as a near no-op (`init_weights`). No public source gives
-    `bottleneck_dim` and which layers share their projections, so both are options with defaults of our own.
+    Deviations from the paper, none of them with `init_weights="paper"`: by default the adapter starts as a near no-op
+    (`init_weights`), each slot has a learned vector of its own (`slot_vectors`), the prompt vectors are added to the states in the
+    slots where these can read the instruction (`accumulate`), and the down-projection moves slower than the other weights
+    (`down_factor`). No public source gives `bottleneck_dim` and which layers share their projections, so both are options with
+    defaults of our own.
 
     Args:
         num_virtual_tokens (`int`): The number l of prompt vectors per layer. Defaults to 4, the paper's.
@@ -44,11 +48,24 @@ class IAPTConfig(InstancePromptConfig):
             of GELU on [-10, 10]; `"tight"` within 1.2e-4 on [-3, 3].
         share_layers (`int`): The number of consecutive layers that share their two projections; each layer has its own
             pooling and activation. Defaults to 1: no sharing.
+        slot_vectors (`bool`, *optional*): Whether each slot has a learned vector, drawn from a standard normal distribution, that
+            is added to what it pools. Without it all slots pool nearly the same at the start, get nearly the same gradient, and stay
+            alike. Defaults to `True`, with `init_weights="paper"` to `False`.
+        accumulate (`bool`, *optional*): Whether the prompt vectors of a layer are added to the states in the slots, which then read
+            the text through the model's own attention, or replace them, the paper's form. At the first layer with prompts they
+            replace them in both. Filled in when the adapter is made: `True` in encoders and with `prompt_position="end"`; `False`
+            where slots stand before a causal text, of which they can read nothing, and with `init_weights="paper"`.
+        condition (`str`): As for all methods. With `accumulate`, the slots of the control `"constant"` read the text, too, through the
+            model's own attention: it tells what the *generator* gains by reading the instance.
 
-    All fields of [`InstancePromptConfig`] are inherited.
+    Raises:
+        ValueError: `slot_vectors` or `accumulate` is `True` with `init_weights="paper"`.
+
+    All fields of [`BottleneckConfig`] and [`InstancePromptConfig`] are inherited.
     """
 
     paper = ("IAPT: Instruction-Aware Prompt Tuning for Large Language Models", "2405.18203")
+    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"slot_vectors": False, "accumulate": False}}
 
     activation: Literal["rational", "gelu", "relu", "silu", "tanh"] = field(
         default="rational", metadata={"help": "'rational' (learned), or a fixed 'gelu', 'relu', 'silu' or 'tanh'."}
@@ -60,24 +77,63 @@ class IAPTConfig(InstancePromptConfig):
         default=1, metadata={"help": "How many consecutive layers share their down- and up-projection."}
     )
 
+    down_factor: Optional[float] = field(
+        default=None, metadata={"help": "What the down-projection is stored divided by; None: by its width."}
+    )
+    slot_vectors: Optional[bool] = field(
+        default=None,
+        metadata={"help": "Whether each slot has a learned vector; None: unless `init_weights` is 'paper'."},
+    )
+    accumulate: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Whether vectors are added to the states in the slots; None: where these can read the text."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        paper = self.init_weights == "paper"
+        if self.slot_vectors is None:
+            self.slot_vectors = not paper
+        if self.accumulate is None and paper:
+            self.accumulate = False
+        check_choice(self, "slot_vectors", (True, False))
+        check_choice(self, "accumulate", (None, True, False))
+        for name in ("slot_vectors", "accumulate"):
+            if paper and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be False or None with `init_weights='paper'`, the paper's form, got True."
+                )
         check_choice(self, "activation", ("rational", *FIXED_ACTIVATIONS))
         check_choice(self, "activation_fit", tuple(GELU_FITS))
         check_int(self, "share_layers", minimum=1)
+
+    def complete(self, model: nn.Module, infos: Sequence[StackInfo]) -> None:
+        super().complete(model, infos)
+        self.accumulate = self.accumulates(infos)
+
+    def accumulates(self, infos: Sequence[StackInfo]) -> bool:
+        """Whether prompt vectors are added to the states in the slots of these stacks."""
+        if self.accumulate is None:
+            return self.prompt_position == "end" or not any(info.causal for info in infos)
+        return self.accumulate
 
 
 class IAPTGenerator(PromptGenerator):
     """The generator of IAPT, for all layers (https://arxiv.org/abs/2405.18203).
 
-    With H (n, d) the input of a layer at the instruction's tokens: `z = H W_down`, `A = softmax over tokens (z W_pool)`,
-    `p = g(A^T z) W_up`. It has 2*d*m*L weights in its projections, l*m*L in its pools and 12*L in its activations.
+    With H (n, d) the input of a layer at the instruction's tokens and s (l, m) the vectors of the slots: `z = H W_down`,
+    `A = softmax over tokens (z W_pool)`, `p = g(A^T z + s) W_up`. It has 2*d*m*L weights in its projections, l*m*L each in its pools
+    and in the slots' vectors, and 12*L in its activations.
 
     Attributes:
         down, up (`nn.Parameter`): Shapes (Lg, d, m) and (Lg, m, d), with a row for each group of layers that share them.
+            `down` is W_down divided by `down_factor`.
         pool (`nn.Parameter`): Shape (L, m, l).
+        slot (`nn.Parameter`): Shape (L, l, m). With `slot_vectors`.
         activation (`nn.Parameter`): Shape (L, 1, 12), the coefficients of [`rational`]. A fixed activation has none.
-        constant (`nn.Parameter`): Shape (L, l, m). With `condition="constant"`, instead of `down` and `pool`.
+        constant (`nn.Parameter`): Shape (L, l, m). With `condition="constant"`, instead of `down`, `pool` and `slot`.
     """
 
     feeds_constant = False
@@ -86,12 +142,16 @@ class IAPTGenerator(PromptGenerator):
         super().__init__(config, info)
         d, m, l, L = info.hidden_size, config.bottleneck_dim, config.num_virtual_tokens, len(self.depths)
         groups = -(-L // config.share_layers)  # rounded up
+        self.adds: bool = config.accumulates([info])
+        self.down_factor = config.factor_of(d)
         self.up = fan_in_uniform(groups, m, d)
         if self.constant_condition:
             self.constant = nn.Parameter(torch.randn(L, l, m))
         else:
-            self.down = fan_in_uniform(groups, d, m)
+            self.down = fan_in_uniform(groups, d, m, factor=self.down_factor)
             self.pool = fan_in_uniform(L, m, l)
+            if config.slot_vectors:
+                self.slot = nn.Parameter(torch.randn(L, l, m))
         if config.activation == "rational":
             self.activation = nn.Parameter(gelu_coefficients(config.activation_fit).repeat(L, 1, 1))
         self.zero_at_start(self.up)
@@ -105,12 +165,17 @@ class IAPTGenerator(PromptGenerator):
         group = layer // self.config.share_layers
         return {name: group if name in ("down", "up") else layer for name, _ in self.named_parameters()}
 
+    def adds_at(self, depth: int) -> bool:
+        return self.adds and depth != self.depths[0]
+
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
         if self.constant_condition:
             pooled = weights["constant"]  # (l, m) or (G, l, m)
         else:
             z = self._project(instances.states, weights)  # (G, n, m)
             pooled = attention_pool(z, z @ weights["pool"], instances.mask)  # (G, l, m)
+            if "slot" in weights:
+                pooled = pooled + weights["slot"]
         if "activation" in weights:
             activated = rational(pooled, weights["activation"])
         else:
@@ -128,7 +193,7 @@ class IAPTGenerator(PromptGenerator):
     def _project(self, states: torch.Tensor, weights: Weights) -> torch.Tensor:
         """z (G, n, m) of the states (G, n, d)."""
         dtype = weights["down"].dtype
-        z = states.to(dtype) @ weights["down"]  # (G, n, m)
+        z = states.to(dtype) @ (weights["down"] * self.down_factor)  # (G, n, m)
         # Residual streams hold huge activations, so states are normalised; after the projection, which saves a copy of them.
         return z if self.paper else z / rms(states).to(dtype)
 

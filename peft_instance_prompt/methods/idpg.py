@@ -19,6 +19,7 @@ from ..generator import INPUT, Instances, PromptGenerator, Source, Weights, chos
 from ..nn.phm import phm_linear
 from ..nn.pooling import first_token, last_token, mean_pool, rms_norm
 from ..registry import register_method
+from .bottleneck import BottleneckConfig
 from .instance_vector import InstanceVectorConfig, instance_vector, vector_width
 
 
@@ -44,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class IDPGConfig(InstanceVectorConfig):
+class IDPGConfig(InstanceVectorConfig, BottleneckConfig):
     """Configuration of [`IDPGModel`], instance-dependent prompt generation (NAACL 2022, https://arxiv.org/abs/2204.04497).
 
     A bottleneck turns a vector M(x) of the instance into `num_virtual_tokens` prompt vectors:
@@ -89,7 +90,7 @@ class IDPGConfig(InstanceVectorConfig):
         condition (`str`): As for all methods, or `"bias"`, the control with W1 = W2 = 0: the prompt is the output bias b2, which
             the paper calls the task prompt and which is the only parameter.
 
-    All fields of [`InstancePromptConfig`] are inherited.
+    All fields of [`BottleneckConfig`] and [`InstancePromptConfig`] are inherited.
     """
 
     conditions = ("instance", "constant", "bias")
@@ -205,7 +206,8 @@ class IDPGGenerator(PromptGenerator):
     Attributes:
         W1, b1, W2, b2 (`nn.Parameter`): Shapes (R, k, m), (R, 1, m), (R, m, l d) and (D, 1, l d), with a row for each group of
             depths that share it. With PHM, the left factors `A1` and `A2` (R, n, n, n) and the right ones `B1` (R, n, k/n, m/n) and
-            `B2` (R, n, m/n, l d/n) instead of the matrices; with shared left factors there is no `A2`. Tensors of the input whose
+            `B2` (R, n, m/n, l d/n) instead of the matrices; with shared left factors there is no `A2`. W1, or `B1` and an `A1` that is
+            not shared, are divided by `down_factor`. Tensors of the input whose
             shapes differ from those between the layers have the suffix `_input`.
         constant (`nn.Parameter`): Shape (R, 1, k). With `condition="constant"`: M(x).
         residual_norm, residual_norm_bias, norm, norm_bias (`nn.Parameter`): Shape (1, 1, e). Weight and bias of N and N'.
@@ -221,6 +223,7 @@ class IDPGGenerator(PromptGenerator):
             pooling = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
         self.pool = {"first": first_token, "last": last_token, "mean": mean_pool}[pooling]
         self.dropout = nn.Dropout(config.dropout)
+        self.down_factor = config.factor_of(info.hidden_size)
         self.rows: dict[int, dict[str, int]] = {depth: {} for depth in self.depths}
         self.biases_only: bool = config.condition == "bias"
 
@@ -248,15 +251,16 @@ class IDPGGenerator(PromptGenerator):
         self, config: IDPGConfig, widths: Mapping[int, tuple[int, int]], keys: Mapping[int, Hashable]
     ) -> None:
         """Add the parameters from x (k) to p but its bias: W1, b1 and W2."""
-        m, n = config.bottleneck_dim, config.phm_n
+        m, n, factor = config.bottleneck_dim, config.phm_n, self.down_factor
         if config.projection == "phm":
-            self._add("A1", {depth: (n, n, n) for depth in widths}, keys, std=0.05)
-            self._add("B1", {depth: (n, k // n, m // n) for depth, (k, _) in widths.items()}, keys, std=0.05)
+            own = 1.0 if config.phm_share_A else factor  # W2 has a shared one, too
+            self._add("A1", {depth: (n, n, n) for depth in widths}, keys, std=0.05 / own)
+            self._add("B1", {depth: (n, k // n, m // n) for depth, (k, _) in widths.items()}, keys, std=0.05 / factor)
             if not config.phm_share_A:
                 self._add("A2", {depth: (n, n, n) for depth in widths}, keys, std=0.05)
             self._add("B2", {depth: (n, m // n, out // n) for depth, (_, out) in widths.items()}, keys, std=0.05)
         else:
-            self._add("W1", {depth: (k, m) for depth, (k, _) in widths.items()}, keys, std=0.02)
+            self._add("W1", {depth: (k, m) for depth, (k, _) in widths.items()}, keys, std=0.02 / factor)
             self._add("W2", {depth: (m, out) for depth, (_, out) in widths.items()}, keys, std=0.02)
         self._add("b1", {depth: (1, m) for depth in widths}, keys, std=0.05 if config.projection == "phm" else 0.0)
 
@@ -318,6 +322,7 @@ class IDPGGenerator(PromptGenerator):
 
     def _bottleneck(self, x: torch.Tensor, W: Weights) -> torch.Tensor:
         """u W2 (G, 1, l * d), of x (G, 1, k)."""
+        x = x * (self.down_factor ** (2 if "A2" in W else 1))  # the matrix W1, or both its factors, are divided by it
         if "W1" in W:
             return self.dropout(gelu(x @ W["W1"] + W["b1"])) @ W["W2"]  # (G, 1, l * d)
         u = self.dropout(gelu(phm_linear(x, W["A1"], W["B1"], W["b1"])))  # (G, 1, m)

@@ -50,7 +50,7 @@ class IDSPAMConfig(LatePromptConfig):
         prompt_position (`str`): As for all methods. It must be `"before"`, the paper's, if the prompt is late and the model
             measures distances by column (ALiBi, tables of relative distances, sliding windows).
 
-    All fields of [`InstancePromptConfig`] but `layers_to_transform` are inherited.
+    All fields of [`BottleneckConfig`] and [`InstancePromptConfig`] but `layers_to_transform` are inherited.
     """
 
     paper = ("Leveraging Self-Attention for Input-Dependent Soft Prompting in LLMs", "2506.05629")
@@ -101,7 +101,7 @@ class IDSPAMGenerator(LatePromptGenerator):
 
     Attributes:
         attention (`TokenAttention`): W_Q, W_K and W_V.
-        down, down_bias (`nn.Parameter`): Shapes (1, e, m) and (1, 1, m): W_down and b_down.
+        down, down_bias (`nn.Parameter`): Shapes (1, e, m) and (1, 1, m): W_down, divided by `down_factor`, and b_down.
         up, up_bias (`nn.Parameter`): Shapes (1, m, l*d) and (1, 1, l*d): W_up and b_up.
         constant (`nn.Parameter`): Shape (1, 1, e). With `condition="constant"`, instead of `attention`: A.
     """
@@ -113,7 +113,9 @@ class IDSPAMGenerator(LatePromptGenerator):
             self.constant = nn.Parameter(torch.randn(1, 1, e))
         else:
             self.attention = TokenAttention(e, config.attention_dim or e)
-        self.down, self.down_bias = fan_in_uniform(1, e, m), fan_in_uniform(1, 1, m, fan_in=e)
+        self.down_factor = config.factor_of(e)
+        self.down = fan_in_uniform(1, e, m, factor=self.down_factor)
+        self.down_bias = fan_in_uniform(1, 1, m, fan_in=e)
         self.up, self.up_bias = fan_in_uniform(1, m, width), fan_in_uniform(1, 1, width, fan_in=m)
         self.dropout = nn.Dropout(config.dropout)
         self.zero_at_start(self.up, self.up_bias)
@@ -126,7 +128,8 @@ class IDSPAMGenerator(LatePromptGenerator):
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
         A = weights["constant"] if self.constant_condition else instances.vector[:, None]  # (G, 1, e) or (1, e)
-        u = self.dropout(torch.relu(A.to(weights["down"].dtype) @ weights["down"] + weights["down_bias"]))  # (G, 1, m)
+        down = weights["down"] * self.down_factor  # (e, m) or (G, e, m)
+        u = self.dropout(torch.relu(A.to(down.dtype) @ down + weights["down_bias"]))  # (G, 1, m)
         p = u @ weights["up"] + weights["up_bias"]  # (G, 1, l * d)
         return (torch.relu(p) if self.paper else p).unflatten(-1, (self.num_slots, -1)).flatten(-3, -2)  # (G, l, d)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
 from ..checks import check_int
-from ..config import InstancePromptConfig
 from ..generator import PromptGenerator
+from .bottleneck import BottleneckConfig
 
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class LatePromptConfig(InstancePromptConfig):
+class LatePromptConfig(BottleneckConfig):
     """Base class of the configs of methods with late prompts.
 
     Args:

@@ -49,7 +49,7 @@ class LPTConfig(LatePromptConfig):
         prompt_position (`str`): As for all methods. It must be `"before"` if the prompt is late and the model measures distances
             by column (ALiBi, tables of relative distances).
 
-    All fields of [`InstancePromptConfig`] but `layers_to_transform` are inherited.
+    All fields of [`BottleneckConfig`] and [`InstancePromptConfig`] but `layers_to_transform` are inherited.
     """
 
     paper = ("Late Prompt Tuning: A Late Prompt Could Be Better Than Many Prompts", "2210.11292")
@@ -77,7 +77,8 @@ class LPTGenerator(LatePromptGenerator):
     - `none`: `p` itself is learned: l*d weights.
 
     Attributes:
-        down, down_bias (`nn.Parameter`): Shapes (1, d, m) and (1, 1, m): W1 and b1.
+        down, down_bias (`nn.Parameter`): Shapes (1, d, m) and (1, 1, m): W1, divided by
+            `down_factor`, and b1.
         up, up_bias (`nn.Parameter`): Shapes (1, m, l*d) and (1, 1, l*d); of `appg` and `mppg`, d in place of l*d: W2 and b2.
         constant (`nn.Parameter`): With `condition="constant"`, instead of `down`: shape (1, 1, m), of `appg` and `mppg` (1, l, m).
         prompt (`nn.Parameter`): Shape (1, l, d). The only parameter of `none`.
@@ -88,6 +89,7 @@ class LPTGenerator(LatePromptGenerator):
         d, m, l = info.hidden_size, config.bottleneck_dim, config.num_virtual_tokens
         self.width = d
         self.kind = config.generator_type
+        self.down_factor = config.factor_of(d)
         self.dropout = nn.Dropout(config.dropout)
         if self.kind == "none":
             # The paper's released code has an embedding table, which starts as N(0, 1).
@@ -99,7 +101,8 @@ class LPTGenerator(LatePromptGenerator):
         if self.constant_condition:
             self.constant = nn.Parameter(torch.randn(1, 1 if self.kind == "npg" else l, m))
         else:
-            self.down, self.down_bias = fan_in_uniform(1, d, m), fan_in_uniform(1, 1, m, fan_in=d)
+            self.down = fan_in_uniform(1, d, m, factor=self.down_factor)
+            self.down_bias = fan_in_uniform(1, 1, m, fan_in=d)
         self.zero_at_start(self.up, self.up_bias)
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
@@ -130,7 +133,8 @@ class LPTGenerator(LatePromptGenerator):
             states = self._choose(states, mask)  # (G, 1, d)
         # Residual streams hold huge activations.
         states = states if self.paper else states / rms(states)
-        projected = states.to(weights["down"].dtype) @ weights["down"] + weights["down_bias"]  # (G, 1 or n, m)
+        down = weights["down"] * self.down_factor  # (d, m) or (G, d, m)
+        projected = states.to(down.dtype) @ down + weights["down_bias"]  # (G, 1 or n, m)
         if self.kind == "npg":
             return projected
         return (adaptive_avg_pool if self.kind == "appg" else adaptive_max_pool)(

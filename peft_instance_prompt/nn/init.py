@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 
-def fan_in_uniform(*shape: int, fan_in: int | None = None) -> nn.Parameter:
+def fan_in_uniform(*shape: int, fan_in: int | None = None, factor: float = 1.0) -> nn.Parameter:
     """A parameter with the initial distribution of `torch.nn.Linear`: uniform in `+-1 / sqrt(fan_in)`.
 
     Args:
         shape (`int`): The shape: (..., a, b) for matrices from a to b features.
         fan_in (`int`, *optional*): The number of features that the matrix reads. Defaults to a. Set it for a bias.
+        factor (`float`, *optional*): What the values are divided by, since they are multiplied by it when they are read. Defaults to 1.
     """
-    bound = (shape[-2] if fan_in is None else fan_in) ** -0.5
+    bound = (shape[-2] if fan_in is None else fan_in) ** -0.5 / factor
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))

@@ -145,7 +145,7 @@ def generated_part(generator: PromptGenerator, made: Generated) -> torch.Tensor:
     start = generator.start(made.instances, made.depth) if text is None else text.detach()  # or (B, 1, d)
     if start is not None:
         start = start.float()
-        if made.depth == INPUT or not generator.adds:
+        if not generator.adds_at(made.depth):
             values = values - start
         values = values / rms(start)
     return values.cpu()

@@ -96,7 +96,7 @@ def write(rows: Rows, depth: int, hidden: torch.Tensor, residual: torch.Tensor |
     states = hidden if residual is None else hidden + residual  # (T, d)
     prompts = rows.group.run(states[None], depth, rows.selection, None)  # (G, l, d)
     prompts = prompts[rows.instance, rows.vector].to(hidden.dtype)  # (K, d)
-    if model.adds and depth != INPUT:
+    if model.adds_at(depth):
         hidden.index_add_(0, rows.rows, prompts)
     else:
         hidden.index_copy_(0, rows.rows, prompts)

@@ -23,7 +23,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from quality import tasks  # noqa: E402
 from quality.causal import Causal, overlap_f1  # noqa: E402
-from quality.cells import Cell  # noqa: E402
+from quality.cells import Cell, Plan, run_cell  # noqa: E402
 from quality.command import CORE, cells, numbers  # noqa: E402
 from quality.encoder import Encoder  # noqa: E402
 from quality.methods import CONTROLS, METHODS, OURS, VARIANTS, Setting  # noqa: E402
@@ -212,6 +212,44 @@ def test_learning_rates_of_a_head_and_of_named_parameters() -> None:
     torch.testing.assert_close(model.down, torch.full((2,), -0.05))
     torch.testing.assert_close(model.up, torch.full((2,), -0.5))
     torch.testing.assert_close(before - model.classifier.weight, torch.full((2, 2), HEAD_RATE))
+
+
+def test_a_broken_run_goes_on_from_the_rates_that_it_has_tried(monkeypatch, tmp_path: Path) -> None:
+    rates = METHODS["iapt"].rates
+    right, trained = dict(zip(rates, (0.0, 1.0, 0.0))), []
+
+    def train(plan, cell, task, rate: float):
+        if len(trained) == 2:
+            trained.append("broken")
+            raise KeyboardInterrupt
+        trained.append(rate)
+        return rate, {
+            "losses": [1.0],
+            "seconds": 1.0,
+            "cpu_seconds": 1.0,
+            "above_loaded_mb": 1.0,
+            "trainable": 1,
+            "head": 0,
+        }
+
+    def evaluate(suite, model: float, task, split: str) -> dict:
+        return {"loss": torch.ones(2), "accuracy": torch.full((2,), right[model])}
+
+    monkeypatch.setattr("quality.cells.load", lambda *_: Task("movie", {"train": [], "test": []}, ()))
+    monkeypatch.setattr("quality.cells.train", train)
+    monkeypatch.setattr("quality.cells.evaluate", evaluate)
+    monkeypatch.setattr("quality.cells.tested", lambda suite, model, *_: ({"own": {"model": model}}, {}))
+    suite = Encoder.__new__(Encoder)
+    suite.folder, suite.device = "m", "cpu"
+    plan, cell = Plan(suite, 1, 1, 1, 3, (1, 1), tmp_path), Cell("movie", "full", "iapt", 0)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(plan, cell)
+    result = run_cell(plan, cell)
+    # The model of the best rate went with the broken run.
+    assert trained == [rates[0], rates[1], "broken", rates[2], rates[1]]
+    assert [note["rate"] for note in result["tried"]] == list(rates)
+    assert result["rate"] == result["test"]["movie"]["own"]["model"] == rates[1]
+    assert [file.name for file in cell.file(tmp_path).parent.iterdir()] == ["iapt-seed0.json"]
 
 
 def test_overlap_f1() -> None:

@@ -44,7 +44,10 @@ def logits(model: PeftModel, **kwargs) -> torch.Tensor:
 def test_parameter_count(m: int, l: int) -> None:
     model = get_peft_model(causal_lm(), config(bottleneck_dim=m, num_virtual_tokens=l))
     assert count(model, "down", "up") == 2 * d * m * L
-    assert count(model) == 2 * d * m * L + l * m * L + 12 * L
+    assert count(model, "pool") == count(model, "slot") == l * m * L
+    assert count(model) == 2 * d * m * L + 2 * l * m * L + 12 * L
+    paper = get_peft_model(causal_lm(), config(bottleneck_dim=m, num_virtual_tokens=l, init_weights="paper"))
+    assert count(paper) == 2 * d * m * L + l * m * L + 12 * L
     assert model.get_nb_trainable_parameters()[0] == count(model)
 
 
@@ -55,7 +58,7 @@ def test_parameter_count_of_llama_2_7b() -> None:
         base = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_attention_heads=32))
         model = get_peft_model(base, config(bottleneck_dim=320), low_cpu_mem_usage=True)
     assert count(model, "down", "up") == 83_886_080
-    assert count(model) == 83_886_080 + 4 * 320 * 32 + 12 * 32
+    assert count(model) == 83_886_080 + 2 * 4 * 320 * 32 + 12 * 32
 
 
 @pytest.mark.parametrize(("share_layers", "groups"), [(1, 3), (2, 2), (3, 1), (5, 1)])
@@ -63,7 +66,7 @@ def test_shared_projections(share_layers: int, groups: int) -> None:
     model = adapted(causal_lm(), config(share_layers=share_layers))
     m, l = 8, 4
     assert count(model, "down", "up") == 2 * d * m * groups
-    assert count(model, "pool", "activation") == l * m * L + 12 * L
+    assert count(model, "pool", "slot", "activation") == 2 * l * m * L + 12 * L
     # Layer 2 reads the last group, and all its layers read the same.
     before = logits(model)
     generator = generator_of(model)
@@ -72,6 +75,7 @@ def test_shared_projections(share_layers: int, groups: int) -> None:
             "down": i // share_layers,
             "up": i // share_layers,
             "pool": i,
+            "slot": i,
             "activation": i,
         }
     with torch.no_grad():
@@ -87,7 +91,7 @@ def test_fixed_activation(activation: str, monkeypatch) -> None:
     """Against the learned one, bent to be that function: both see the same weights."""
     model = adapted(causal_lm(), config(activation=activation))
     assert count(model, "activation") == 0
-    assert count(model) == 2 * d * 8 * L + 4 * 8 * L
+    assert count(model) == 2 * d * 8 * L + 2 * 4 * 8 * L
     twin = adapted(causal_lm(), config())
     own = dict(generator_of(model).named_parameters())
     fixed = getattr(nn.functional, activation)
@@ -135,7 +139,7 @@ def test_constant_condition(init_weights) -> None:
         adapted(causal_lm(), config(condition=condition, init_weights=init_weights))
         for condition in ("constant", "instance")
     )
-    assert count(constant, "constant") == 4 * 8 * L and count(constant, "down", "pool") == 0
+    assert count(constant, "constant") == 4 * 8 * L and count(constant, "down", "pool", "slot") == 0
     ids = INPUTS["input_ids"][:1]
     other = ids.clone()
     other[:, 4:] += 1
@@ -157,7 +161,7 @@ def test_layers_to_transform(layers) -> None:
     model = adapted(causal_lm(), config(layers_to_transform=layers))
     own = sorted([layers] if isinstance(layers, int) else layers)
     assert generator_of(model).depths == tuple(own)
-    assert count(model) == (2 * d * 8 + 4 * 8 + 12) * len(own)
+    assert count(model) == (2 * d * 8 + 2 * 4 * 8 + 12) * len(own)
     called = []
     generator = generator_of(model)
     forward = generator.forward

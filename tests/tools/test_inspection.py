@@ -45,7 +45,7 @@ def test_iapt_reads_with_its_pooling_softmax():
     assert weights.shape == (2, 4, 8)
     embeds = model.get_input_embeddings()(PADDED["input_ids"])
     with torch.no_grad():
-        z = embeds @ generator.down[0] / embeds.square().mean(dim=-1, keepdim=True).sqrt()
+        z = embeds @ (generator.down[0] * generator.down_factor) / embeds.square().mean(dim=-1, keepdim=True).sqrt()
         scores = z @ generator.pool[0]  # (B, S, l)
     for row in range(2):
         inside = PADDED["instruction_mask"][row].bool()
