@@ -144,7 +144,7 @@ class Engine:
     def __init__(self, served: Served, **settings: Any):
         from vllm import LLM
 
-        plain = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "enable_lora": True}
+        plain = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "additional_config": {"instance_prompt": {}}}
         self.served = served
         self.llm = LLM(model=str(served.base), **{**plain, **settings})
 
