@@ -12,12 +12,10 @@ from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 from . import points
-from .internals import KEY, vllm
+from .internals import KEY
 from .package import SWITCH
 
 
-# The minor releases that the tests pass on.
-TESTED = ((0, 32), (0, 33))
 # The model classes whose layers were compared with those of transformers. The last runs any of transformers' own models.
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -28,17 +26,6 @@ ARCHITECTURES = (
 )
 EXTENSION = "peft_instance_prompt.vllm.worker.WorkerExtension"
 SCHEDULERS = "peft_instance_prompt.vllm.scheduler"
-
-
-def untested_release() -> str | None:
-    """A complaint about the installed vLLM; None if it is a tested release, or the environment variable lets it pass."""
-    if tuple(vllm.__version_tuple__[:2]) in TESTED or os.environ.get(SWITCH) == "1":
-        return None
-    tested = " and ".join(f"{major}.{minor}" for major, minor in TESTED)
-    return (
-        f"peft_instance_prompt is tested with vLLM {tested}; vLLM {vllm.__version__} is installed, and its instance-prompt adapters "
-        f"are not served: prompts could be wrong without any error. Install vLLM {tested}, or set {SWITCH}=1 to try it."
-    )
 
 
 def asked(additional_config: Any) -> bool:
@@ -101,15 +88,15 @@ def complaints(vllm_config: Any) -> list[str]:
     if os.environ.get(SWITCH) != "1":
         cure = f"set {SWITCH}=1 to try"
         found[f"quantised base models are not tested: {cure}"] = model.quantization is not None
-        found[f"speculative decoding is not tested with the V2 model runner: set VLLM_USE_V2_MODEL_RUNNER=0, or {cure}"] = (
-            speculation is not None and c.use_v2_model_runner
-        )
-        found[f"LoRA beside prompts is not tested with the V2 model runner: set VLLM_USE_V2_MODEL_RUNNER=0, or {cure}"] = (
-            serves_lora(c) and c.use_v2_model_runner
-        )
-        found[f"a LoRA on the CPU reaches other requests of its batch in vLLM itself: serve LoRA by itself, or {cure}"] = (
-            serves_lora(c) and current_platform.is_cpu()
-        )
+        found[
+            f"speculative decoding is not tested with the V2 model runner: set VLLM_USE_V2_MODEL_RUNNER=0, or {cure}"
+        ] = speculation is not None and c.use_v2_model_runner
+        found[
+            f"LoRA beside prompts is not tested with the V2 model runner: set VLLM_USE_V2_MODEL_RUNNER=0, or {cure}"
+        ] = serves_lora(c) and c.use_v2_model_runner
+        found[
+            f"a LoRA on the CPU reaches other requests of its batch in vLLM itself: serve LoRA by itself, or {cure}"
+        ] = serves_lora(c) and current_platform.is_cpu()
         found[f"{model.architecture} is not tested, but {', '.join(ARCHITECTURES)} are: {cure}"] = (
             model.architecture not in ARCHITECTURES
         )
@@ -118,8 +105,7 @@ def complaints(vllm_config: Any) -> list[str]:
 
 def check(vllm_config: Any) -> None:
     """Raise a ValueError if an engine cannot serve instance prompts."""
-    whole = untested_release() or points.changed(points.of_front_end())
-    if whole is None and (found := complaints(vllm_config)):
-        whole = f"This engine cannot serve instance-prompt adapters: {'; '.join(found)}."
-    if whole is not None:
-        raise ValueError(whole)
+    if (complaint := points.changed(points.of_front_end())) is not None:
+        raise ValueError(complaint)
+    if found := complaints(vllm_config):
+        raise ValueError(f"This engine cannot serve instance-prompt adapters: {'; '.join(found)}.")

@@ -129,7 +129,9 @@ def add_lora(original: Callable, engine: Any, lora_request: Any) -> bool:
 async def add_lora_async(original: Callable, engine: Any, lora_request: Any) -> bool:
     front = front_end(engine.vllm_config)
     try:
-        return front is not None and await add_async(front, engine, lora_request) or await original(engine, lora_request)
+        return (
+            front is not None and await add_async(front, engine, lora_request) or await original(engine, lora_request)
+        )
     except internals.VLLMValidationError as error:
         if (why := refusals.get()) is not None:
             why.append(error)

@@ -62,7 +62,9 @@ class FrontEnd:
         self.loaded: set[str] = set()
         self.lock = asyncio.Lock()
         self._read: dict[str, Adapter] = {}  # by path: what was read before the engine started
-        self._requests: dict[str, set[str]] = {}  # by the id of a request that the engine was given: the keys that it may have
+        self._requests: dict[
+            str, set[str]
+        ] = {}  # by the id of a request that the engine was given: the keys that it may have
         self._many = 1000  # requests, at which ended ones are forgotten
         self._arriving: Counter[str] = Counter()  # the keys of requests on their way there
 

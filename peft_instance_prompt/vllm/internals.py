@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import vllm
 from torch import nn
 from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
@@ -32,7 +31,7 @@ from .package import forward_args
 from .plan import Placed, Prefill
 
 
-__all__ = ["VLLMNotFoundError", "VLLMValidationError", "vllm"]
+__all__ = ["VLLMNotFoundError", "VLLMValidationError"]
 
 KEY = "instance_prompt"  # in a request's `extra_args` and in `--additional-config`
 FAILURES = "instance_prompt_failures"  # an attribute of a step's output
@@ -126,7 +125,10 @@ def refusal(error: Exception) -> Any:
 
 def add_gauge(logger: Any, most: int) -> None:
     """Let a server's metrics tell which adapters run and wait, as vLLM's do for LoRA. `most` of them can share a batch."""
-    labels = {"max_lora": "max_lora", **{f"{what}_lora_adapters": f"{what}_lora_adapters" for what in ("waiting", "running")}}
+    labels = {
+        "max_lora": "max_lora",
+        **{f"{what}_lora_adapters": f"{what}_lora_adapters" for what in ("waiting", "running")},
+    }
     for name, label in labels.items():
         setattr(logger, f"labelname_{name}", label)
     logger.max_lora = most
@@ -266,7 +268,9 @@ def extend_v2(runner: Any, store: Any) -> None:
 
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # Of a step with real requests, `is_profile` says no more than that it runs without a graph.
-        return execute(scheduler_output, *args, **(kwargs | ({"is_profile": True} if writes(scheduler_output) else {})))
+        return execute(
+            scheduler_output, *args, **(kwargs | ({"is_profile": True} if writes(scheduler_output) else {}))
+        )
 
     def before_forward(*_: Any) -> None:
         if store.writer.plan.rows:

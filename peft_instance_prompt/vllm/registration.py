@@ -11,6 +11,7 @@ our worker's methods, has no LoRA unless a LoRA is named, too, and the front end
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ KEY = "instance_prompt"
 
 def register() -> None:
     """Install the doors. A second call changes nothing."""
-    points.extend({function.__name__: function for function in (from_cli_args, create_engine_config, from_local_dir)}, points.DOORS)
+    points.extend(
+        {function.__name__: function for function in (from_cli_args, create_engine_config, from_local_dir)},
+        points.DOORS,
+    )
 
 
 def kind_of(folder: str) -> str | None:
@@ -63,6 +67,10 @@ def create_engine_config(original: Callable, args: Any, *rest: Any, **kwargs: An
     """Make the configuration of an engine for instance prompts, or refuse it before anything is loaded."""
     if not (isinstance(args.additional_config, dict) and KEY in args.additional_config):
         return original(args, *rest, **kwargs)
+    from .release import untested_release
+
+    if (complaint := untested_release()) is not None:
+        raise ValueError(complaint)
     from . import complaints, front_calls
     from .internals import logger
 
@@ -85,11 +93,11 @@ def create_engine_config(original: Callable, args: Any, *rest: Any, **kwargs: An
 def from_local_dir(original: Callable, cls: type, lora_path: str, *args: Any, **kwargs: Any) -> Any:
     """A folder of ours in an engine that serves LoRA only."""
     if is_own(kind_of(lora_path)):
-        from .complaints import untested_release
+        from .release import untested_release
 
         raise ValueError(
             untested_release()
             or f"{lora_path} holds an instance-prompt adapter, which this engine was not started for: name one at the start "
-            '(`--lora-modules`), or start it with `--additional-config \'{"instance_prompt": {}}\'`.'
+            "(`--lora-modules`), or start it with `--additional-config '{\"instance_prompt\": {}}'`."
         )
     return original(cls, lora_path, *args, **kwargs)

@@ -156,7 +156,12 @@ class Engine:
     def __init__(self, served: Served, **settings: Any):
         from vllm import LLM
 
-        plain = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "additional_config": {"instance_prompt": {}}}
+        plain = {
+            "dtype": "float32",
+            "max_model_len": 256,
+            "max_num_seqs": 64,
+            "additional_config": {"instance_prompt": {}},
+        }
         self.served = served
         self.llm = LLM(model=str(served.base), **{**plain, **settings})
 
@@ -184,12 +189,13 @@ class Engine:
             found.setdefault(name, []).append(list(output.outputs[0].token_ids))
         return found
 
-
     def first_differences(self, names: list[str]) -> dict[str, float]:
         """By adapter: the largest difference between the engine's log-probability of an answer's first token and transformers'."""
         found = {}
         for name in names:
-            outputs = self.ask(self.served.prompts[name], [self.named(name)] * len(TEXTS), max_tokens=1, min_tokens=1, logprobs=20)
+            outputs = self.ask(
+                self.served.prompts[name], [self.named(name)] * len(TEXTS), max_tokens=1, min_tokens=1, logprobs=20
+            )
             wanted = zip(outputs, self.served.answers[name], self.served.firsts[name])
             pairs = [(output.outputs[0].logprobs[0].get(answer[0]), first) for output, answer, first in wanted]
             found[name] = max(abs(pair[0].logprob - pair[1]) if pair[0] else float("inf") for pair in pairs)

@@ -12,7 +12,7 @@ import vllm
 from vllm.config import CompilationMode
 from vllm.engine.arg_utils import EngineArgs
 
-from peft_instance_prompt.vllm import complaints
+from peft_instance_prompt.vllm import complaints, release
 from peft_instance_prompt.vllm.package import SWITCH
 
 
@@ -23,14 +23,16 @@ def configure(served, **settings):
     return EngineArgs(model=str(served.base), max_model_len=256, **settings).create_engine_config()
 
 
-def test_another_release_is_refused_with_a_sentence(monkeypatch) -> None:
-    assert complaints.untested_release() is None
+@pytest.mark.slow
+def test_another_release_is_refused_with_a_sentence(served, monkeypatch) -> None:
+    assert release.untested_release() is None
     monkeypatch.setattr(vllm, "__version_tuple__", (0, 99, 0))
-    assert "is tested with vLLM 0.32 and 0.33" in complaints.untested_release()
+    assert "is tested with vLLM 0.32 and 0.33" in release.untested_release()
     with pytest.raises(ValueError, match="are not served"):
-        complaints.check(None)
+        configure(served, **ASKED)
+    assert configure(served).additional_config == {}  # and everything else is served
     monkeypatch.setenv(SWITCH, "1")
-    assert complaints.untested_release() is None
+    assert release.untested_release() is None
 
 
 CHANGES = {
@@ -103,5 +105,3 @@ def test_one_truth_about_lora(served, config, monkeypatch, asynchronous) -> None
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     assert issubclass(given.scheduler_config.get_scheduler_cls(), AsyncScheduler) == asynchronous
-
-

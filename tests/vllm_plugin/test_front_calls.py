@@ -59,7 +59,11 @@ class Engine:
 
         async def original(engine, request_id, prompt, params, arrival_time=None, lora_request=None):
             await asyncio.sleep(wait)
-            key = self.front.residents[lora_request.lora_int_id].adapter.key if lora_request.lora_int_id in self.front.residents else None
+            key = (
+                self.front.residents[lora_request.lora_int_id].adapter.key
+                if lora_request.lora_int_id in self.front.residents
+                else None
+            )
             return SimpleNamespace(request_id="r", key=key, there=key in self.workers)
 
         return await front_calls.add_request_async(original, self, "r", "text", None, lora_request=named)

@@ -46,10 +46,15 @@ def test_methods_of_both_runners() -> None:
             setattr(space, name, eval(f"lambda {text}: None"))
         return space
 
-    first = methods(sample_tokens="grammar_output", _model_forward="input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs")
+    first = methods(
+        sample_tokens="grammar_output",
+        _model_forward="input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs",
+    )
     assert points.changed(points.of_runner(first)) is None
     second = methods(sample_tokens="grammar_output", execute_model="scheduler_output, x=None, is_profile=False")
-    second.model_state = methods(add_request="req_index, new_req_data", remove_request="req_id", prepare_inputs="batch, req_states")
+    second.model_state = methods(
+        add_request="req_index, new_req_data", remove_request="req_id", prepare_inputs="batch, req_states"
+    )
     assert "knows it with (input_batch, req_states)" in points.changed(points.of_runner(second))
 
 
@@ -108,6 +113,13 @@ def test_named_folder_that_cannot_be_served_is_refused_before_the_weights_are_re
     named = {"instance_prompt": {"folders": {"late": str(served.folders["lpt"])}}}
     with pytest.raises(ValueError, match="'late' cannot be served.*from layer"):
         EngineArgs(model=str(served.base), max_model_len=256, additional_config=named).create_engine_config()
+
+
+def test_a_release_without_a_door_starts_all_the_same(monkeypatch) -> None:
+    monkeypatch.setitem(
+        points.DOORS, "from_local_dir", ("vllm.lora.peft_helper:PEFTHelper.moved_away", "lora_path ...")
+    )
+    registration.register()
 
 
 @pytest.mark.slow

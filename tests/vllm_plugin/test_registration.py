@@ -101,7 +101,11 @@ def test_mismatch_fails_the_request_and_nothing_else(engine, served) -> None:
     engine.answers([BASE, "iapt"])
     engine.llm.reset_prefix_cache()
     store, prompt = store_of(engine), served.prompts["iapt"][LONG]
-    key = front_calls.front_end(engine.llm.llm_engine.vllm_config).residents[engine.named("iapt").lora_int_id].adapter.key
+    key = (
+        front_calls.front_end(engine.llm.llm_engine.vllm_config)
+        .residents[engine.named("iapt").lora_int_id]
+        .adapter.key
+    )
     lost = store.generators.pop(key)
     names = ["iapt", BASE, "iapt_too"]
     outputs = engine.ask([prompt] * 3, [engine.named(name) for name in names])

@@ -40,7 +40,12 @@ class Server:
         command += ["--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
         command += ["--max-model-len", "256", "--max-num-seqs", "16", "--enforce-eager", "--enable-prompt-embeds"]
         command += ["--enable-lora", "--lora-modules", *modules]
-        env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         env["PYTHONPATH"] = str(path)
         self.log = log
         self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=env)

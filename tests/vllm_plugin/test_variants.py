@@ -75,7 +75,11 @@ def compare(served, tmp_path, settings, batches, path=(), untested=False, **more
     }
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     done = subprocess.run(
-        [sys.executable, module.__file__, str(file), given, str(out)], capture_output=True, text=True, env=env, timeout=1500
+        [sys.executable, module.__file__, str(file), given, str(out)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(out.read_text())
