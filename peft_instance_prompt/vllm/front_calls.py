@@ -22,12 +22,15 @@ from .front_end import FrontEnd, Steps
 FRONT_ENDS: dict[int, FrontEnd] = {}  # by the identity of the configuration, which a front end keeps alive
 
 
-def front_end(vllm_config: Any) -> FrontEnd | None:
-    """The front end of an engine; None if it serves no instance prompts."""
-    if not asked(vllm_config.additional_config):
-        return None
+def front_of(vllm_config: Any) -> FrontEnd:
+    """The front end of an engine that serves instance prompts."""
     # `setdefault` is atomic: several threads process requests.
     return FRONT_ENDS.get(id(vllm_config)) or FRONT_ENDS.setdefault(id(vllm_config), FrontEnd(vllm_config))
+
+
+def front_end(vllm_config: Any) -> FrontEnd | None:
+    """As [`front_of`]; None if the engine serves none."""
+    return front_of(vllm_config) if asked(vllm_config.additional_config) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- requests

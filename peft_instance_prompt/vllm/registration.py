@@ -24,10 +24,11 @@ KEY = "instance_prompt"
 
 def register() -> None:
     """Install the doors. A second call changes nothing."""
-    points.extend(
-        {function.__name__: function for function in (from_cli_args, create_engine_config, from_local_dir)},
-        points.DOORS,
-    )
+    for function in (from_cli_args, create_engine_config, from_local_dir):
+        try:
+            points.extend({function.__name__: function}, points.DOORS)
+        except (ImportError, AttributeError) as error:  # another release: it serves everything but our folders
+            logging.getLogger("vllm").warning("Instance prompts are not served: %s.", error)
 
 
 def kind_of(folder: str) -> str | None:
@@ -84,8 +85,7 @@ def create_engine_config(original: Callable, args: Any, *rest: Any, **kwargs: An
     complaints.check(vllm_config)
     complaints.take_over(vllm_config)
     points.extend(front_calls.FUNCTIONS, points.FRONT)
-    front = front_calls.front_end(vllm_config)
-    front.read_named()
+    front_calls.front_of(vllm_config).read_named()
     logger.info("Instance prompts are served%s.", ", and LoRA beside them" if beside else "; LoRA is off")
     return vllm_config
 
