@@ -17,7 +17,7 @@
 #   test-rounding   the tests that compare numbers, on kernels that round in other ways than this processor's own
 #   test-machines   `accelerate launch` on one and two machines, DeepSpeed too
 #   test-fresh      the suite from our wheel on whatever releases pip gives today: red means that one of them has moved
-#   test-vllm       adapters in a real vLLM engine and its HTTP server, on the CPU
+#   test-vllm       adapters in real vLLM engines and their HTTP server, on the CPU: two releases, both model runners
 #   test-sweep      every class of transformers, with four methods: red means that a cell differs from docs/sweep.md
 #   test-axolotl    examples/axolotl in a real axolotl: Python 3.12, as test-py312
 #   test-swift      examples/ms_swift in a real ms-swift
@@ -143,7 +143,7 @@ test-fresh:
 # work beside a CPU build of torch.
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
-test-vllm: $(VLLM)/.vllm
+test-vllm: $(VLLM)/.vllm $(VLLM)/.overlay
 	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 
 $(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
@@ -179,6 +179,14 @@ $(SWIFT)/.swift: constraints/swift.txt pyproject.toml
 	$(SWIFT)/bin/python -m pip install $(TORCH)
 	$(SWIFT)/bin/python -m pip install -r constraints/swift.txt
 	$(SWIFT)/bin/python -m pip install --no-deps peft==0.21.2 -e .
+	touch $@
+
+# A release that has no build for the CPU: its Python runs over the extensions of the one that has.
+$(VLLM)/.overlay: $(VLLM)/.vllm tests/vllm_plugin/overlay.py
+	rm -rf $(VLLM)/wheel
+	$(VLLM_PIP) download -c constraints/vllm.txt --no-deps --only-binary :all: -d $(VLLM)/wheel vllm
+	$(VLLM)/bin/python tests/vllm_plugin/overlay.py $(VLLM)/wheel/vllm-*.whl $(VLLM)/overlay
+	rm -rf $(VLLM)/wheel
 	touch $@
 
 # Takes an hour on one core. `make test-sweep SWEEP_ARGS=` goes on with a run that was stopped.

@@ -89,9 +89,11 @@ class Engine:
         from pypi_assets import asset_folder
 
         self.kind, self.folder, self.tenants = kind, folder, tenants
-        settings: dict[str, Any] = {"enable_lora": kind != "bare"}
+        settings: dict[str, Any] = {}
+        if kind == "prompt":
+            settings["additional_config"] = {"instance_prompt": {}}
         if kind == "lora":
-            settings.update(max_loras=tenants, max_lora_rank=16)
+            settings.update(enable_lora=True, max_loras=tenants, max_lora_rank=16)
         self.llm = LLM(
             model=str(asset_folder("smollm2-135m-instruct")),
             dtype="float32",

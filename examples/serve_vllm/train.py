@@ -77,7 +77,7 @@ def main(folder: str, steps: int) -> None:
     modules = " ".join(f"{name}={Path(folder, name).resolve()}" for name in CONFIGS)
     print(
         "\nServe them with\n\n"
-        "VLLM_USE_V2_MODEL_RUNNER=0 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 python -m vllm.entrypoints.openai.api_server \\\n"
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 python -m vllm.entrypoints.openai.api_server \\\n"
         f"    --model {asset_folder('smollm2-135m-instruct')} --served-model-name base --host 127.0.0.1 \\\n"
         f"    --dtype float32 --max-model-len 1024 --enable-lora --lora-modules {modules}"
     )

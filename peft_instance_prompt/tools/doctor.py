@@ -99,7 +99,8 @@ def adapted(model_type: str, config_cls: type[InstanceConfig]) -> PeftModel:
     """The tiny model with an adapter in the method's default settings, whose weights are moved far from their start."""
     base = tiny_model(model_type)
     task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
-    model = get_peft_model(base, config_cls(task_type=task, **dict.fromkeys(config_cls.sized_by[:1], 4)))
+    fields: dict[str, Any] = {"task_type": task, **dict.fromkeys(config_cls.sized_by[:1], 4)}
+    model = get_peft_model(base, config_cls(**fields))
     for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         # Vectors move less: they may be coefficients of an activation, which explodes far from its start.
         parameter.data.add_(torch.randn_like(parameter), alpha=1.0 if parameter.dim() > 1 else 0.05)

@@ -6,21 +6,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from torch import nn
+from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..adapter_files import check_tensors, digest, read_kind, read_weights
-from ..attaching import PREFIX, check_sizes, check_task, expected_tensors, generator_path, make_generator
-from ..config import InstancePromptConfig
-from ..engine.stack import StackInfo, describe
-from ..generator import INPUT, PromptGenerator, Source
+from .package import (
+    INPUT,
+    PREFIX,
+    InstancePromptConfig,
+    PromptGenerator,
+    Source,
+    StackInfo,
+    check_sizes,
+    check_task,
+    check_tensors,
+    describe,
+    digest,
+    expected_tensors,
+    generator_path,
+    make_generator,
+    read_kind,
+    read_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     check_task(config, [info])
     tuner.generator_cls.check(config, info)
     generator = make_generator(config, info)
-    check_servable(generator)
+    generator = check_servable(generator)
     expected = expected_tensors(config, {info.name: [generator]})
     check_tensors(str(folder), expected, weights, config.weights_digest, needs_prefix=False)
     path = generator_path(config, info.name) + "."
@@ -124,13 +138,19 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     return Adapter(key, folder, config, generator)
 
 
-def check_servable(generator: PromptGenerator) -> None:
-    """Raise a ValueError if the slots are hidden from some layers: vLLM's attention has one mask for all of them."""
+def check_servable(generator: Any) -> PromptGenerator:
+    """The generator. A ValueError if it has no slots, or hides them from some layers: vLLM's attention has one mask for all of them."""
+    if not isinstance(generator, PromptGenerator):
+        raise ValueError(
+            f"{type(generator).__name__} edits the instruction's own states, which cannot be served with vLLM yet: its prefix cache does not "
+            "tell edited tokens from others. Serve the adapter with transformers."
+        )
     if (first := generator.first_visible_layer) > 0:
         raise ValueError(
             f"{type(generator).__name__} shows its slots from layer {first} on, but vLLM cannot hide them from the layers below. Train "
             "with `insertion_layer=0` or a method whose slots are there from the first layer, or serve the adapter with transformers."
         )
+    return generator
 
 
 class NeedsPass(Exception):
@@ -163,33 +183,21 @@ def check_encoding(generator: PromptGenerator, info: StackInfo) -> None:
     raise ValueError(f"{type(generator).__name__} reads {reads}, which a request to vLLM cannot have. {cure}.")
 
 
-class Store:
-    """The adapters of one worker.
+# ------------------------------------------------------------------------------------------------- from the server to a worker
 
-    Args:
-        info (`StackInfo`): The base model's stack.
-        layers (`Sequence[nn.Module]`): Its layers in the engine.
-        device (`torch.device`): Where the generators run.
 
-    Attributes:
-        generators (`dict[str, PromptGenerator]`): By key.
-    """
+def pack(adapter: Adapter) -> tuple[str, bytes]:
+    """An adapter's config as JSON and its weights as safetensors, so that workers need not read the folder."""
+    fields = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in adapter.config.to_dict().items()
+    }
+    # Copies: safetensors takes no two tensors of one storage.
+    return json.dumps(fields), save({name: t.clone() for name, t in adapter.generator.state_dict().items()})
 
-    def __init__(self, info: StackInfo, layers: Sequence[nn.Module], device: torch.device):
-        self.info = info
-        self.layers = layers
-        self.device = device
-        self.generators: dict[str, PromptGenerator] = {}
 
-    def load(self, key: str, folder: str) -> None:
-        """Load an adapter that is not loaded yet.
-
-        Raises:
-            ValueError: As [`read_adapter`], or the folder has changed since the front end read it.
-        """
-        if key in self.generators:
-            return
-        adapter = read_adapter(Path(folder), self.info)
-        if adapter.key != key:
-            raise ValueError(f"{folder} was rewritten while it was loaded: load it again.")
-        self.generators[key] = adapter.generator.to(self.device)
+def unpack(fields: str, weights: bytes, info: StackInfo) -> PromptGenerator:
+    """The generator that [`pack`] packed, on the CPU, in evaluation mode."""
+    config = PeftConfig.from_peft_type(**json.loads(fields))
+    generator = check_servable(make_generator(config, info))
+    generator.load_state_dict(load(weights), assign=True)
+    return generator.eval().requires_grad_(False)

@@ -1,39 +1,30 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The front end: finds the adapter that a request names, places its slots, and makes every refusal.
+"""The front end: knows the adapters that requests can name, places their slots, and makes every refusal.
 
-Whatever reaches the engine can be served. An error in a worker ends the whole engine, so everything is checked here.
+Whatever reaches the engine can be served: all is checked here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import json
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-
-from ..adapter_files import read_kind
-from ..attaching import embedding_names
-from ..config import PAIR_POSITIONS
-from ..engine.layout import arrange
-from ..engine.place import at_separator
-from ..engine.request import Request
-from ..engine.scope import Rules, find_scope
-from ..engine.stack import StackInfo
-from ..generator import Source
 from . import internals
-from .adapters import Adapter, describe_base, is_own, make_base, no_pass, read_adapter
-from .plan import Placed
+from .adapters import Adapter, describe_base, is_own, pack, read_adapter
+from .complaints import serves_lora, settings
+from .package import StackInfo, read_kind
+from .places import BaseEmbeddings, place, widen
 
 
-# Calls of the engine core, each its method and arguments: a generator, since asynchronous and synchronous code makes them.
+# Calls of the workers, each its method and arguments: a generator, since asynchronous and synchronous code makes them.
 Steps = Generator[tuple, Any, Any]
 
 
@@ -56,11 +47,26 @@ class FrontEnd:
 
     Args:
         vllm_config: The engine's configuration.
+
+    Attributes:
+        residents (`dict[int, Resident]`): By the number that vLLM gives an adapter.
+        unloaded (`set[int]`): The numbers of adapters that a server has unloaded, for good.
+        loaded (`set[str]`): The keys of the adapters that the workers have. Those that nobody uses are dropped by [`release`].
+        lock (`asyncio.Lock`): Held while the workers load or drop adapters, so that both see what the other has done.
     """
 
     def __init__(self, vllm_config: Any):
         self.vllm_config = vllm_config
         self.residents: dict[int, Resident] = {}
+        self.unloaded: set[int] = set()
+        self.loaded: set[str] = set()
+        self.lock = asyncio.Lock()
+        self._read: dict[str, Adapter] = {}  # by path: what was read before the engine started
+        self._requests: dict[
+            str, set[str]
+        ] = {}  # by the id of a request that the engine was given: the keys that it may have
+        self._many = 1000  # requests, at which ended ones are forgotten
+        self._arriving: Counter[str] = Counter()  # the keys of requests on their way there
 
     @cached_property
     def info(self) -> StackInfo:
@@ -73,76 +79,122 @@ class FrontEnd:
 
     # ------------------------------------------------------------------------------------------------------- adapters
 
-    def add(self, named: Any) -> Steps:
-        """Load the adapter that a `LoRARequest` names.
+    def read_named(self) -> None:
+        """Read the folders that were named at the start.
 
-        Returns:
-            `bool`: False if it is a LoRA, which vLLM loads itself.
+        Raises:
+            ValueError: One cannot be served.
+        """
+        for name, path in settings(self.vllm_config.additional_config).get("folders", {}).items():
+            self._read[path] = self._read_folder(name, path)
+
+    def read(self, named: Any) -> Adapter | None:
+        """The adapter that a `LoRARequest` names; None if it is a LoRA, which vLLM loads itself. Blocks: files are read and hashed.
 
         Raises:
             VLLMValidationError: The adapter cannot be served.
         """
-        folder = Path(internals.local_folder(named.lora_path))
+        if (known := self._read.pop(named.lora_path, None)) is not None:
+            return known
         try:
+            return self._read_folder(named.lora_name, named.lora_path)
+        except ValueError as error:
+            raise internals.VLLMValidationError(str(error)) from error
+
+    def _read_folder(self, name: str, path: str) -> Any:
+        try:
+            folder = Path(internals.local_folder(path))
             kind = read_kind(folder) if folder.is_dir() else None
-            if not is_own(kind) and internals.serves_lora(self.vllm_config):
-                return False
             if kind is not None and not is_own(kind):
+                if serves_lora(self.vllm_config):
+                    return None
                 raise ValueError(
-                    f"{folder} holds a {kind} adapter, and beside instance-prompt adapters LoRA is off, since it slows every layer: "
-                    'start the engine with `--additional-config \'{"instance_prompt": {"lora": true}}\'`, or with VLLM_PLUGINS set to '
-                    "plugins without this one."
+                    f"{folder} holds a {kind} adapter, and beside instance-prompt adapters LoRA is off, since it slows every layer: name it "
+                    'at the start, or start with `--enable-lora --additional-config \'{"instance_prompt": {"lora": true}}\'`.'
                 )
-            if found := internals.complaints(self.vllm_config):
-                raise ValueError(f"This engine cannot serve instance-prompt adapters: {'; '.join(found)}.")
             adapter = read_adapter(folder, self.info)
-        except (ValueError, TypeError, OSError) as error:
-            raise internals.VLLMValidationError(
-                f"The adapter {named.lora_name!r} cannot be served. {error}"
-            ) from error
-        complaint = yield "load_instance_prompt", adapter.key, str(folder)
-        if complaint:
-            raise internals.VLLMValidationError(f"The adapter {named.lora_name!r} cannot be served. {complaint}")
+            if adapter.generator.places_by_vector:
+                self.embeddings  # noqa: B018, reads the base model's index now, and not with the first request
+            return adapter
+        except Exception as error:  # whatever files and the Hub raise is said to whoever named them
+            reason = str(error) if isinstance(error, (ValueError, TypeError, OSError)) else repr(error)
+            raise ValueError(f"The adapter {name!r} cannot be served. {reason}") from error
+
+    def install(self, named: Any, adapter: Adapter) -> Steps:
+        """Let the workers load an adapter, and requests name it.
+
+        Raises:
+            VLLMValidationError: A worker cannot load it.
+        """
+        if adapter.key not in self.loaded:
+            complaint = next(filter(None, (yield "load_instance_prompt", adapter.key, *pack(adapter))), "")
+            if complaint:
+                yield "drop_instance_prompt", adapter.key
+                raise internals.VLLMValidationError(f"The adapter {named.lora_name!r} cannot be served. {complaint}")
+            self.loaded.add(adapter.key)
         if not adapter.generator.places_by_vector:
             adapter.generator.to("meta")
-        before = self.residents.get(named.lora_int_id)
         self.residents[named.lora_int_id] = Resident(named.lora_name, named.lora_path, adapter)
-        if before is not None:
-            yield from self._forget(before.adapter.key)
-        return True
+        self.unloaded.discard(named.lora_int_id)
 
-    def remove(self, lora_int_id: int) -> Steps:
-        """Unload an adapter. Requests that have it are served to their end.
+    def remove(self, lora_int_id: int) -> bool:
+        """Let no request name an adapter any more. Requests that have it are served to their end.
 
         Returns:
             `bool`: Whether the engine had it.
         """
-        gone = self.residents.pop(lora_int_id, None)
-        if gone is not None:
-            yield from self._forget(gone.adapter.key)
-        return gone is not None
+        return self.residents.pop(lora_int_id, None) is not None
 
-    def _forget(self, key: str) -> Steps:
-        if all(key != resident.adapter.key for resident in self.residents.values()):
-            yield "remove_instance_prompt", key
+    def release(self, engine: Any) -> Steps:
+        """Let the workers drop the adapters that nobody can name and no request has."""
+        self._forget_ended(engine)
+        used = {resident.adapter.key for resident in self.residents.values()}
+        used.update(*self._requests.values(), +self._arriving)
+        for key in self.loaded - used:
+            self.loaded.discard(key)
+            yield "drop_instance_prompt", key
 
-    def prepare(self, named: Any) -> Steps:
-        """Load the adapter that a request names, if the engine does not have it.
+    # ------------------------------------------------------------------------------------------------------- requests
+
+    def find(self, named: Any) -> Resident | None:
+        """The adapter of a request; None if it must be loaded first.
 
         Raises:
-            VLLMValidationError: The adapter cannot be served, or a different adapter has its number.
+            VLLMNotFoundError: A server has unloaded it.
+            VLLMValidationError: A different adapter has its number.
         """
+        if named.lora_int_id in self.unloaded:
+            raise internals.VLLMNotFoundError(f"The adapter {named.lora_name!r} was unloaded: load it again.")
         resident = self.residents.get(named.lora_int_id)
-        if resident is not None and (named.lora_name, named.lora_path) == resident[:2]:
-            return
-        if resident is not None and not named.load_inplace:
+        if resident is None or (named.load_inplace and named.lora_path != resident.path):
+            return None
+        if resident.name != named.lora_name:
             raise internals.VLLMValidationError(
                 f"The adapter {named.lora_name!r} of {named.lora_path} has the number {named.lora_int_id}, which is that of "
                 f"{resident.name!r} of {resident.path}: give each adapter a `lora_int_id` of its own."
             )
-        yield from self.add(named)
+        return resident
 
-    # ------------------------------------------------------------------------------------------------------- requests
+    @contextmanager
+    def arriving(self, resident: Resident | None) -> Iterator[Callable[[Any, Any, str], None]]:
+        """Keep an adapter while a request with it is on its way to the engine. Yields what is called once the engine has it."""
+        key = None if resident is None else resident.adapter.key
+
+        def arrived(engine: Any, named: Any, name: str) -> None:
+            now = self.residents.get(named.lora_int_id)  # it may have been replaced on the way
+            self._requests[name] = {key for key in (key, now and now.adapter.key) if key is not None}
+            if len(self._requests) > self._many:
+                self._forget_ended(engine)
+
+        self._arriving[key or ""] += 1
+        try:
+            yield arrived
+        finally:
+            self._arriving[key or ""] -= 1
+
+    def _forget_ended(self, engine: Any) -> None:
+        self._requests = {name: keys for name, keys in self._requests.items() if internals.has_request(engine, name)}
+        self._many = max(1000, 2 * len(self._requests))
 
     def widen(self, request: Any) -> None:
         """Give an `EngineCoreRequest` the slots of its adapter. One that names none of our adapters stays as it is.
@@ -157,8 +209,8 @@ class FrontEnd:
             )
         resident = None if named is None else self.residents.get(named.lora_int_id)
         if resident is None:
-            if named is not None and not internals.serves_lora(self.vllm_config):
-                raise internals.VLLMValidationError(f"The adapter {named.lora_name!r} is not loaded: load it again.")
+            if named is not None and not serves_lora(self.vllm_config):
+                raise internals.VLLMNotFoundError(f"The adapter {named.lora_name!r} is not loaded: load it again.")
             return
         try:
             if complaint := internals.refuse_content(request):
@@ -169,7 +221,7 @@ class FrontEnd:
 
     def _widen(self, request: Any, adapter: Adapter) -> None:
         ids = list(request.prompt_token_ids)
-        placed = place(adapter, ids, self.embeddings.rows)
+        placed = place(adapter, ids, lambda some: self.embeddings.rows(some))
         limit = self.vllm_config.model_config.max_model_len
         if len(ids) + len(placed.slots) >= limit:
             raise ValueError(
@@ -178,8 +230,14 @@ class FrontEnd:
             )
         if not placed.slots:  # the adapter has chosen a prompt of no vectors
             return
+        most, option = internals.longest_step(self.vllm_config)
+        if placed.end > most:
+            raise ValueError(
+                f"the instruction and its slots are {placed.end} tokens, which one step must compute, but a step takes {most} of a prompt "
+                f"({option}): raise it, or shorten the instruction."
+            )
         read = hashlib.sha256(repr((ids[: placed.num_read], placed.slots, placed.vectors)).encode()).hexdigest()
-        block = min(self.vllm_config.cache_config.block_size or internals.SMALLEST_BLOCK, internals.SMALLEST_BLOCK)
+        block = min(self.vllm_config.cache_config.block_size or SMALLEST_BLOCK, SMALLEST_BLOCK)
         # Slots depend on text behind them, so only equal instructions of the same adapter share blocks. A slot behind a cached block
         # would lack the states of the text in that block.
         internals.put_slots(
@@ -192,63 +250,4 @@ class FrontEnd:
         )
 
 
-def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.Tensor]) -> Placed:
-    """Where the instruction and the slots of a prompt stand.
-
-    Args:
-        adapter (`Adapter`): The adapter.
-        ids (`list[int]`): The prompt's S token ids.
-        embed (`Callable`): From n token ids to the input embeddings (n, e), for adapters that place slots by a vector.
-
-    Raises:
-        ValueError: The prompt has no instruction for this adapter.
-    """
-    config, generator, S = adapter.config, adapter.generator, len(ids)
-    tokens, input_ids = torch.ones(1, S, dtype=torch.bool), torch.tensor([ids])  # (1, S) each
-    scope = find_scope(tokens, Request(prompt_length=S), Rules.of(config), input_ids)  # (1, S)
-    n = int(scope.sum())
-    mask, vector = scope[:, :n], None  # (1, n)
-    if generator.places_by_vector:
-        source = Source(input_ids[:, :n], embed(ids[:n])[None], mask, None, no_pass)
-        with torch.no_grad():
-            vector = generator.encode(source)  # (1, ...)
-    behind, used = generator.place(mask, vector)  # (1, l) each
-    vectors = torch.arange(generator.num_slots) if used is None else used[0].nonzero().flatten()  # (L,)
-    start = int(config.prompt_position == "after_first")
-    if config.prompt_position in PAIR_POSITIONS:
-        start = int(at_separator(config, input_ids, tokens, torch.tensor([0]), torch.tensor([n - 1])))
-    before_token = torch.where(behind[:, vectors], max(start, n), start)  # (1, L)
-    return Placed(adapter.key, n, arrange(before_token, S).slot_index[0].tolist(), vectors.tolist())
-
-
-def widen(ids: list[int], slots: list[int]) -> list[int]:
-    """A prompt with its slots, as copies of its first token: slots without a vector begin so, and penalties see no new token."""
-    tokens, taken = iter(ids), set(slots)
-    return [ids[0] if at in taken else next(tokens) for at in range(len(ids) + len(slots))]
-
-
-class BaseEmbeddings:
-    """Reads rows of the base model's input embeddings from its files.
-
-    Args:
-        vllm_config: The engine's configuration.
-
-    Raises:
-        ValueError: The base model has no safetensors files.
-    """
-
-    def __init__(self, vllm_config: Any):
-        base, self.dtype = vllm_config.model_config.model, vllm_config.model_config.dtype
-        with internals.known_to_models(vllm_config):
-            name = f"{embedding_names(make_base(vllm_config.model_config.hf_config))[0]}.weight"
-        missing = {"_raise_exceptions_for_missing_entries": False}
-        index = cached_file(base, SAFE_WEIGHTS_INDEX_NAME, **missing)
-        file = SAFE_WEIGHTS_NAME if index is None else json.loads(Path(index).read_text())["weight_map"][name]
-        found = cached_file(base, file, **missing)
-        if found is None:
-            raise ValueError(f"This adapter reads the embeddings of {base}, which has no safetensors files.")
-        self.table = safe_open(found, framework="pt").get_slice(name)
-
-    def rows(self, ids: list[int]) -> torch.Tensor:
-        """The embeddings (n, e) of token ids."""
-        return torch.cat([self.table[number : number + 1] for number in ids]).to(self.dtype)  # (n, e)
+SMALLEST_BLOCK = 16  # of the KV cache, in tokens: no attention kernel takes a smaller one

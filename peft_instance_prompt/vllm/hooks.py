@@ -3,73 +3,64 @@
 
 """Write a plan's prompt vectors into the inputs of an engine's layers.
 
-The hooks exist only while a step with a plan runs: decoding is the bare engine's, and compiled graphs hold no hooks.
+A [`Writer`] hooks the layers for as long as adapters are loaded. In a step without a plan, such as one that only decodes, its hooks
+return at once; compiled code and CUDA graphs hold none of them.
 
 Shapes: T rows of the flat batch, d the width of the layers, G instances, l prompt vectors each, K slots in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..engine.calls import forward_args
-from ..generator import INPUT, Source
 from .adapters import no_pass
-from .plan import Rows
+from .package import INPUT, Source, forward_args
+from .plan import Plan, Rows
 
 
-@contextmanager
-def filled(layers: Sequence[nn.Module], plan: list[Rows]) -> Iterator[None]:
-    """Fill the plan's slots while the layers run inside the block.
+class Writer:
+    """The hooks of a model.
 
     Args:
         layers (`Sequence[nn.Module]`): The model's layers, in order.
-        plan (`list[Rows]`): The plan.
 
-    Raises:
-        RuntimeError: At the end of the block, if vectors were not written: an answer without its prompt must not leave the engine.
+    Attributes:
+        plan (`Plan`): What the current step writes.
     """
-    handles = [
-        layer.register_forward_pre_hook(Fill(depth, plan), with_kwargs=True) for depth, layer in enumerate(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self.plan = Plan()
+        self._handles = [
+            layer.register_forward_pre_hook(partial(self._fill, depth), with_kwargs=True)
+            for depth, layer in enumerate(layers)
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the layers."""
+        for handle in self._handles:
             handle.remove()
-    for rows in plan:
-        if tuple(rows.written) != rows.group.model.depths:
-            raise RuntimeError(
-                f"Prompt vectors were due at {rows.group.model.depths} and were written at {rows.written}."
-            )
 
+    def close(self) -> dict[str, str]:
+        """End a step: the requests whose answers must not leave the engine, and why."""
+        plan, self.plan = self.plan, Plan()
+        return plan.close()
 
-class Fill:
-    """The forward pre-hook of a layer.
-
-    Args:
-        depth (`int`): The layer's number.
-        plan (`list[Rows]`): The plan.
-    """
-
-    def __init__(self, depth: int, plan: list[Rows]):
-        self.depth = depth
-        self.plan = plan
-
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _fill(self, depth: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or not self.plan.rows:
+            return
         call = {**dict(zip(forward_args(layer), args)), **kwargs}
         hidden, residual = (flat(call.get(name)) for name in ("hidden_states", "residual"))
         assert hidden is not None  # the layers were chosen by it
-        for rows in self.plan:
-            if self.depth == 0:
+        for rows in self.plan.rows:
+            if depth == 0:
                 encode(rows, hidden)
                 write(rows, INPUT, hidden, residual)
-            write(rows, self.depth, hidden, residual)
+            write(rows, depth, hidden, residual)
 
 
 def flat(states: torch.Tensor | None) -> torch.Tensor | None:
@@ -96,10 +87,19 @@ def write(rows: Rows, depth: int, hidden: torch.Tensor, residual: torch.Tensor |
     states = hidden if residual is None else hidden + residual  # (T, d)
     prompts = rows.group.run(states[None], depth, rows.selection, None)  # (G, l, d)
     prompts = prompts[rows.instance, rows.vector].to(hidden.dtype)  # (K, d)
-    if model.adds_at(depth):
-        hidden.index_add_(0, rows.rows, prompts)
-    else:
-        hidden.index_copy_(0, rows.rows, prompts)
-        if residual is not None:
-            residual.index_fill_(0, rows.rows, 0)
+    put(hidden, residual, rows.rows, prompts, states if model.adds_at(depth) else None)
     rows.written.append(depth)
+
+
+def put(
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
+    values: torch.Tensor,
+    onto: torch.Tensor | None,
+) -> None:
+    """Make `values` (K, d) the input of a layer at `rows` (K,), or what is added to the states `onto` (T, d) there."""
+    # The whole input stands in `hidden`: added to a residual in half precision, it would be rounded twice.
+    hidden.index_copy_(0, rows, values if onto is None else onto[rows] + values)
+    if residual is not None:
+        residual.index_fill_(0, rows, 0)

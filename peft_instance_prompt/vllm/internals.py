@@ -1,160 +1,55 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""vLLM's names. No other file knows them; what a new release changes is handled here.
+"""vLLM's names. This file, `points` and `complaints` are the ones that know them; what a new release changes is handled here.
 
-Tested: 0.32, with its V1 model runner. The plugin uses:
+Tested: 0.32 and 0.33, with both model runners. The plugin uses:
 
 - the front end: `InputProcessor.process_inputs` makes an `EngineCoreRequest`; `AsyncLLM` and `LLMEngine` add requests;
-- the engine core: `EngineCore.add_request` gives a request to the scheduler, and utilities are methods that are called by name;
-- the worker: `GPUModelRunner._model_forward` runs the model on a step's flat batch; its decoder's layers take `(hidden_states,
-  residual)`, whose sum is the layer's input, or `hidden_states` alone.
+- the engine core: the configuration names the scheduler's class, and the class that vLLM adds to its worker;
+- the V1 runner: `_model_forward` runs the model on a step's flat batch;
+- the V2 runner: `model_state` hears of requests and prepares the model's inputs; `execute_model` chooses between graphs and eager;
+- the decoder's layers, which take `(hidden_states, residual)`, whose sum is the layer's input, or `hidden_states` alone.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import vllm
 from torch import nn
 from vllm.config import CUDAGraphMode, set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.serving import BaseServing
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
-from vllm.platforms import current_platform
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core import EngineCore
-from vllm.v1.engine.core_client import EngineCoreClient
-from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
 
-from ..engine.calls import SWITCH, forward_args
+from .package import forward_args
 from .plan import Placed, Prefill
 
 
-# The minor releases that the tests pass on.
-TESTED = ((0, 32),)
-# The model classes whose layers were compared with those of transformers. The last runs any of transformers' own models.
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "TransformersForCausalLM",
-)
-ENGINE_CALLS = ("add_request", "add_lora", "remove_lora", "list_loras")
-# The functions of `registration` and `core`, by name, and the methods that each of them extends.
-POINTS: dict[str, list[tuple[type, str]]] = {
-    "create_engine_config": [(EngineArgs, "create_engine_config")],
-    "make_client": [(EngineCoreClient, "make_client"), (EngineCoreClient, "make_async_mp_client")],
-    "process_inputs": [(InputProcessor, "process_inputs")],
-    **{name: [(LLMEngine, name)] for name in ENGINE_CALLS},
-    **{f"{name}_async": [(AsyncLLM, name)] for name in ENGINE_CALLS},
-    **{name: [(OpenAIServingModels, name)] for name in ("load_lora_adapter", "unload_lora_adapter")},
-    "maybe_get_adapters": [(BaseServing, "_maybe_get_adapters")],
-    "beam_search": [(BeamSearchOfflineMixin, "beam_search")],
-    "admit": [(EngineCore, "add_request")],
-    "model_forward": [(GPUModelRunner, "_model_forward")],
-}
+__all__ = ["VLLMNotFoundError", "VLLMValidationError"]
+
 KEY = "instance_prompt"  # in a request's `extra_args` and in `--additional-config`
-SMALLEST_BLOCK = 16  # of the KV cache, in tokens: no attention kernel takes a smaller one
+FAILURES = "instance_prompt_failures"  # an attribute of a step's output
 
-logger = init_logger(__name__)
-
-
-def untested_release() -> str | None:
-    """A complaint about the installed vLLM; None if it is a tested release, or the environment variable lets it pass."""
-    if tuple(vllm.__version_tuple__[:2]) in TESTED or os.environ.get(SWITCH) == "1":
-        return None
-    tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED)
-    return (
-        f"peft_instance_prompt is tested with vLLM {tested}; vLLM {vllm.__version__} is installed, and its instance-prompt adapters "
-        f"are not served: prompts could be wrong without any error. Install vLLM {tested}, or set {SWITCH}=1 to try it."
-    )
-
-
-# ------------------------------------------------------------------------------------------------------ the configuration
-
-
-def serves_lora(vllm_config: Any) -> bool:
-    """Whether the engine serves LoRA, too: `--additional-config '{"instance_prompt": {"lora": true}}'`."""
-    extra = vllm_config.additional_config
-    own = extra.get(KEY) if isinstance(extra, dict) else None
-    return bool(own.get("lora")) if isinstance(own, dict) else False
-
-
-def without_lora(vllm_config: Any) -> Any:
-    """The configuration of the engine behind the front end: without LoRA, which would wrap every linear layer."""
-    if vllm_config.lora_config is None or serves_lora(vllm_config):
-        return vllm_config
-    engine_config = copy.copy(vllm_config)
-    engine_config.lora_config = None
-    return engine_config
-
-
-def set_defaults(engine_args: Any) -> None:
-    """Switch chunked prefill off where adapters are served, unless the user has set it."""
-    if engine_args.enable_lora and engine_args.enable_chunked_prefill is None:
-        logger.info("peft_instance_prompt: chunked prefill is off, since adapters are served.")
-        engine_args.enable_chunked_prefill = False
-
-
-def complaints(vllm_config: Any) -> list[str]:
-    """The settings under which an engine cannot serve adapters, each with its cure."""
-    c, parallel, scheduler = vllm_config, vllm_config.parallel_config, vllm_config.scheduler_config
-    model, speculation = vllm_config.model_config, vllm_config.speculative_config
-    found = {
-        "its V2 model runner is not supported: set VLLM_USE_V2_MODEL_RUNNER=0": c.use_v2_model_runner,
-        "chunked prefill tears an instruction apart: start it with --no-enable-chunked-prefill": scheduler.enable_chunked_prefill
-        or scheduler.long_prefill_token_threshold > 0,
-        "pipeline parallelism is not supported: use --tensor-parallel-size": parallel.pipeline_parallel_size > 1,
-        "data and context parallelism are not supported: leave their sizes at 1": parallel.data_parallel_size > 1
-        or parallel.decode_context_parallel_size > 1
-        or parallel.prefill_context_parallel_size > 1,
-        "several API servers are not supported: leave --api-server-count at 1": parallel._api_process_count > 1,
-        "batches that are run in two halves are not supported: leave out --enable-dbo": parallel.use_ubatching,
-        "of speculative decoding, n-grams only are supported": speculation is not None
-        and speculation.method != "ngram",
-        "KV transfer is not supported: leave out --kv-transfer-config": c.kv_transfer_config is not None,
-        "fast prefill is not supported: leave out --kv-sharing-fast-prefill": c.cache_config.kv_sharing_fast_prefill,
-        "it does not generate text: use --runner generate": model.runner_type != "generate",
-        "models that take images or audio, and encoder-decoder models, are not supported": model.is_multimodal_model
-        or model.is_encoder_decoder,
-    }
-    if os.environ.get(SWITCH) != "1":
-        cure = f"set {SWITCH}=1 to try"
-        found[f"quantised base models are not tested: {cure}"] = model.quantization is not None
-        found[f"a LoRA on the CPU reaches other requests of its batch in vLLM 0.32: {cure}"] = (
-            serves_lora(c) and current_platform.is_cpu()
-        )
-        found[f"{model.architecture} is not tested, but {', '.join(ARCHITECTURES)} are: {cure}"] = (
-            model.architecture not in ARCHITECTURES
-        )
-    return [text for text, holds in found.items() if holds]
-
-
-def known_to_models(vllm_config: Any) -> AbstractContextManager:
-    """A context in which models can be made: with the transformers backend, transformers' classes ask for the configuration."""
-    return set_current_vllm_config(vllm_config)
+logger = init_logger("vllm.instance_prompt")  # vLLM shows what its own loggers say
 
 
 # ------------------------------------------------------------------------------------------------------------ the front end
 
 
 def local_folder(path: str) -> str:
-    """The local folder of an adapter, which may be given as a repository of the Hub."""
+    """The local folder of an adapter, which may be given as a repository of the Hub. It may be downloaded for that."""
     return get_adapter_absolute_path(path)
+
+
+def known_to_models(vllm_config: Any) -> AbstractContextManager:
+    """A context in which models can be made: with the transformers backend, transformers' classes ask for the configuration."""
+    return set_current_vllm_config(vllm_config)
 
 
 def refuse_content(request: Any) -> str | None:
@@ -174,6 +69,16 @@ def refuse_content(request: Any) -> str | None:
     if request.resumable:
         return "Streamed input is not supported by instance-prompt adapters: send the whole prompt."
     return None
+
+
+def longest_step(vllm_config: Any) -> tuple[int, str]:
+    """How many tokens of one prompt a step can compute, and the option that says so."""
+    scheduler = vllm_config.scheduler_config
+    limits = {"--max-num-batched-tokens": scheduler.max_num_batched_tokens}
+    if scheduler.long_prefill_token_threshold > 0:
+        limits["--long-prefill-token-threshold"] = scheduler.long_prefill_token_threshold
+    option = min(limits, key=limits.__getitem__)
+    return limits[option], option
 
 
 def put_slots(
@@ -199,59 +104,88 @@ def put_slots(
 
 
 def placed_of(request: Any) -> Placed | None:
-    """The instruction and slots of a request in the engine core or a worker; None for a request without an adapter."""
+    """The instruction and slots of a request in the scheduler or a worker; None for a request without an adapter."""
     params = request.sampling_params
     given = (params.extra_args or {}).get(KEY) if params is not None else None
     return None if given is None else Placed(**given)
 
 
+def has_request(engine: Any, name: str) -> bool:
+    """Whether a request of an engine has not ended yet."""
+    processor = engine.output_processor
+    return name in processor.request_states or name in processor.parent_requests
+
+
 def refusal(error: Exception) -> Any:
     """The server's answer to a refused call: HTTP 400."""
+    from vllm.entrypoints.serve import create_error_response
+
     return create_error_response(error)
 
 
-# ---------------------------------------------------------------------------------------------------------- the engine core
+def add_gauge(logger: Any, most: int) -> None:
+    """Let a server's metrics tell which adapters run and wait, as vLLM's do for LoRA. `most` of them can share a batch."""
+    labels = {
+        "max_lora": "max_lora",
+        **{f"{what}_lora_adapters": f"{what}_lora_adapters" for what in ("waiting", "running")},
+    }
+    for name, label in labels.items():
+        setattr(logger, f"labelname_{name}", label)
+    logger.max_lora = most
+    logger.gauge_lora_info = logger._gauge_cls(
+        name="vllm:lora_requests_info",
+        documentation="Running stats on lora requests.",
+        multiprocess_mode="sum",
+        labelnames=list(labels.values()),
+    )
 
 
-def add_utilities(*functions: Any) -> None:
-    """Make functions methods of the engine core, which the front end can call by name."""
-    for function in functions:
-        setattr(EngineCore, function.__name__, function)
+# ------------------------------------------------------------------------------------------------------------ the scheduler
 
 
-def call_core(client: Any, method: str, *args: Any) -> Any:
-    """Call a method of the engine core. An asynchronous client returns an awaitable."""
-    if hasattr(client, "call_utility_async"):
-        return client.call_utility_async(method, *args)
-    if hasattr(client, "call_utility"):
-        return client.call_utility(method, *args)
-    return getattr(client.engine_core, method)(*args)
+def report(output: Any, failures: Mapping[str, str]) -> None:
+    """Write into the output of a step which of its requests failed. An asynchronous runner has it within its own."""
+    for name in ("model_runner_output", "_model_runner_output"):
+        output = getattr(output, name, output)
+    setattr(output, FAILURES, dict(failures))
 
 
-def call_workers(core: Any, function: Any, *args: Any) -> list[Any]:
-    """Call `function(model_runner, *args)` in each worker."""
-    return core.model_executor.collective_rpc(with_runner, args=(function, *args))
+def reported(output: Any) -> Mapping[str, str]:
+    """What [`report`] wrote."""
+    return getattr(output, FAILURES, {})
 
 
-def with_runner(worker: Any, function: Any, *args: Any) -> Any:
-    return function(worker.model_runner, *args)
+def fail_requests(scheduler: Any, names: Iterable[str]) -> list[Any]:
+    """End requests with an error. What they left in the prefix cache, which is wrong, goes with them."""
+    running = [name for name in names if name in scheduler.requests]
+    if not running:
+        return []
+    manager = scheduler.kv_cache_manager
+    manager.evict_blocks({block for name in running for group in manager.get_block_ids(name) for block in group})
+    return scheduler.finish_requests(running, RequestStatus.FINISHED_ERROR)
 
 
-def keys_in_use(core: Any) -> set[str]:
-    """The keys of the adapters of the scheduler's requests."""
-    placed = (placed_of(request) for request in list(core.scheduler.requests.values()))
-    return {one.key for one in placed if one is not None}
-
-
-def fail_request(core: Any, request: Any, reason: str) -> None:
-    """End a request of the engine core with an error."""
-    if not hasattr(core, "_send_error_outputs_to_client"):  # the engine core runs in the front end's process
-        raise VLLMValidationError(reason)
-    logger.error("%s", reason)
-    core._send_error_outputs_to_client([request.request_id], request.client_index)
+def with_errors(outputs: dict[int, Any], failed: list[Any]) -> dict[int, Any]:
+    """A step's outputs by client, with those of failed requests."""
+    for request in failed:
+        error = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason=request.get_finished_reason(),
+            events=request.take_events(),
+            trace_headers=request.trace_headers,
+        )
+        of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+        of_client.outputs = [*of_client.outputs, error]
+    return outputs
 
 
 # --------------------------------------------------------------------------------------------------------------- the worker
+
+
+def is_v2(runner: Any) -> bool:
+    """Whether a model runner is of the second generation."""
+    return hasattr(runner, "model_state")
 
 
 def find_layers(runner: Any, num_layers: int) -> Sequence[nn.Module]:
@@ -268,6 +202,20 @@ def find_layers(runner: Any, num_layers: int) -> Sequence[nn.Module]:
         f"The layers of {type(runner.get_model()).__name__} are not understood: there is no list of {num_layers} layers that take "
         "`hidden_states`. Try `--model-impl transformers`."
     )
+
+
+def extend_v1(runner: Any, store: Any) -> None:
+    """Let a V1 runner make each step's plan, and run a step that has one without compiled code and CUDA graphs."""
+    forward, sample = runner._model_forward, runner.sample_tokens
+
+    def model_forward(*args: Any, **kwargs: Any) -> Any:
+        if not store.plan(prefills(runner)):
+            return forward(*args, **kwargs)
+        with eagerly():
+            return forward(*args, **kwargs)
+
+    runner._model_forward = model_forward
+    runner.sample_tokens = lambda grammar_output: store.failing(lambda: sample(grammar_output))
 
 
 def prefills(runner: Any) -> Iterator[Prefill]:
@@ -296,3 +244,59 @@ def eagerly() -> Iterator[None]:
         yield
     finally:
         context.skip_compiled, context.cudagraph_runtime_mode = before
+
+
+def extend_v2(runner: Any, store: Any) -> None:
+    """As [`extend_v1`], for a V2 runner. Whether a step writes slots is known before it chooses a graph, from the scheduler's output."""
+    state, requests = runner.model_state, store.requests
+    add, remove, prepare = state.add_request, state.remove_request, state.prepare_inputs
+    execute, sample = runner.execute_model, runner.sample_tokens
+
+    def add_request(req_index: int, new_req_data: Any) -> None:
+        if (placed := placed_of(new_req_data)) is not None:
+            requests[new_req_data.req_id] = placed, new_req_data.prompt_token_ids
+        add(req_index, new_req_data)
+
+    def remove_request(req_id: str) -> None:
+        requests.pop(req_id, None)
+        remove(req_id)
+
+    def prepare_inputs(input_batch: Any, req_states: Any) -> dict[str, Any]:
+        if requests:
+            store.plan(prefills_v2(input_batch, requests))
+        return prepare(input_batch, req_states)
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # Of a step with real requests, `is_profile` says no more than that it runs without a graph.
+        return execute(
+            scheduler_output, *args, **(kwargs | ({"is_profile": True} if writes(scheduler_output) else {}))
+        )
+
+    def before_forward(*_: Any) -> None:
+        if store.writer.plan.rows:
+            get_forward_context().skip_compiled = True
+
+    state.add_request, state.remove_request, state.prepare_inputs = add_request, remove_request, prepare_inputs
+    runner.execute_model = execute_model
+    runner.sample_tokens = lambda grammar_output: store.failing(lambda: sample(grammar_output))
+    runner.get_model().register_forward_pre_hook(before_forward)
+
+
+def writes(scheduler_output: Any) -> bool:
+    """Whether a step writes slots. They are in the first step of a request, and in that after it was preempted."""
+    lengths = scheduler_output.num_scheduled_tokens
+    return any(
+        placed.writes(new.num_computed_tokens, lengths[new.req_id])
+        for new in scheduler_output.scheduled_new_reqs
+        if (placed := placed_of(new)) is not None
+    )
+
+
+def prefills_v2(batch: Any, requests: Mapping[str, tuple[Placed, list[int]]]) -> Iterator[Prefill]:
+    """As [`prefills`], of the V2 runner's `InputBatch`."""
+    for i, name in enumerate(batch.req_ids):
+        if name in requests:
+            placed, ids = requests[name]
+            row, done = batch.query_start_loc_np, int(batch.num_computed_tokens_np[i])
+            if done < len(ids):
+                yield Prefill(name, placed, ids, int(row[i]), done, int(row[i + 1] - row[i]))

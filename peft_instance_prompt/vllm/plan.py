@@ -4,22 +4,20 @@
 """The plan of one step: which rows of the flat batch are whose instruction and slots.
 
 The flat batch of a step holds the tokens of all its requests one behind the other, without padding: new prompts, and one token of each
-request in decoding. The plan holds the requests in prefill only.
+request in decoding. The plan holds the requests with slots to write in this step. It is made on the host and copied to the device once.
 
 Shapes: T rows of the flat batch, G instances of up to n instruction tokens, l prompt vectors each, K slots in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from ..engine.batch import Group
-from ..engine.instances import InstanceTokens
-from ..generator import PromptGenerator
+from .package import Group, InstanceTokens, PromptGenerator
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,19 @@ class Placed:
         slots = set(self.slots)
         return [at for at in range(self.num_read + len(slots)) if at not in slots][: self.num_read]
 
+    @property
+    def end(self) -> int:
+        """The number of tokens that one step must compute: up to the last of the instruction and the slots."""
+        return max(*self.slots, *self.text[-1:]) + 1
+
+    def writes(self, done: int, length: int) -> bool:
+        """Whether there are slots to write in a step that computes `length` tokens behind `done` computed ones."""
+        return any(done <= at < done + length for at in self.slots)
+
+    def is_torn(self, done: int, length: int) -> bool:
+        """Whether such a step would end between the tokens that must be computed at once. Slots that are in the cache need none."""
+        return done <= max(self.slots) and done + length < self.end
+
 
 class Prefill(NamedTuple):
     """A request in prefill: a step that computes tokens of its prompt.
@@ -73,6 +84,7 @@ class Rows:
     """Requests whose adapters have the same signature and run together.
 
     Attributes:
+        requests (`list[str]`): Their ids.
         group (`Group`): The adapters.
         selection (`InstanceTokens`): The instances among the rows of the flat batch.
         token_ids (`torch.LongTensor`): Shape (G, n). The instruction's tokens.
@@ -82,6 +94,7 @@ class Rows:
         written (`list[int]`): The depths at which vectors were written.
     """
 
+    requests: list[str]
     group: Group
     selection: InstanceTokens
     token_ids: torch.Tensor
@@ -91,72 +104,110 @@ class Rows:
     written: list[int] = field(default_factory=list)
 
 
-def make_plan(
-    prefills: Iterable[Prefill], generators: Mapping[str, PromptGenerator], device: torch.device
-) -> list[Rows]:
-    """The plan of a step; empty if the step has no slots to write.
+@dataclass
+class Plan:
+    """What one step writes.
+
+    Attributes:
+        rows (`list[Rows]`): One entry per adapter group; empty if there is nothing to write.
+        failures (`dict[str, str]`): By the id of a request that cannot be served as the front end placed it: why. Nothing is written
+            for it, and its answer must not leave the engine.
+    """
+
+    rows: list[Rows] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def close(self) -> dict[str, str]:
+        """The failures once the step has run, those of requests whose vectors were not written among them."""
+        for rows in self.rows:
+            if tuple(rows.written) != rows.group.model.depths:
+                due = f"Prompt vectors were due at {rows.group.model.depths} and were written at {rows.written}."
+                self.failures.update(dict.fromkeys(rows.requests, due))
+        return self.failures
+
+
+def make_plan(prefills: Iterable[Prefill], generators: Mapping[str, PromptGenerator], device: torch.device) -> Plan:
+    """The plan of a step.
 
     Args:
         prefills (`Iterable[Prefill]`): The requests with slots.
         generators (`Mapping[str, PromptGenerator]`): The adapters by key.
         device (`torch.device`): The device of the flat batch.
-
-    Raises:
-        RuntimeError: A request's adapter is not loaded, or its instruction and slots are not all in this step. The front end
-            admits no such request.
     """
+    plan = Plan()
     alike: dict[tuple, dict[str, list[Prefill]]] = {}
     for request in prefills:
-        if request.done > max(request.placed.slots):
+        placed = request.placed
+        if request.done > max(placed.slots):
             continue  # the slots are in the cache
-        check_whole(request, generators)
-        signature = generators[request.placed.key].signature
-        alike.setdefault(signature, {}).setdefault(request.placed.key, []).append(request)
-    return [gather_rows(of_adapters, generators, device) for of_adapters in alike.values()]
+        if complaint := check(request, generators):
+            plan.failures[request.name] = complaint
+            continue
+        signature = generators[placed.key].signature
+        alike.setdefault(signature, {}).setdefault(placed.key, []).append(request)
+    groups = list(alike.values())
+    numbers = iter(copy_once([tensor for of_adapters in groups for tensor in gather(of_adapters)], device))
+    plan.rows = [arrange_rows(of_adapters, generators, numbers) for of_adapters in groups]
+    return plan
 
 
-def check_whole(request: Prefill, generators: Mapping[str, PromptGenerator]) -> None:
-    """Raise a RuntimeError if the adapter is not loaded, or the instruction and the slots are not all in this step."""
+def check(request: Prefill, generators: Mapping[str, PromptGenerator]) -> str | None:
+    """A complaint if the adapter is not loaded, or the instruction and the slots are not all in this step."""
     placed = request.placed
     if placed.key not in generators:
-        raise RuntimeError(f"The adapter of request {request.name} is not loaded.")
-    last = max(*placed.slots, *placed.text[-1:])
-    if request.done > 0 or request.length <= last:
-        raise RuntimeError(
-            f"Request {request.name} has its instruction and slots among the first {last + 1} tokens of its prompt, but {request.done} "
+        return f"The adapter of request {request.name} is not loaded: it was unloaded before the request came."
+    if request.done > 0 or request.length < placed.end:
+        return (
+            f"Request {request.name} has its instruction and slots among the first {placed.end} tokens of its prompt, but {request.done} "
             f"of them are in the cache and {request.length} are computed now: instance prompts need all of them at once."
         )
+    return None
 
 
-def gather_rows(
-    of_adapters: Mapping[str, list[Prefill]], generators: Mapping[str, PromptGenerator], device: torch.device
+def gather(of_adapters: Mapping[str, list[Prefill]]) -> list[torch.Tensor]:
+    """The numbers of [`arrange_rows`], on the host."""
+    requests = [request for each in of_adapters.values() for request in each]
+    n = max(request.placed.num_read for request in requests)
+    texts = [request.placed.text for request in requests]
+    padded = [text + text[:1] * (n - len(text)) for text in texts]
+    columns = [[request.row + at for at in text] for request, text in zip(requests, padded)]
+    ids = [[request.token_ids[at] for at in text] for request, text in zip(requests, padded)]
+    slots = [
+        (request.row + at, number, vector)
+        for number, request in enumerate(requests)
+        for at, vector in zip(request.placed.slots, request.placed.vectors)
+    ]
+    return [
+        torch.tensor([columns, ids]),  # (2, G, n)
+        torch.tensor([len(text) for text in texts]),  # (G,)
+        torch.tensor(slots).T,  # (3, K)
+        torch.arange(len(requests)),  # (G,)
+    ]
+
+
+def copy_once(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copy tensors of the host to a device in one go, which the device does not wait for."""
+    if device.type == "cpu" or not tensors:
+        return tensors
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
+def arrange_rows(
+    of_adapters: Mapping[str, list[Prefill]],
+    generators: Mapping[str, PromptGenerator],
+    numbers: Iterator[torch.Tensor],
 ) -> Rows:
     """The rows of requests whose adapters have the same signature, adapter by adapter."""
-    requests = [request for each in of_adapters.values() for request in each]
-
-    def tensor(values: list) -> torch.Tensor:
-        return torch.tensor(values, device=device)
-
-    counts = tensor([request.placed.num_read for request in requests])  # (G,)
-    n = max(request.placed.num_read for request in requests)
-    mask = torch.arange(n, device=device) < counts[:, None]  # (G, n)
-    texts = [request.placed.text for request in requests]
-    columns = [[r.row + at for at in text] + [r.row + text[0]] * (n - len(text)) for r, text in zip(requests, texts)]
-    ids = [
-        [r.token_ids[at] for at in text] + [r.token_ids[text[0]]] * (n - len(text)) for r, text in zip(requests, texts)
-    ]
-    index = tensor(columns)  # (G, n)
-    last = index.gather(1, counts[:, None] - 1)[:, 0]  # (G,)
-    selection = InstanceTokens(mask, index[:, 0], last, torch.zeros_like(last), index)
-
-    rows_of: list[list[int]] = []
-    for each in of_adapters.values():
-        start = sum(map(len, rows_of))
-        rows_of.append(list(range(start, start + len(each))))
+    (columns, ids), counts, (rows, instance, vector), order = (next(numbers) for _ in range(4))
+    mask = torch.arange(columns.shape[1], device=columns.device) < counts[:, None]  # (G, n)
+    last = columns.gather(1, counts[:, None] - 1)[:, 0]  # (G,)
+    selection = InstanceTokens(mask, columns[:, 0], last, torch.zeros_like(last), columns)
     own = [generators[key] for key in of_adapters]
-    group = Group(own) if len(own) == 1 else Group.of(own, rows_of, len(requests), device)
-    slots = [
-        (r.row + at, g, vector) for g, r in enumerate(requests) for at, vector in zip(r.placed.slots, r.placed.vectors)
-    ]
-    rows, instance, vector = tensor(slots).unbind(1)  # (K,) each
-    return Rows(group, selection, tensor(ids), rows, instance, vector)
+    sizes = [len(each) for each in of_adapters.values()]
+    adapter_of = [number for number, size in enumerate(sizes) for _ in range(size)]
+    group = Group(own) if len(own) == 1 else Group(own, None, list(order.split(sizes)), adapter_of)
+    names = [request.name for each in of_adapters.values() for request in each]
+    return Rows(names, group, selection, ids, rows, instance, vector)

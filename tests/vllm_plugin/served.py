@@ -3,7 +3,8 @@
 
 """Adapters on SmolLM2 whose weights are far from their start, what transformers answers with them, and an engine that serves them.
 
-`python served.py FILE '{"enforce_eager": false}' OUT` compares an engine with such settings; see `test_variants.py`.
+`python served.py FILE '{"settings": {"enforce_eager": true}, "batches": [["base", "iapt"]]}' OUT` compares an engine with such settings;
+see `test_variants.py`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ TEXTS = [
     "morning, before the sun was up, he went down to the harbour, and each evening he",  # longer than two blocks
 ]
 NEW_TOKENS = 8
+OVERLAY = Path(sys.prefix) / "overlay"  # vLLM 0.33, see the Makefile
 BASE, CHAT = "base", "chat"  # the base model, on texts and on chats
 LORA = "lora"
 EMBEDS = {"instance_source": "embeddings"}
@@ -80,6 +82,7 @@ class Served:
         folders (`dict[str, Path]`): The adapters' folders, by name.
         prompts (`dict[str, list[list[int]]]`): Each adapter's prompts.
         answers (`dict[str, list[list[int]]]`): The greedy continuation of each, by transformers.
+        firsts (`dict[str, list[float]]`): The log-probability of each answer's first token.
         embeds (`dict[str, list[torch.Tensor]]`): The prompts as embeddings, of adapters that enter at the input.
     """
 
@@ -87,6 +90,7 @@ class Served:
     folders: dict[str, Path] = field(default_factory=dict)
     prompts: dict[str, list[list[int]]] = field(default_factory=dict)
     answers: dict[str, list[list[int]]] = field(default_factory=dict)
+    firsts: dict[str, list[float]] = field(default_factory=dict)
     embeds: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -98,13 +102,14 @@ class Served:
         texts = [tokenizer(text)["input_ids"] for text in TEXTS]
         chats = [chat_ids(tokenizer, text) for text in TEXTS]
         for name, prompts in ((BASE, texts), (CHAT, chats)):
-            made.prompts[name], made.answers[name] = prompts, continuations(model, prompts)
+            made.prompts[name] = prompts
+            made.answers[name], made.firsts[name] = scored(model, prompts)
         for seed, (name, (config, scale)) in enumerate({**CONFIGS, **OTHERS}.items()):
             torch.manual_seed(seed)
             config.task_type = "CAUSAL_LM"
             adapted = perturb(get_peft_model(model, config), seed, scale=scale).eval()
             made.prompts[name] = chats if getattr(config, "response_template", None) else texts
-            made.answers[name] = continuations(adapted, made.prompts[name])
+            made.answers[name], made.firsts[name] = scored(adapted, made.prompts[name])
             if name in list(OTHERS)[:2]:
                 made.embeds[name] = [to_prompt_embeds(adapted, torch.tensor([ids]))[0] for ids in texts]
             adapted.save_pretrained(folder / name)
@@ -121,16 +126,23 @@ def chat_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-@torch.no_grad()
 def continuations(model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
     """The greedy continuation of each prompt."""
+    return scored(model, prompts)[0]
+
+
+@torch.no_grad()
+def scored(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[list[list[int]], list[float]]:
+    """The greedy continuation of each prompt, and the log-probability of its first token."""
     S = max(map(len, prompts))
     ids = torch.tensor([[0] * (S - len(p)) + p for p in prompts])  # (B, S)
     mask = torch.tensor([[0] * (S - len(p)) + [1] * len(p) for p in prompts])  # (B, S)
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-    )
-    return out[:, S:].tolist()
+    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    kept = {"return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **lengths, **kept)
+    answers = out.sequences[:, S:]  # (B, new)
+    firsts = out.logits[0].float().log_softmax(-1).gather(1, answers[:, :1])[:, 0]  # (B,)
+    return answers.tolist(), firsts.tolist()
 
 
 class Engine:
@@ -144,7 +156,12 @@ class Engine:
     def __init__(self, served: Served, **settings: Any):
         from vllm import LLM
 
-        plain = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "enable_lora": True}
+        plain = {
+            "dtype": "float32",
+            "max_model_len": 256,
+            "max_num_seqs": 64,
+            "additional_config": {"instance_prompt": {}},
+        }
         self.served = served
         self.llm = LLM(model=str(served.base), **{**plain, **settings})
 
@@ -172,20 +189,78 @@ class Engine:
             found.setdefault(name, []).append(list(output.outputs[0].token_ids))
         return found
 
+    def first_differences(self, names: list[str]) -> dict[str, float]:
+        """By adapter: the largest difference between the engine's log-probability of an answer's first token and transformers'."""
+        found = {}
+        for name in names:
+            outputs = self.ask(
+                self.served.prompts[name], [self.named(name)] * len(TEXTS), max_tokens=1, min_tokens=1, logprobs=20
+            )
+            wanted = zip(outputs, self.served.answers[name], self.served.firsts[name])
+            pairs = [(output.outputs[0].logprobs[0].get(answer[0]), first) for output, answer, first in wanted]
+            found[name] = max(abs(pair[0].logprob - pair[1]) if pair[0] else float("inf") for pair in pairs)
+        return found
 
-def compare(file: str, settings: str, out: str) -> None:
-    """Write whether an engine's answers are those of transformers, by name, as JSON."""
-    served = pickle.loads(Path(file).read_bytes())
-    given = json.loads(settings)
-    engine = Engine(served, **given)
-    found = engine.answers([BASE, CHAT, *CONFIGS])
-    if (
-        "additional_config" in given
-    ):  # in a batch of its own: on the CPU, vLLM's LoRA reaches the other rows of a batch
-        found.update(engine.answers([LORA]))
-    Path(out).write_text(json.dumps({name: answers == served.answers[name] for name, answers in found.items()}))
+
+def compare(file: str, given: str, out: str) -> None:
+    """Write, as JSON, what an engine with `settings` is, and whether its answers for `names` are those of transformers."""
+    import vllm
+
+    served, given = pickle.loads(Path(file).read_bytes()), json.loads(given)
+    engine = Engine(served, **given["settings"])
+    config = engine.llm.llm_engine.vllm_config
+    # Of an engine in this process only: with several workers it has processes of its own.
+    inside = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and config.parallel_config.tensor_parallel_size == 1
+    chunks, steps = (watch_chunks(engine), watch_steps(engine)) if inside else ({}, {})
+    found = {"same": {}}
+    for names in given["batches"]:
+        found["same"].update({n: answers == served.answers[n] for n, answers in engine.answers(names).items()})
+    if given.get("differences"):
+        found["differences"] = engine.first_differences(given["differences"])
+    found.update(
+        release=list(vllm.__version_tuple__[:2]),
+        mode=int(config.compilation_config.mode),
+        steps=steps,
+        v2=config.use_v2_model_runner,
+        dtype=str(config.model_config.dtype),
+        chunks=chunks,
+    )
+    Path(out).write_text(json.dumps(found))
+
+
+def watch_steps(engine: Engine) -> dict[str, int]:
+    """Counts the steps that run compiled code, and those that do not."""
+    from vllm.forward_context import get_forward_context
+
+    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    model, counts = worker.model_runner.get_model(), {"compiled": 0, "eager": 0}
+    stack = getattr(model, "model", model)
+    ready = any(getattr(stack, name, None) is not None for name in ("_compiled_bytecode", "aot_compiled_fn"))
+
+    def count(*_):
+        runs_compiled = ready and not stack.do_not_compile and not get_forward_context().skip_compiled
+        counts["compiled" if runs_compiled else "eager"] += 1
+
+    model.register_forward_hook(count)
+    return counts
+
+
+def watch_chunks(engine: Engine) -> dict[str, int]:
+    """Counts how often the scheduler holds an instruction back, and how many prompts it cuts into chunks."""
+    scheduler, counts = engine.llm.llm_engine.engine_core.engine_core.scheduler, {"held": 0, "cut": 0}
+    reserve = scheduler._reserve_prefill_lookahead
+
+    def counted(request, computed, new):
+        number = reserve(request, computed, new)
+        counts["held"] += number == 0
+        counts["cut"] += 0 < computed + number < request.num_prompt_tokens
+        return number
+
+    scheduler._reserve_prefill_lookahead = counted
+    return counts
 
 
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     compare(*sys.argv[1:])

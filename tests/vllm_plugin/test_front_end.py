@@ -14,7 +14,7 @@ from served import BASE, LORA, OTHERS
 
 from peft_instance_prompt import IAPTConfig, IPTConfig
 from peft_instance_prompt.vllm.adapters import describe_base, read_adapter
-from peft_instance_prompt.vllm.front_end import place, widen
+from peft_instance_prompt.vllm.places import place, widen
 
 
 @pytest.mark.parametrize(

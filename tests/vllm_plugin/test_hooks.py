@@ -11,7 +11,8 @@ from test_plan import generator, plan, prefill
 from torch import nn
 
 from peft_instance_prompt.generator import Instances
-from peft_instance_prompt.vllm.hooks import filled
+from peft_instance_prompt.vllm.hooks import Writer, put
+from peft_instance_prompt.vllm.plan import Plan
 
 
 class Layer(nn.Module):
@@ -22,10 +23,15 @@ class Layer(nn.Module):
         return hidden_states, residual
 
 
-def run(layers, found, states, residual) -> None:
-    with filled(layers, found):
-        for layer in layers:
-            layer(None, states, residual)
+def run(layers, found, states, residual) -> dict[str, str]:
+    writer = Writer(layers)
+    writer.plan = found
+    for layer in layers:
+        layer(None, states, residual)
+    failures = writer.close()
+    assert writer.plan == Plan()
+    writer.remove()
+    return failures
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -34,8 +40,8 @@ def test_vectors_stand_in_the_slots(split) -> None:
     states = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     before = states.clone()
     hidden, residual = (states / 4, states * 3 / 4) if split else (states, None)
-    (found,) = plan(prefill("r", "a", 4, [0, 1, 2, 3], total=8, row=0), a=adapter)
-    run(layers, [found], hidden, residual)
+    found = plan(prefill("r", "a", 4, [0, 1, 2, 3], total=8, row=0), a=adapter)
+    assert run(layers, found, hidden, residual) == {}
     text = before[4:][None]
     with torch.no_grad():
         wanted = adapter(Instances(text, torch.ones(1, 4, dtype=torch.bool), text[:, :1]), 2)[0]  # (4, d)
@@ -46,9 +52,25 @@ def test_vectors_stand_in_the_slots(split) -> None:
     assert not any(layer._forward_pre_hooks for layer in layers)
 
 
-def test_missing_layers_are_loud() -> None:
+def test_answers_without_their_prompt_are_told() -> None:
     layers = [Layer() for _ in range(2)]  # of three
     found = plan(prefill("r", "a", 4, [0, 1, 2, 3], total=8, row=0))
-    with pytest.raises(RuntimeError, match="were written at"):
-        run(layers, found, torch.randn(8, 32), None)
+    failures = run(layers, found, torch.randn(8, 32), None)
+    assert list(failures) == ["r"] and "were written at (0, 1)" in failures["r"].replace("[", "(").replace("]", ")")
     assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_step_without_a_plan_is_left_alone() -> None:
+    layers, states = [Layer() for _ in range(3)], torch.randn(8, 32)
+    before = states.clone()
+    assert run(layers, Plan(), states, None) == {} and torch.equal(states, before)
+
+
+def test_what_is_added_is_rounded_once() -> None:
+    """In transformers the prompt is added to the layer's input, which vLLM has in two parts."""
+    states = torch.full((3, 4), 257.0).bfloat16()
+    hidden, residual = torch.full((3, 4), 1.0).bfloat16(), torch.full((3, 4), 256.0).bfloat16()
+    values = torch.full((2, 4), 1.0).bfloat16()
+    put(hidden, residual, torch.tensor([0, 2]), values, onto=hidden + residual)
+    wanted = (states + 1)[[0, 2]]
+    assert torch.equal((hidden + residual)[[0, 2]], wanted) and residual[1].tolist() == [256.0] * 4

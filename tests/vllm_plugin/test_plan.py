@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_instance_prompt import IAPTConfig
 from peft_instance_prompt.vllm.plan import Placed, Prefill, make_plan
@@ -37,6 +38,17 @@ def plan(*prefills: Prefill, **generators):
     return make_plan(prefills, generators or {"a": generator()}, torch.device("cpu"))
 
 
+class Copies(TorchDispatchMode):
+    """Counts copies to another device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = [a for a in args if isinstance(a, torch.Tensor)]
+        if isinstance(out, torch.Tensor) and given and given[0].device != out.device:
+            self.number = getattr(self, "number", 0) + 1
+        return out
+
+
 def test_text_is_what_is_no_slot() -> None:
     assert Placed("a", 3, [0, 1], [0, 1]).text == [2, 3, 4]
     assert Placed("a", 3, [1, 2], [0, 1]).text == [0, 3, 4]
@@ -49,7 +61,8 @@ def test_rows_of_the_flat_batch() -> None:
     first = prefill("r1", "a", 4, [0, 1], total=6, row=1)
     second = prefill("r2", "b", 2, [1, 2], total=5, row=7)  # behind its instruction stands a response
     third = prefill("r3", "c", 3, [3, 4], total=5, row=12)
-    alike, alone = plan(first, second, third, a=a, b=b, c=other)
+    alike, alone = plan(first, second, third, a=a, b=b, c=other).rows
+    assert (alike.requests, alone.requests) == (["r1", "r2"], ["r3"])
     assert alike.group.generators == [a, b] and [rows.tolist() for rows in alike.group.rows_of] == [[0], [1]]
     assert alike.selection.mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert alike.selection.columns[0].tolist() == [3, 4, 5, 6] and alike.selection.columns[1, :2].tolist() == [7, 10]
@@ -63,8 +76,35 @@ def test_rows_of_the_flat_batch() -> None:
 
 
 def test_slots_in_the_cache_are_not_written() -> None:
-    assert plan(prefill("r", "a", 4, [0, 1], total=6, row=0, done=2)) == []
-    assert len(plan(prefill("r", "a", 4, [0, 1], total=6, row=0))) == 1
+    assert plan(prefill("r", "a", 4, [0, 1], total=6, row=0, done=2)).rows == []
+    assert len(plan(prefill("r", "a", 4, [0, 1], total=6, row=0)).rows) == 1
+
+
+def test_one_copy_to_the_device() -> None:
+    adapters = {"a": generator(), "b": generator(), "c": generator(num_virtual_tokens=2)}
+    requests = [prefill(f"r{key}{n}", key, 3, [0, 1], total=5, row=5 * n) for key in adapters for n in range(3)]
+    with Copies() as copies:
+        found = make_plan(requests, adapters, torch.device("meta")).rows
+    assert len(found) == 2 and copies.number == 1
+    assert {t.device.type for rows in found for t in (rows.token_ids, rows.rows, rows.selection.mask)} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "slots, done, length, torn, writes",
+    [
+        ([0, 1], 0, 5, True, True),  # the instruction ends behind the step
+        ([0, 1], 0, 6, False, True),
+        ([0, 1], 0, 1, True, True),
+        ([0, 1], 2, 1, False, False),  # the slots are in the cache
+        ([4, 5], 0, 5, True, True),
+        ([4, 5], 0, 4, True, False),
+        ([4, 5], 0, 6, False, True),
+        ([4, 5], 6, 1, False, False),
+    ],
+)
+def test_steps_that_tear_an_instruction(slots, done, length, torn, writes) -> None:
+    placed = Placed("a", 4, slots, [0, 1])
+    assert (placed.end, placed.is_torn(done, length), placed.writes(done, length)) == (6, torn, writes)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +115,8 @@ def test_slots_in_the_cache_are_not_written() -> None:
         (prefill("r", "a", 4, [0, 1], total=6, row=0, length=5), "5 are computed now"),
     ],
 )
-def test_what_cannot_be_served_as_prescribed_is_loud(request_, words) -> None:
-    with pytest.raises(RuntimeError, match=words):
-        plan(request_)
+def test_what_cannot_be_served_as_prescribed_fails_alone(request_, words) -> None:
+    good = prefill("good", "a", 4, [0, 1], total=6, row=6)
+    found = plan(request_, good)
+    assert [rows.requests for rows in found.rows] == [["good"]]
+    assert list(found.failures) == ["r"] and words in found.failures["r"]

@@ -10,7 +10,7 @@ import shutil
 import pytest
 from served import BASE, CHAT, CONFIGS, NEW_TOKENS
 
-from peft_instance_prompt.vllm import core, registration
+from peft_instance_prompt.vllm import front_calls, points, registration, worker
 
 
 pytestmark = pytest.mark.slow
@@ -22,13 +22,14 @@ LONG = 2  # the prompt that is longer than two blocks of the cache
 def plans(monkeypatch):
     """The plans of the steps that run in the test."""
     made = []
-    make = core.make_plan
+    make = worker.make_plan
 
     def record(*args):
-        made.append(make(*args))
-        return made[-1]
+        plan = make(*args)
+        made.append(plan.rows)
+        return plan
 
-    monkeypatch.setattr(core, "make_plan", record)
+    monkeypatch.setattr(worker, "make_plan", record)
     return made
 
 
@@ -36,12 +37,12 @@ def test_all_adapters_in_one_batch(engine, served, plans) -> None:
     for name in CONFIGS:
         plain = served.answers[CHAT if name == "iapt_template" else BASE]
         assert served.answers[name] != plain, f"{name} changes nothing, so that nothing would be tested"
-    assert engine.llm.llm_engine.vllm_config.lora_config.max_loras == 1
+    assert engine.llm.llm_engine.vllm_config.lora_config is None
     assert engine.answers(NAMES) == served.answers_of(NAMES)
     together = [[len(rows.group.generators) for rows in plan] for plan in plans if len(plan) > 1]
     # `iapt`, `iapt_too` and `iapt_template` differ in their weights and their template only.
     assert together and max(max(sizes) for sizes in together) == 3
-    # None of it in a step that decodes: the hooks are gone, and the engine is the bare one.
+    # None of it in a step that decodes.
     assert plans[-1] == [] and len(plans) >= NEW_TOKENS
 
 
@@ -90,6 +91,48 @@ def test_several_samples_of_a_request(engine, served) -> None:
     assert [list(o.token_ids) for o in output.outputs] == [served.answers["idpg"][0]] * 2
 
 
+def store_of(engine):
+    """The adapters of the engine's only worker."""
+    return engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.instance_prompts
+
+
+def test_mismatch_fails_the_request_and_nothing_else(engine, served) -> None:
+    """An adapter that a worker has lost: no answer leaves without its prompt, and none of its blocks stays in the prefix cache."""
+    engine.answers([BASE, "iapt"])
+    engine.llm.reset_prefix_cache()
+    store, prompt = store_of(engine), served.prompts["iapt"][LONG]
+    key = (
+        front_calls.front_end(engine.llm.llm_engine.vllm_config)
+        .residents[engine.named("iapt").lora_int_id]
+        .adapter.key
+    )
+    lost = store.generators.pop(key)
+    names = ["iapt", BASE, "iapt_too"]
+    outputs = engine.ask([prompt] * 3, [engine.named(name) for name in names])
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length", "length"]
+    assert list(outputs[0].outputs[0].token_ids) == []
+    for name, output in list(zip(names, outputs))[1:]:
+        assert list(output.outputs[0].token_ids) == served.answers[name][LONG]
+    store.generators[key] = lost
+    (output,) = engine.ask([prompt], [engine.named("iapt")])
+    assert output.num_cached_tokens == 0
+    assert list(output.outputs[0].token_ids) == served.answers["iapt"][LONG]
+
+
+def test_vectors_that_are_not_written_fail_the_request(engine, served) -> None:
+    """As if a graph had been replayed, which runs no hook."""
+    engine.answers(["iapt"])
+    writer = store_of(engine).writer
+    hooks = {handle.id: handle.hooks_dict_ref().pop(handle.id) for handle in writer._handles[3:]}
+    try:
+        (output,) = engine.ask([served.prompts["iapt"][0]], [engine.named("iapt")])
+        assert output.outputs[0].finish_reason == "error"
+    finally:
+        for handle in writer._handles[3:]:
+            handle.hooks_dict_ref()[handle.id] = hooks[handle.id]
+    assert engine.answers(["iapt"]) == served.answers_of(["iapt"])
+
+
 def test_unloaded_while_requests_wait(engine, served) -> None:
     from vllm import SamplingParams
 
@@ -97,8 +140,8 @@ def test_unloaded_while_requests_wait(engine, served) -> None:
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)
     for number, ids in enumerate(served.prompts["iapt_first"]):
         llm.add_request(f"waits-{number}", {"prompt_token_ids": ids}, params, lora_request=named)
-    store = llm.engine_core.engine_core.model_executor.driver_worker.model_runner.instance_prompts
-    key = llm.input_processor.instance_prompts.residents[named.lora_int_id].adapter.key
+    store, front = store_of(engine), front_calls.front_end(llm.vllm_config)
+    key = front.residents[named.lora_int_id].adapter.key
     assert llm.remove_lora(named.lora_int_id) and named.lora_int_id not in llm.list_loras()
     assert key in store.generators
     found = {}
@@ -125,8 +168,8 @@ def test_one_folder_under_two_names(engine, served) -> None:
 
 
 def test_registering_again_changes_nothing(engine) -> None:
-    from peft_instance_prompt.vllm.internals import POINTS
-
-    before = [getattr(owner, name) for points in POINTS.values() for owner, name in points]
+    found = [points.find(where) for table in (points.DOORS, points.FRONT) for where, _ in table.values()]
+    before = [getattr(owner, name) for owner, name in found]
     registration.register()
-    assert [getattr(owner, name) for points in POINTS.values() for owner, name in points] == before
+    points.extend(front_calls.FUNCTIONS, points.FRONT)
+    assert [getattr(owner, name) for owner, name in found] == before

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from served import BASE, CHAT, NEW_TOKENS, TEXTS
+from served import BASE, CHAT, NEW_TOKENS, OVERLAY, TEXTS
 
 from peft_instance_prompt import encode_prompt_embeds
 
@@ -30,7 +31,7 @@ LOADED = ("iapt", "iapt_too", "iapt_template", "idpg", "dynamic")
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, served, log):
+    def __init__(self, served, log, path=""):
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
@@ -39,7 +40,13 @@ class Server:
         command += ["--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
         command += ["--max-model-len", "256", "--max-num-seqs", "16", "--enforce-eager", "--enable-prompt-embeds"]
         command += ["--enable-lora", "--lora-modules", *modules]
-        env = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        env["PYTHONPATH"] = str(path)
         self.log = log
         self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=env)
 
@@ -74,10 +81,14 @@ class Server:
         return self.post("/v1/completions", model=model, prompt=prompt, **{**plain, **fields})
 
 
-@pytest.fixture(scope="module")
-def server(served, tmp_path_factory):
-    server = Server(served, tmp_path_factory.mktemp("server") / "log")
+@pytest.fixture(scope="module", params=["0.32", "0.33"])
+def server(served, tmp_path_factory, request):
+    path = OVERLAY if request.param == "0.33" else ""
+    if path and not path.is_dir():
+        pytest.skip("`make test-vllm` makes the overlay of 0.33")
+    server = Server(served, tmp_path_factory.mktemp("server") / "log", path)
     server.wait()
+    assert server.get("/version")["version"].startswith(request.param)
     yield server
     server.process.terminate()
     server.process.wait(60)
@@ -180,6 +191,10 @@ def test_refusals_are_400_and_the_server_lives(server, served, tmp_path) -> None
         "shows its slots from layer": server.post(
             "/v1/load_lora_adapter", lora_name="late", lora_path=str(served.folders["lpt"])
         ),
+        "nobody/nothing": server.post("/v1/load_lora_adapter", lora_name="hub", lora_path="nobody/nothing"),
+        "'corrupt' cannot be served": server.post(
+            "/v1/load_lora_adapter", lora_name="corrupt", lora_path=str(corrupt(served, tmp_path / "corrupt"))
+        ),
         "to_prompt_embeds": server.post(
             "/v1/load_lora_adapter", lora_name="f", lora_path=str(served.folders["idpg_frozen"])
         ),
@@ -189,6 +204,24 @@ def test_refusals_are_400_and_the_server_lives(server, served, tmp_path) -> None
     assert server.complete("nobody", text)[0] == 404
     assert ids_of(server.complete("iapt", text)) == served.answers["iapt"][0]
     assert server.process.poll() is None
+
+
+def corrupt(served, folder):
+    """An adapter's folder with weights in the old format, which are none."""
+    shutil.copytree(served.folders["iapt"], folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"broken")
+    return folder
+
+
+def test_tokens_of_a_named_adapter(server, served) -> None:
+    ids = server.post("/tokenize", model="iapt", prompt=TEXTS[0])["tokens"]
+    assert ids == served.prompts["iapt"][0]
+    assert server.post("/detokenize", model="iapt", tokens=ids)["prompt"] == TEXTS[0]
+
+
+def test_engine_has_said_what_it_serves(server) -> None:
+    assert "Instance prompts are served; LoRA is off" in server.log.read_text()
 
 
 def test_metrics_count_requests(server) -> None:

@@ -17,44 +17,97 @@ import served as module
 import tiny
 import torch
 from peft import get_peft_model
-from served import BASE, LORA, Engine, Served, continuations
+from served import BASE, CHAT, CONFIGS, LORA, NEW_TOKENS, OVERLAY, Engine, Served, continuations
+from vllm.config import CompilationMode
 
 from peft_instance_prompt import IAPTConfig, IDPGConfig, IPTConfig
-from peft_instance_prompt.engine.calls import SWITCH
+from peft_instance_prompt.vllm.package import SWITCH
 
 
 pytestmark = pytest.mark.slow
 
+ALL = [BASE, CHAT, *CONFIGS]
+EAGER = {"enforce_eager": True}
+CHUNKS = {"max_num_batched_tokens": 96, "max_num_seqs": 16}  # fewer tokens in a step than all prompts have
+FEW = [[BASE, "iapt"]]  # six prompts: Triton's interpreter is slow
+HERE = Path(__file__).parent
+V2 = [str(HERE / "interpreter")]
+
+# By name: the engine's settings; batches of adapters; what stands on PYTHONPATH; and whether untested settings pass.
 VARIANTS = {
-    "compiled": {"enforce_eager": False},
+    "compiled, chunks": ({**CHUNKS}, [ALL], [], False),
     # Too few blocks for all requests at once: some are computed anew, their answers so far included.
-    "preempted": {"enforce_eager": True, "block_size": 32, "num_gpu_blocks_override": 14, "max_num_seqs": 16},
-    "transformers, n-grams": {
-        "enforce_eager": True,
-        "model_impl": "transformers",
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
-    },
-    "tensor parallel": {"enforce_eager": True, "tensor_parallel_size": 3},
-    "LoRA": {"enforce_eager": True, "additional_config": {"instance_prompt": {"lora": True}}},
+    "preempted": ({**EAGER, "block_size": 32, "num_gpu_blocks_override": 14, "max_num_seqs": 16}, [ALL], [], False),
+    "transformers, n-grams": (
+        {
+            **EAGER,
+            "model_impl": "transformers",
+            "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+        },
+        [ALL],
+        [],
+        False,
+    ),
+    "tensor parallel": ({**EAGER, "tensor_parallel_size": 3}, [ALL], [], False),
+    # In batches of their own: on the CPU, vLLM's LoRA reaches the other rows of a batch.
+    "LoRA beside": ({**EAGER, "additional_config": {"instance_prompt": {"lora": True}}}, [ALL, [LORA]], [], True),
+    "LoRA alone": ({**EAGER, "additional_config": {}, "enable_lora": True}, [[BASE], [LORA]], [], False),
+    "whole prompts": ({**EAGER, "enable_chunked_prefill": False, "enable_prefix_caching": False}, FEW, [], False),
+    "V2, chunks": ({**EAGER, **CHUNKS}, FEW, V2, False),
+    "0.33, chunks": ({**EAGER, **CHUNKS}, [ALL], [str(OVERLAY)], False),
+    "0.33, V2": ({**EAGER}, FEW, [str(OVERLAY), *V2], False),
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_answers_are_those_of_transformers(served, variant, tmp_path) -> None:
-    file = tmp_path / "served.pickle"
+def compare(served, tmp_path, settings, batches, path=(), untested=False, **more):
+    """What `served.py` finds in a process of its own."""
+    if str(OVERLAY) in path and not OVERLAY.is_dir():
+        pytest.skip("`make test-vllm` makes the overlay of 0.33")
+    file, out = tmp_path / "served.pickle", tmp_path / "found.json"
     file.write_bytes(pickle.dumps(served))
-    out = tmp_path / "same.json"
-    command = [sys.executable, module.__file__, str(file), json.dumps(VARIANTS[variant]), str(out)]
+    given = json.dumps({"settings": settings, "batches": batches, **more})
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        SWITCH: str(int(variant == "LoRA")),
+        "PYTHONPATH": os.pathsep.join(path),
+        SWITCH: str(int(untested)),
     }
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1500)
+    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    done = subprocess.run(
+        [sys.executable, module.__file__, str(file), given, str(out)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=1500,
+    )
     assert done.returncode == 0, done.stderr[-5000:]
-    same = json.loads(out.read_text())
-    assert same == dict.fromkeys(same, True) and BASE in same and (LORA in same) == (variant == "LoRA")
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answers_are_those_of_transformers(served, variant, tmp_path) -> None:
+    settings, batches, path, untested = VARIANTS[variant]
+    found = compare(served, tmp_path, settings, batches, path, untested)
+    assert found["same"] == dict.fromkeys((name for names in batches for name in names), True)
+    assert found["release"] == ([0, 33] if "0.33" in variant else [0, 32])
+    assert found["v2"] == ("V2" in variant) and found["dtype"] == "torch.float32"
+    if "chunks" in variant:
+        assert found["chunks"]["held"] > 0
+    if "compiled" in variant:
+        # A step that reads prompts runs without compiled code; those that only decode run it.
+        assert found["mode"] == CompilationMode.DYNAMO_TRACE_ONCE
+        assert found["steps"]["compiled"] >= NEW_TOKENS - 2 and found["steps"]["eager"] > 0
+
+
+def test_half_precision(served, tmp_path) -> None:
+    """In bfloat16, adapters are as near to transformers in float32 as the base model is."""
+    names = [BASE, *(name for name in CONFIGS if name != "iapt_template")]
+    found = compare(served, tmp_path, {**EAGER, "dtype": "bfloat16"}, [], differences=names)
+    differences = found["differences"]
+    print(differences)
+    assert found["dtype"] == "torch.bfloat16"
+    assert max(differences.values()) < 2 * differences[BASE]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

@@ -1,0 +1,56 @@
+# SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the plugin uses of the package. No other file of the plugin imports from outside the plugin."""
+
+from ..adapter_files import check_tensors, digest, read_kind, read_weights
+from ..attaching import (
+    PREFIX,
+    check_sizes,
+    check_task,
+    embedding_names,
+    expected_tensors,
+    generator_path,
+    make_generator,
+)
+from ..config import PAIR_POSITIONS, InstancePromptConfig
+from ..engine.batch import Group
+from ..engine.calls import SWITCH, forward_args
+from ..engine.instances import InstanceTokens
+from ..engine.layout import arrange
+from ..engine.place import at_separator
+from ..engine.request import Request
+from ..engine.scope import Rules, find_scope
+from ..engine.stack import StackInfo, describe
+from ..generator import INPUT, PromptGenerator, Source
+
+
+__all__ = [
+    "INPUT",
+    "PAIR_POSITIONS",
+    "PREFIX",
+    "SWITCH",
+    "Group",
+    "InstancePromptConfig",
+    "InstanceTokens",
+    "PromptGenerator",
+    "Request",
+    "Rules",
+    "Source",
+    "StackInfo",
+    "arrange",
+    "at_separator",
+    "check_sizes",
+    "check_task",
+    "check_tensors",
+    "describe",
+    "digest",
+    "embedding_names",
+    "expected_tensors",
+    "find_scope",
+    "forward_args",
+    "generator_path",
+    "make_generator",
+    "read_kind",
+    "read_weights",
+]
