@@ -95,8 +95,8 @@ def place_slots(
             seats.put(empty.to(table.dtype), None, table) for table in tables
         )
     answers = predicts if info.causal else None
-    used = None if known and packing is None else used
-    layout = arrange(before_token, S, used, answers, since, late, not info.causal, front, seats)  # B rows
+    told = None if known and packing is None else used
+    layout = arrange(before_token, S, told, answers, since, late, not info.causal, front, seats)  # B rows
     return layout if packing is None else replace(layout, segment_ids=packing.widen(layout)), each
 
 

@@ -12,16 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from .inspection import Reading
 from .themes import THEMES
 
-
-if TYPE_CHECKING:
-    from .report import InstanceReport
 
 Cell = dict[str, float]  # mean, low, high
 
@@ -76,7 +73,7 @@ i { font-style: normal; border-radius: .2rem; }
 """
 
 
-def make_page(report: InstanceReport) -> str:
+def make_page(report: Any) -> str:
     """The page of a report, as HTML."""
     summary = report.summary()
     method = f"{escape(report.subject)}. " if report.subject else ""
@@ -103,7 +100,7 @@ def make_page(report: InstanceReport) -> str:
     )
 
 
-def make_frame(report: InstanceReport) -> str:
+def make_frame(report: Any) -> str:
     """The page in an iframe, for notebooks: the page's style and the notebook's do not mix."""
     page = escape(make_page(report), quote=True)
     return f'<iframe srcdoc="{page}" style="width: 100%; height: 40rem; border: 0" title="Did the instance matter?"></iframe>'
