@@ -8,6 +8,7 @@ Adapt this file to a new release of transformers, and raise the range of tested 
 models of transformers have had since 4.0: `input_ids`, `inputs_embeds`, `attention_mask`, `position_ids`. If a release renames one of
 these, translate it in `by_name`, as the cache is. What changed so far:
 
+- 5.23 checkpoints a layer's forward without its hooks.
 - 5.24 calls the cache `cache`, in every forward, layer and output; it was `past_key_values` before.
 """
 
@@ -54,6 +55,10 @@ def release() -> tuple[int, int]:
     """The minor release of transformers that is installed."""
     major, minor = transformers.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+# Whether a checkpoint of a layer holds its hooks, which then run again when backward recomputes the layer.
+CHECKPOINTS_HOOKS = release() < (5, 23)
 
 
 def untested_release() -> str | None:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from ..generator import InstanceGenerator
 from .batch import Group, group_rows, names_of_rows
 from .cache import SlotCache
-from .calls import LayerCall, by_name, cache_of
+from .calls import CHECKPOINTS_HOOKS, LayerCall, by_name, cache_of
 from .close import attend_to_slots, close_slots
 from .edits import begin_text, resume_edits
 from .fill import fill_slots
@@ -178,7 +178,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
                 SlotCache(filled, running.table)  # RecurrentGemma does not return it: the caller's own comes back
             if request.opened is not None:
                 request.opened(call)
-            if torch.is_grad_enabled() and stack.training:
+            if CHECKPOINTS_HOOKS and torch.is_grad_enabled() and stack.training:
                 keep_context(stack)
         return {**call, "return_dict": True} if running.as_tuple else call
 

@@ -75,8 +75,8 @@ current_pass: ContextVar[Pass | None] = ContextVar("instance_prompt_pass", defau
 class InContext:
     """A checkpoint function whose recomputation sees the context variables of the forward pass.
 
-    Transformers before 5.23 runs a layer's hooks again when backward recomputes the layer, long after the pass is over
-    and perhaps in a different thread.
+    For releases of transformers whose checkpoints hold a layer's hooks: these run again when backward recomputes the layer, long after
+    the pass is over and perhaps in a different thread.
     """
 
     def __init__(self, checkpoint: Any):

@@ -60,10 +60,7 @@ def place_slots(
     # A row per instance: G rows.
     front = selection.first[:, None].expand(-1, L)  # (G, L)
     before_token, since = front, torch.zeros_like(front)  # (G, L) each
-    used, known = (
-        torch.full_like(front, everywhere, dtype=torch.bool),
-        everywhere,
-    )  # (G, L); whether all are known to be used
+    used, known = torch.full_like(front, everywhere, dtype=torch.bool), everywhere  # (G, L); are all known to be used
     each: list[Places] = []
     for group in groups:
         model, own = group.model, selection.pick(group.rows)
@@ -78,12 +75,8 @@ def place_slots(
         before_token = put(before_token, group.rows, each[-1].before_token)
         used = put(used, group.rows, torch.ones_like(behind) if own_used is None else own_used.to(front.device))
         since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
-    full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == L)
-    if info.causal and info.absolute_column_positions and not everywhere and full < B:
-        raise ValueError(
-            f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, whose learned positions go by "
-            "column: give all of them adapters with the same `num_virtual_tokens`."
-        )
+    if info.causal and info.absolute_column_positions and not everywhere:
+        check_equal_numbers(groups, L, B, info)
     predicts = before_token == selection.last[:, None] + 1  # (G, L), whether `start` or `stop` put them there
     late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
     seats = None
@@ -98,6 +91,16 @@ def place_slots(
     told = None if known and packing is None else used
     layout = arrange(before_token, S, told, answers, since, late, not info.causal, front, seats)  # B rows
     return layout if packing is None else replace(layout, segment_ids=packing.widen(layout)), each
+
+
+def check_equal_numbers(groups: list[Group], num_slots: int, num_rows: int, info: StackInfo) -> None:
+    """Raise a ValueError if not all rows have the same number of slots, where learned positions go by column."""
+    full = sum(len(group.rows) for group in groups if group.rows is not None and group.model.num_slots == num_slots)
+    if full < num_rows:
+        raise ValueError(
+            f"The rows of a batch cannot have different numbers of prompt slots in {info.name!r}, whose learned positions go by "
+            "column: give all of them adapters with the same `num_virtual_tokens`."
+        )
 
 
 def edges(group: Group, text: Text, selection: InstanceTokens, info: StackInfo) -> tuple[torch.Tensor, torch.Tensor]:
