@@ -19,7 +19,15 @@ from peft import (
     initialize_kv_prefix_from_text,
 )
 
-from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IDSPAMConfig, IPTConfig, LPTConfig
+from peft_instance_prompt import (
+    DynamicPromptConfig,
+    IAPTConfig,
+    IDPGConfig,
+    IDSPAMConfig,
+    IPTConfig,
+    LPTConfig,
+    PreFTConfig,
+)
 
 
 TEXT = "Read the text that follows and answer with the one word that is right for it, and nothing else."
@@ -91,6 +99,10 @@ def _p_tuning(setting: Setting) -> PeftConfig:
 
 def _lora(r: int, targets: str | None) -> Callable[[Setting], PeftConfig]:
     return lambda setting: LoraConfig(task_type=setting.task_type, r=r, lora_alpha=2 * r, target_modules=targets)
+
+
+def _preft(r: int) -> Callable[[Setting], PeftConfig]:
+    return lambda setting: PreFTConfig(task_type=setting.task_type, r=r)
 
 
 # IAPT as release 0.2.0 had it.
@@ -173,6 +185,10 @@ METHODS: dict[str, Method] = {
     "prompt-tuning": Method(_peft(_prompt_tuning), (3e-2, 1e-2, 1e-1)),
     "p-tuning": Method(_peft(_p_tuning), (3e-3, 1e-3, 1e-2)),
     "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),
+    # As many weights as LoRA of rank 8 on q and v: on the encoder, and on the causal model; and as LoRA of rank 16.
+    "preft-r16": Method(_peft(_preft(16)), (3e-3, 1e-3, 1e-2), ours=True),
+    "preft-r13": Method(_peft(_preft(13)), (3e-3, 1e-3, 1e-2), ours=True),
+    "preft-r146": Method(_peft(_preft(146)), (3e-3, 1e-3, 1e-2), ours=True),
     **{name: _ours(name, "instance", exchanged=True) for name in OURS},
     **{name: _ours(name, "instance") for name in VARIANTS},
     **{control: _ours(control.removesuffix("-constant"), "constant") for control in CONTROLS.values()},

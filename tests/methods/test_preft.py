@@ -75,12 +75,19 @@ def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
     raise AssertionError("no list of layers")
 
 
+def weights_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of the edits: W_down is stored divided by a factor, 2.4 r / d and at most 1, unless the config gives one."""
+    found = {name: p.detach() for name, p in generator_of(model).named_parameters()}
+    factor = min(2.4 * model.peft_config["default"].r / found["down"].shape[1], 1.0)
+    return {**found, "down": found["down"] * factor}
+
+
 @torch.no_grad()
 def by_hand(
     model: PeftModel, ids: torch.Tensor, edited: torch.Tensor, family: str = "llama", **kwargs
 ) -> torch.Tensor:
     """Logits (S, V) of one row of ids (S,), in a copy of the base model that knows no adapters."""
-    weights = {name: p.detach() for name, p in generator_of(model).named_parameters()}
+    weights = weights_of(model)
     base = causal_lm(family)
     with edited_by_hand(layers_of(base), weights, edited):
         return base(ids[None], use_cache=False, **kwargs).logits[0]
@@ -167,7 +174,7 @@ def test_rows_are_those_of_the_reference(family: str, side: str) -> None:
 def test_layers_that_are_not_chosen() -> None:
     model, ids = preft(layers_to_transform=[1]), batch(7)["input_ids"]
     base = causal_lm()
-    weights = {name: p.detach() for name, p in generator_of(model).named_parameters()}
+    weights = weights_of(model)
     with torch.no_grad(), edited_by_hand(layers_of(base)[1:2], weights, torch.ones(7)):
         assert_same(model(ids).logits, base(ids).logits)
 
@@ -185,7 +192,7 @@ def test_all_tokens_of_an_encoder(family: str) -> None:
     bare = encoder(family)
     assert not torch.allclose(bare(inputs["input_ids"][:1]).last_hidden_state, out[:1], atol=1e-2)
     if family == "bert":
-        weights = {name: p.detach() for name, p in generator_of(model).named_parameters()}
+        weights = weights_of(model)
         with torch.no_grad(), edited_by_hand(layers_of(bare), weights, torch.ones(9)):
             assert_same(out[0], bare(inputs["input_ids"][:1]).last_hidden_state[0])
 
