@@ -19,6 +19,7 @@ TITLES = {
     "ipt": "IPT",
     "dynamic_prompt": "DP",
     "idspam": "ID-SPAM",
+    "preft": "PreFT",
 }
 COLUMNS = ["lora", *(kind for kind in KINDS if type(METHODS[kind]()).__module__.startswith("peft_instance_prompt."))]
 

@@ -26,7 +26,7 @@ def active_generator(model: nn.Module) -> tuple[InstancePromptLayer, PromptGener
     """The layer and the generator of a model's active adapter.
 
     Raises:
-        ValueError: There is no active adapter, or it is on several stacks.
+        ValueError: There is no active adapter, it is on several stacks, or it has no prompt vectors.
     """
     layers = [
         module for module in model.modules() if isinstance(module, InstancePromptLayer) and not module.disable_adapters
@@ -41,6 +41,11 @@ def active_generator(model: nn.Module) -> tuple[InstancePromptLayer, PromptGener
         names = [layer.info.layers_name for layer, _ in found]
         raise ValueError(
             f"The model must have an active instance-prompt adapter on one stack, it has them on {names}."
+        )
+    if not isinstance(generator := found[0][1], PromptGenerator):
+        raise ValueError(
+            f"{type(generator).__name__} generates no prompt vectors, which this tool looks at: it edits the instruction's own states. Compare "
+            "with `disable_adapter()`."
         )
     return found[0]
 
