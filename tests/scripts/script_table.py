@@ -37,9 +37,11 @@ import transformers as tf  # noqa: E402
 import trl_preference  # noqa: E402
 import trl_sft  # noqa: E402
 from common import Job, check, load  # noqa: E402
-from methods import METHODS  # noqa: E402
+from methods import METHODS, WITHOUT_SLOTS  # noqa: E402
 from peft import LoraConfig, PeftConfig  # noqa: E402
 from table_cells import Cell, footnotes, parsed, reasons, written  # noqa: E402
+
+from peft_instance_prompt import InstanceConfig  # noqa: E402
 
 
 ROOT = HERE.parent.parent
@@ -65,6 +67,9 @@ class Script:
 
 
 CHAT = {"response_template": "chat"}
+COMMON = {
+    field.name for field in dataclasses.fields(InstanceConfig)
+}  # what a config of a method without slots can say
 PLAIN = {"instruction_length": trl_sft.TEXT_LENGTH, "prompt_position": "end"}
 
 
@@ -121,7 +126,8 @@ SCRIPTS = {name: script for group in GROUPS.values() for name, script in group.i
 def config(method: str, script: Script) -> PeftConfig:
     if method == "lora":
         return LoraConfig(task_type=script.task_type, r=4)
-    return METHODS[method](task_type=script.task_type, **script.words)
+    words = script.words if method not in WITHOUT_SLOTS else {k: v for k, v in script.words.items() if k in COMMON}
+    return METHODS[method](task_type=script.task_type, **words)
 
 
 def run(name: str, method: str) -> Cell:
