@@ -85,6 +85,12 @@ def idspam():
     return IDSPAMConfig(task_type="CAUSAL_LM")
 
 
+def preft():
+    from peft_instance_prompt import PreFTConfig
+
+    return PreFTConfig(task_type="CAUSAL_LM")
+
+
 def dynamic(position: str, length: str):
     """A prompt of 20 vectors, with choices from the mean of the input embeddings, so without a frozen pass."""
 
@@ -126,6 +132,8 @@ METHODS = {
     "lpt-mixed": adapter_per_row(lpt),
     "idspam": one_adapter(idspam),
     "idspam-mixed": adapter_per_row(idspam),
+    "preft": one_adapter(preft),
+    "preft-mixed": adapter_per_row(preft),
     "fixed-prompt": one_adapter(dynamic("off", "off")),
     "dynamic": one_adapter(dynamic("instance", "instance")),
     "dynamic-task": one_adapter(dynamic("task", "task")),

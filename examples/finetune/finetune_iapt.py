@@ -4,6 +4,7 @@
 Teach a small language model to tell good from bad film reviews, with prompts that IAPT computes from each review.
 
     python examples/finetune/finetune_iapt.py
+    python examples/finetune/finetune_iapt.py --method preft     # edits of each review's own states, in place of prompts
     python examples/finetune/finetune_iapt.py --short     # does it run?
 
 takes a few minutes on two CPU cores. It needs no model hub: the base model, SmolLM2-135M-Instruct, and the sentences come
@@ -24,7 +25,7 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 # The import adds the methods of this package to PEFT. It is needed to load such an adapter, too.
-from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt import IAPTConfig, PreFTConfig
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -41,7 +42,10 @@ def main(args):
     before = accuracy(model, tokenizer, test_examples, labels)
     print(f"accuracy on {len(test_examples)} held-out sentences without an adapter: {before:.3f}", flush=True)
 
-    config = IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, bottleneck_dim=16)
+    if args.method == "iapt":
+        config = IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, bottleneck_dim=16)
+    else:
+        config = PreFTConfig(task_type="CAUSAL_LM", r=16)
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
 
@@ -87,8 +91,11 @@ def generate(args):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, lr=2e-3, output="outputs/iapt", steps=200)
+    parser.add_argument("--method", choices=("iapt", "preft"), default="iapt", help="(default: %(default)s)")
     parser.add_argument("--generate", metavar="ADAPTER_DIR", help="do not train, generate with this trained adapter")
     args = parse(parser)
+    if args.output == parser.get_default("output"):
+        args.output = f"outputs/{args.method}"
     if args.generate:
         generate(args)
     else:

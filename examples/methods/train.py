@@ -8,7 +8,7 @@ Any method on film reviews: one training script, and a table of configs.
     python examples/methods/train.py --method ipt --short     # does it run?
 
 takes a few minutes on two CPU cores; base model and sentences come from PyPI packages. Each method has the learning rate that works for
-it here. `--condition constant` trains the control, whose generated part is the same for all reviews.
+it here. `--condition constant` trains the control, whose generated part is the same for all reviews; PreFT has none.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from peft_instance_prompt import (
     IDSPAMConfig,
     IPTConfig,
     LPTConfig,
+    PreFTConfig,
     learned_position,
     record_choices,
 )
@@ -68,6 +69,12 @@ def lpt(args, **shared):
 
 def idspam(args, **shared):
     return IDSPAMConfig(attention_dim=args.attention_dim, insertion_layer=args.layer, **shared)
+
+
+def preft(args, condition, **shared):
+    if condition != "instance":
+        raise SystemExit("PreFT edits the instruction's own states: it has no control that reads a constant.")
+    return PreFTConfig(r=args.rank, **shared)
 
 
 def dynamic_prompt(args, preset=None, **shared):
@@ -149,6 +156,11 @@ METHODS = {
             "--attention-dim": {"type": int, "help": "the width of queries and keys (default: the embeddings')"},
             "--layer": LAYER,
         },
+    ),
+    "preft": Method(
+        preft,
+        lr=1e-3,
+        options={"--rank": {"type": int, "default": 16, "help": "the rank of the edits (default: %(default)s)"}},
     ),
     "dynamic_prompt": Method(
         dynamic_prompt,

@@ -87,6 +87,7 @@ def test_finetune(run: Run, tmp_path: Path) -> None:
     [
         ("lpt", ["--generator", "mppg", "--layer", "20"], ""),
         ("dynamic_prompt", ["--preset", "adap_pos_ins_vec", "--tokens", "4"], "the first stage puts"),
+        ("preft", ["--rank", "4"], ""),
     ],
 )
 def test_methods(run: Run, tmp_path: Path, method: str, args: list[str], said: str) -> None:
@@ -96,7 +97,11 @@ def test_methods(run: Run, tmp_path: Path, method: str, args: list[str], said: s
     assert said in out
     config = json.loads((tmp_path / "outputs" / method / "adapter_config.json").read_text())
     assert config["peft_type"] == method.upper()
-    expected = {"generator_type": "mppg", "insertion_layer": 20} if method == "lpt" else {"num_virtual_tokens": 4}
+    expected = {
+        "lpt": {"generator_type": "mppg", "insertion_layer": 20},
+        "dynamic_prompt": {"num_virtual_tokens": 4},
+        "preft": {"r": 4},
+    }[method]
     assert expected.items() <= config.items()
     trained(tmp_path / "outputs" / method)
 
