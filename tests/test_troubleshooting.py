@@ -144,7 +144,7 @@ def _(path, patch):
     iapt(tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4)))
 
 
-@says("Instance prompts need layers of attention, and ... has none")
+@says("Instance prompts need layers that are known to attend, and ... has none")
 def _(path, patch):
     iapt(mamba("Mamba2", state_size=4, num_heads=4, head_dim=16, n_groups=1))
 

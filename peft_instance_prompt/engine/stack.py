@@ -217,7 +217,7 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
     recurrent = tuple(n for n, kind in enumerate(kinds) if "attention" not in kind or kind.startswith("linear"))
     if kinds and len(recurrent) == len(kinds):
         raise ValueError(
-            f"Instance prompts need layers of attention, and {type(stack).__name__} has none: all of its layers are of the kind "
+            f"Instance prompts need layers that are known to attend, and {type(stack).__name__} has none: all of its layers are of the kind "
             f"{kinds[0]!r}."
         )
     mixing = [f"{layers_name}.{n}" for n in recurrent[:1]]
