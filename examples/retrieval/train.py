@@ -46,8 +46,8 @@ CONFIGS = {
 
 
 def load_halves(seed):
-    """Train and held-out lists of {"query", "document"}: the halves of film reviews of 12 words and more."""
-    sentences = [{"text": text} for text, _ in load_sentences("movie") if len(text.split()) >= 12]
+    """Train and held-out lists of {"query", "document"}: the halves of sentences of 12 words and more, of editorials."""
+    sentences = [{"text": text} for text, _ in load_sentences("editorial") if len(text.split()) >= 12]
     parts = three_splits(sentences, seed=seed)
 
     def halves(examples):
@@ -94,7 +94,7 @@ def main(args):
             output_dir=args.output,
             router_mapping={"query": "query", "document": "document"},  # which column is which task
             max_steps=args.steps,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=32,
             learning_rate=args.lr,
             warmup_steps=args.steps // 10,
             logging_steps=max(1, args.steps // 5),
@@ -127,8 +127,8 @@ if __name__ == "__main__":
         default="adapter",
         help="what documents run with (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=150, help="training steps of 16 pairs (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of 32 pairs (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--output", default="outputs/retrieval", help="folder for the adapters (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and order (default: %(default)s)")
     parser.add_argument(

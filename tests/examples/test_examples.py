@@ -151,7 +151,7 @@ def test_retrieval(run: Run, tmp_path: Path, documents: str) -> None:
         sides
     )
     found = [trained(tmp_path / "outputs/retrieval" / side) for side in sides]
-    assert all(moved(tmp_path / "outputs/retrieval" / side) for side in sides)
+    assert all(moved(tmp_path / "outputs/retrieval" / side, "b2") for side in sides)
     assert len(found) == 1 or any(not torch.equal(found[0][key], found[1][key]) for key in found[0]), (
         "each has its own"
     )
