@@ -238,7 +238,7 @@ def test_embeds_in_place_of_ids(kind: str, family: str) -> None:
 @torch.no_grad()
 def test_shared_layers_have_prompts_of_their_own() -> None:
     """ALBERT against a loop over its layers: two, each run twice, with four sets of prompts."""
-    model = adapted(encoder("albert", attn_implementation="eager"), IAPTConfig(bottleneck_dim=8))
+    model = adapted(encoder("albert", attn_implementation="eager"), IAPTConfig(bottleneck_dim=8, down_factor=0.5))
     base, ids = model.get_base_model(), batch(7)["input_ids"]
     found = model(ids, output_hidden_states=True).hidden_states
     generator = injected(model).generators["default"]
@@ -250,11 +250,12 @@ def test_shared_layers_have_prompts_of_their_own() -> None:
         down, pool, up = generator.down[depth], generator.pool[depth], generator.up[depth]
         text, anchor = states[:, 4:], states[:, 4:5]  # (1, 7, d), (1, 1, d)
         size = text.square().mean(dim=-1, keepdim=True).add(1e-6).sqrt()  # (1, 7, 1)
-        z = (text @ down) / size  # (1, 7, m)
-        pooled = (z @ pool).softmax(dim=1).transpose(1, 2) @ z  # (1, 4, m)
+        z = (text @ down) * 0.5 / size  # (1, 7, m)
+        pooled = (z @ pool).softmax(dim=1).transpose(1, 2) @ z + generator.slot[depth]  # (1, 4, m)
         made = rational(pooled, generator.activation[depth]) @ up  # (1, 4, d)
-        made = anchor + anchor.square().mean(dim=-1, keepdim=True).add(1e-6).sqrt() * made
-        states = torch.cat([made, text], dim=1)  # (1, 11, d)
+        made = anchor.square().mean(dim=-1, keepdim=True).add(1e-6).sqrt() * made
+        kept = anchor if depth == 0 else states[:, :4]  # later vectors are added to what the slots hold
+        states = torch.cat([kept + made, text], dim=1)  # (1, 11, d)
         states = base.encoder.albert_layer_groups[depth // 2](states)
         states = states[0] if isinstance(states, tuple) else states
         assert_same(found[depth + 1], states[:, 4:])
