@@ -56,7 +56,7 @@ def named_in(original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def add_request(original: Callable, engine: Any, *args: Any, **kwargs: Any) -> Any:
     front, named = front_end(engine.vllm_config), named_in(original, (engine, *args), kwargs)
-    if front is None or named is None:
+    if front is None or named is None or named.lora_int_id in front.loras:
         return original(engine, *args, **kwargs)
     if (resident := front.find(named)) is None:
         add(front, engine, named)
@@ -69,7 +69,7 @@ def add_request(original: Callable, engine: Any, *args: Any, **kwargs: Any) -> A
 
 async def add_request_async(original: Callable, engine: Any, *args: Any, **kwargs: Any) -> Any:
     front, named = front_end(engine.vllm_config), named_in(original, (engine, *args), kwargs)
-    if front is None or named is None:
+    if front is None or named is None or named.lora_int_id in front.loras:
         return await original(engine, *args, **kwargs)
     if (resident := front.find(named)) is None:
         await add_async(front, engine, named)
@@ -107,8 +107,9 @@ async def drive_async(engine: Any, steps: Steps) -> None:
 
 def add(front: FrontEnd, engine: Any, named: Any) -> bool:
     """Load the adapter that a `LoRARequest` names. False if it is a LoRA."""
-    adapter = front.read(named)
-    if adapter is not None:
+    if (adapter := front.read(named)) is None:
+        front.loras.add(named.lora_int_id)
+    else:
         drive(engine, front.install(named, adapter))
         drive(engine, front.release(engine))
     return adapter is not None
@@ -116,8 +117,9 @@ def add(front: FrontEnd, engine: Any, named: Any) -> bool:
 
 async def add_async(front: FrontEnd, engine: Any, named: Any) -> bool:
     """As [`add`]. Streams go on while the folder is read, or downloaded."""
-    adapter = await asyncio.to_thread(front.read, named)
-    if adapter is not None:
+    if (adapter := await asyncio.to_thread(front.read, named)) is None:
+        front.loras.add(named.lora_int_id)
+    else:
         async with front.lock:
             await drive_async(engine, front.install(named, adapter))
             await drive_async(engine, front.release(engine))

@@ -51,6 +51,7 @@ class FrontEnd:
     Attributes:
         residents (`dict[int, Resident]`): By the number that vLLM gives an adapter.
         unloaded (`set[int]`): The numbers of adapters that a server has unloaded, for good.
+        loras (`set[int]`): The numbers of LoRA adapters, which vLLM loads itself.
         loaded (`set[str]`): The keys of the adapters that the workers have. Those that nobody uses are dropped by [`release`].
         lock (`asyncio.Lock`): Held while the workers load or drop adapters, so that both see what the other has done.
     """
@@ -59,6 +60,7 @@ class FrontEnd:
         self.vllm_config = vllm_config
         self.residents: dict[int, Resident] = {}
         self.unloaded: set[int] = set()
+        self.loras: set[int] = set()
         self.loaded: set[str] = set()
         self.lock = asyncio.Lock()
         self._read: dict[str, Adapter] = {}  # by path: what was read before the engine started
@@ -136,6 +138,7 @@ class FrontEnd:
             adapter.generator.to("meta")
         self.residents[named.lora_int_id] = Resident(named.lora_name, named.lora_path, adapter)
         self.unloaded.discard(named.lora_int_id)
+        self.loras.discard(named.lora_int_id)
 
     def remove(self, lora_int_id: int) -> bool:
         """Let no request name an adapter any more. Requests that have it are served to their end.

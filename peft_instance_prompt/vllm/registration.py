@@ -52,15 +52,16 @@ def from_cli_args(original: Callable, cls: type, args: Any) -> Any:
     """`--lora-modules`: a folder of ours among them asks for instance prompts, and one that is not for LoRA beside them."""
     engine_args = original(cls, args)
     modules = {module.name: module.path for module in getattr(args, "lora_modules", None) or ()}
-    if not modules:
+    additional = engine_args.additional_config
+    given = additional.get(KEY, {}) if isinstance(additional, dict) else None
+    if not modules or not isinstance(given, dict):  # what is no object is refused later
         return engine_args
     from vllm.lora.utils import get_adapter_absolute_path
 
     own = {name: path for name, path in modules.items() if is_own(kind_of(get_adapter_absolute_path(path)))}
     if own:
-        given = engine_args.additional_config.get(KEY, {})
         beside = {"lora": True} if len(own) < len(modules) else {}
-        engine_args.additional_config = {**engine_args.additional_config, KEY: {**given, **beside, "folders": own}}
+        engine_args.additional_config = {**additional, KEY: {**given, **beside, "folders": own}}
     return engine_args
 
 

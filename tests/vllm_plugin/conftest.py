@@ -19,6 +19,7 @@ if find_spec("vllm") is None:
     collect_ignore = [
         "test_complaints.py",
         "test_front_calls.py",
+        "test_internals.py",
         "test_points.py",
         "test_registration.py",
         "test_front_end.py",

@@ -45,12 +45,13 @@ class Server:
             "VLLM_LOGGING_LEVEL": "INFO",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
         env["PYTHONPATH"] = str(path)
         self.log = log
         self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=env)
 
-    def wait(self, seconds: int = 600) -> None:
+    def wait(self, seconds: int = 1200) -> None:
         for _ in range(seconds):
             if self.process.poll() is not None:
                 break
