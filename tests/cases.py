@@ -15,7 +15,7 @@ import torch
 from folders import CONFIG, WEIGHTS, change_config, change_weights
 from hypothesis import reject
 from hypothesis import strategies as st
-from methods import METHODS
+from methods import METHODS, WITHOUT_SLOTS
 from peft import PeftConfig, PeftModel
 from tiny import DECODERS, ENCODERS, PAIRS, adapted, batch, causal_lm, encoder, pair, perturb
 
@@ -43,6 +43,8 @@ def make_config(data: st.DataObject, task: str = "CAUSAL_LM", cls: type | None =
     names = [name for name in METHODS if cls is None or type(METHODS[name]()) is cls]
     method = data.draw(st.sampled_from(names), "method")
     drawn = data.draw(st.fixed_dictionaries({}, optional=FIELDS), "config")
+    if method in WITHOUT_SLOTS:
+        drawn = {name: value for name, value in drawn.items() if name not in ("prompt_position", "condition")}
     try:
         return METHODS[method](task_type=task, **{**drawn, **fixed})
     except ValueError as error:

@@ -58,7 +58,7 @@ def test_every_method_is_known(tmp_path, capsys, method, family):
 def test_iapt_in_full(tmp_path, capsys):
     save(tmp_path)
     found = inspect(tmp_path, capsys)
-    assert found["parameters"] == 2 * 32 * 8 * 3 + 4 * 8 * 3 + 12 * 3
+    assert found["parameters"] == 2 * 32 * 8 * 3 + 2 * 4 * 8 * 3 + 12 * 3
     assert found["activation_coefficients"] == 36 and found["coefficients_out_of_range"] == {}
     assert found["dtypes"] == ["float32"] and found["num_virtual_tokens"] == 4
     assert main([str(tmp_path)]) == 0

@@ -51,6 +51,10 @@ EXPERIMENTS: dict[str, tuple[dict, dict]] = {
     ),
     "lpt/llama-3.2-3B-npg-lr_0.001": ({"peft_type": "LPT", **COMMON}, {"optimizer_kwargs": {"lr": 1e-3}}),
     "idspam/llama-3.2-3B-lr_0.001": ({"peft_type": "IDSPAM", **COMMON}, {"optimizer_kwargs": {"lr": 1e-3}}),
+    "preft/llama-3.2-3B-rank16-lr_0.001": (
+        {"peft_type": "PREFT", **COMMON, "r": 16},
+        {"optimizer_kwargs": {"lr": 1e-3}},
+    ),
 }
 
 

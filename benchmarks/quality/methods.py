@@ -149,6 +149,11 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
 }
 
 
+# As many weights as LoRA of rank 8 on q and v has, in the encoder and in the causal model, and as LoRA of rank 16 in the encoder. Edits
+# have no control: there is nothing that could read a constant.
+EDITS = {"preft-r16": 16, "preft-r13": 13, "preft-r146": 146}
+
+
 # Of which method each of these is another setting.
 SETTING_OF = {
     "iapt-0.2-slow-down": "iapt-0.2",
@@ -185,10 +190,7 @@ METHODS: dict[str, Method] = {
     "prompt-tuning": Method(_peft(_prompt_tuning), (3e-2, 1e-2, 1e-1)),
     "p-tuning": Method(_peft(_p_tuning), (3e-3, 1e-3, 1e-2)),
     "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),
-    # As many weights as LoRA of rank 8 on q and v: on the encoder, and on the causal model; and as LoRA of rank 16.
-    "preft-r16": Method(_peft(_preft(16)), (3e-3, 1e-3, 1e-2), ours=True),
-    "preft-r13": Method(_peft(_preft(13)), (3e-3, 1e-3, 1e-2), ours=True),
-    "preft-r146": Method(_peft(_preft(146)), (3e-3, 1e-3, 1e-2), ours=True),
+    **{name: Method(_peft(_preft(r)), (3e-3, 1e-3, 1e-2), ours=True) for name, r in EDITS.items()},
     **{name: _ours(name, "instance", exchanged=True) for name in OURS},
     **{name: _ours(name, "instance") for name in VARIANTS},
     **{control: _ours(control.removesuffix("-constant"), "constant") for control in CONTROLS.values()},

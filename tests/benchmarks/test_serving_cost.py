@@ -87,7 +87,10 @@ def test_smoke_run_can_be_resumed(tmp_path: Path) -> None:
         group["methods"]["bare"][what]["ratio"] == 1 for group in found.values() for what in group["methods"]["bare"]
     )
     # 4 layers: two projections of 64 by 16, a pooling of 16 by 4, and 12 coefficients
-    assert found["serving-1-8"]["sizes"]["iapt"] == {"adapter_bytes": 4 * 4 * (2 * 64 * 16 + 16 * 4 + 12), "slots": 4}
+    assert found["serving-1-8"]["sizes"]["iapt"] == {
+        "adapter_bytes": 4 * 4 * (2 * 64 * 16 + 2 * 16 * 4 + 12),
+        "slots": 4,
+    }
     (folder / "training-16.json").unlink()
     again = subprocess.run(command, capture_output=True, text=True)
     assert (
