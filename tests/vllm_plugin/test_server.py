@@ -192,7 +192,7 @@ def test_refusals_are_400_and_the_server_lives(server, served, tmp_path) -> None
         "shows its slots from layer": server.post(
             "/v1/load_lora_adapter", lora_name="late", lora_path=str(served.folders["lpt"])
         ),
-        "nobody/nothing": server.post("/v1/load_lora_adapter", lora_name="hub", lora_path="nobody/nothing"),
+        "'hub' cannot be served": server.post("/v1/load_lora_adapter", lora_name="hub", lora_path="nobody/nothing"),
         "'corrupt' cannot be served": server.post(
             "/v1/load_lora_adapter", lora_name="corrupt", lora_path=str(corrupt(served, tmp_path / "corrupt"))
         ),
