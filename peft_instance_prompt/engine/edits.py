@@ -18,7 +18,7 @@ from .answers import in_answers
 from .batch import Group, pick, put
 from .layout import CachedText, Layout, insert
 from .request import Request
-from .scope import Rules
+from .scope import Rules, from_length
 from .stack import StackInfo
 from .text import Text
 
@@ -46,8 +46,9 @@ def begin_text(
     if info.decoder_of_pair:  # its instruction is its start token
         return CachedText(names, request.generate_call, prompt_length=1, mask=text.mask)
     configs = [generator.config for group in groups for generator in group.generators]
-    by_role = any(config.response_template is not None for config in configs)
-    ids: list[torch.Tensor] | None = [] if by_role else None
+    templates = any(config.response_template is not None for config in configs)
+    by_role = templates or any(config.instruction_length is not None for config in configs)
+    ids: list[torch.Tensor] | None = [] if templates else None
     kept = CachedText(names, request.generate_call, request.prompt_length, text.mask, by_role, ids)
     kept.add(text.ids)
     return kept
@@ -83,6 +84,7 @@ def resume_edits(
         inside = 0  # a plain call
     if inside == 0:
         return []
+    request = request.of_rows(B, None)
     groups, names = find_groups()
     groups = [group for group in groups if group.model.edits]
     edited = torch.zeros(B, S, dtype=torch.bool, device=tokens.device)  # (B, S)
@@ -111,6 +113,8 @@ def edited_tokens(rules: Rules, request: Request, text: CachedText, real: torch.
     new = real[:, T - S :].clone()  # (B, S)
     if request.instruction_mask is not None:
         return new & mask_of_new(request.instruction_mask, B, T - S, S).to(new.device)
+    if rules.instruction_length is not None:
+        return from_length(rules.instruction_length, real)[:, T - S :].clone()
     if rules.template is None:
         return new if request.generate_call is not None else torch.zeros_like(new)
     ids = text.ids  # (B, T)

@@ -112,7 +112,7 @@ class CachedText:
         generate_call (`int`, *optional*): The number of the call of `generate` that filled it.
         prompt_length (`int`, *optional*): In that call, the number of columns of the prompt.
         mask (`torch.Tensor`, *optional*): Shape (B, S). The padding mask of the pass that filled the cache.
-        by_role (`bool`): Whether an adapter has a `response_template`, so that the roles of tokens count.
+        by_role (`bool`): Whether an adapter's config tells which tokens of a text it edits: `response_template` or `instruction_length`.
         parts (`list[torch.LongTensor]`, *optional*): The token ids (B, T) so far, in parts. None: they are not known, or nobody needs them.
     """
 

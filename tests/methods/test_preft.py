@@ -344,6 +344,27 @@ def test_guidance_has_a_text_of_its_own() -> None:
     assert torch.equal(model.generate(ids, **how), model.generate(ids, **how, use_cache=False))
 
 
+@pytest.mark.parametrize("parts", [[3, 4], [9], [1] * 10])
+def test_plain_text_in_parts(parts: list[int]) -> None:
+    """With `instruction_length`, the first tokens of the text are edited, whatever the parts."""
+    model, ids = preft(instruction_length=7), conversation(2)
+    want, cache, at, logits = by_hand(model, ids, torch.arange(len(ids)) < 7), DynamicCache(), 0, []
+    for size in [*parts, len(ids) - sum(parts)]:
+        with torch.no_grad():
+            logits.append(model(ids[None, at : at + size], past_key_values=cache, use_cache=True).logits[0])
+        at += size
+    assert_same(torch.cat(logits), want)
+    text = model.generate(ids[None, :12], **GREEDY)
+    assert torch.equal(text, model.generate(ids[None, :12], **GREEDY, use_cache=False))
+
+
+def test_mask_of_a_prompt_in_parts_with_beams() -> None:
+    model, ids = preft(), torch.stack([conversation(1, seed) for seed in (0, 4)])
+    mask = torch.arange(ids.shape[1]).expand(2, -1) % 3 > 0
+    how = {**GREEDY, "num_beams": 2, "instruction_mask": mask}
+    assert torch.equal(model.generate(ids, **how, prefill_chunk_size=4), model.generate(ids, **how, use_cache=False))
+
+
 def test_mask_in_parts() -> None:
     """`instruction_mask` says which of the new tokens are edited, by itself or as part of the mask of the whole text."""
     model, ids = preft(), conversation(2)
