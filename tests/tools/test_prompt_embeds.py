@@ -11,7 +11,7 @@ import io
 import pytest
 import tiny
 import torch
-from methods import METHODS
+from methods import METHODS, WITHOUT_SLOTS
 from peft import get_peft_model
 
 from peft_instance_prompt import encode_prompt_embeds, to_prompt_embeds
@@ -29,7 +29,7 @@ def at_input(method: str) -> bool:
     return active_generator(adapted(method))[1].depths == (INPUT,)
 
 
-AT_INPUT = [method for method in METHODS if at_input(method)]
+AT_INPUT = [method for method in METHODS if method not in WITHOUT_SLOTS and at_input(method)]
 IDS = torch.randint(3, tiny.VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6, [0] * 5 + [1] * 4])
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
