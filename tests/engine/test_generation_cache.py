@@ -121,6 +121,7 @@ def test_step_by_step_decoding_by_the_user(method: str, family: str) -> None:
     assert_same(second[:, -1], logits[:1, 1])
 
 
+@pytest.mark.slots
 @pytest.mark.native
 def test_own_cache_of_a_model_with_a_native_adapter(kind: str) -> None:
     """The cache that the caller made holds slots after the first turn, and the second goes on from it."""

@@ -143,7 +143,8 @@ def test_a_stack_that_gives_embeddings_no_positions_is_refused() -> None:
 def test_a_stack_that_takes_embeddings_and_needs_ids_is_refused() -> None:
     """LayoutLMv3 counts its positions from the ids; the refusal comes before anything is attached."""
     base = tf.LayoutLMv3Model(tf.LayoutLMv3Config(**_small, coordinate_size=4, shape_size=8, visual_embed=False))
-    with pytest.raises(ValueError, match="LayoutLMv3Model: its forward needs `input_ids`"):
+    says = "LayoutLMv3Model: its forward needs `input_ids`|LayoutLMv3Model is causal cannot be told"  # the second before 5.24
+    with pytest.raises(ValueError, match=says):
         get_peft_model(base, IAPTConfig())
     assert not any("iapt" in name for name, _ in base.named_modules())
 
