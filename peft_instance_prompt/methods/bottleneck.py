@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checks import check_number
 from ..config import InstancePromptConfig
+from ..nn.init import slower_down
 
 
 if TYPE_CHECKING:
@@ -51,4 +52,4 @@ class BottleneckConfig(InstancePromptConfig):
 
     def factor_of(self, width: int) -> float:
         """The factor of a down-projection from states of a width: the config's, or the default for this width."""
-        return min(2.4 * self.bottleneck_dim / width, 1.0) if self.down_factor is None else self.down_factor
+        return slower_down(self.bottleneck_dim, width) if self.down_factor is None else self.down_factor

@@ -15,6 +15,7 @@ from torch import nn
 from ..checks import check_choice, check_int, check_number
 from ..config import InstanceConfig
 from ..generator import EditGenerator, Instances, Weights
+from ..nn.init import slower_down
 from ..registry import register_method
 
 
@@ -35,7 +36,7 @@ class PreFTConfig(InstanceConfig):
 
     Args:
         r (`int`): The rank of the edit, at least 1 and at most the width of the layers. Defaults to 16, which has as many weights as
-            LoRA of rank 8 on queries and values.
+            LoRA of rank 8 on queries and values that are as wide as the layers.
         down_factor (`float`, *optional*): The factor f of the down-projection. Its weights are stored divided by f and multiplied by f when
             they are read, so that it moves f times as far under an optimizer that moves all weights alike, as Adam does: each of its
             outputs sums over the width d of the model, each of the up-projection's over r. It changes neither the start nor the form.
@@ -68,7 +69,7 @@ class PreFTConfig(InstanceConfig):
 
     def factor_of(self, width: int) -> float:
         """The factor of a down-projection from states of a width: the config's, or the default for this width."""
-        return min(2.4 * self.r / width, 1.0) if self.down_factor is None else self.down_factor
+        return slower_down(self.r, width) if self.down_factor is None else self.down_factor
 
 
 class PreFTGenerator(EditGenerator):

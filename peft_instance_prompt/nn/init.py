@@ -9,6 +9,11 @@ import torch
 from torch import nn
 
 
+def slower_down(inner: int, width: int) -> float:
+    """The factor of a down-projection from a `width` to an `inner` one with which one learning rate suits it and the projection back."""
+    return min(2.4 * inner / width, 1.0)
+
+
 def fan_in_uniform(*shape: int, fan_in: int | None = None, factor: float = 1.0) -> nn.Parameter:
     """A parameter with the initial distribution of `torch.nn.Linear`: uniform in `+-1 / sqrt(fan_in)`.
 

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from tiny import VOCAB, adapted, assert_same, batch, causal_lm, encoder, pair, row_of
 
 from peft_instance_prompt import IAPTConfig, LPTConfig
+from peft_instance_prompt.engine.calls import release
 from peft_instance_prompt.engine.stack import describe
 
 
@@ -143,7 +144,8 @@ def test_a_stack_that_gives_embeddings_no_positions_is_refused() -> None:
 def test_a_stack_that_takes_embeddings_and_needs_ids_is_refused() -> None:
     """LayoutLMv3 counts its positions from the ids; the refusal comes before anything is attached."""
     base = tf.LayoutLMv3Model(tf.LayoutLMv3Config(**_small, coordinate_size=4, shape_size=8, visual_embed=False))
-    says = "LayoutLMv3Model: its forward needs `input_ids`|LayoutLMv3Model is causal cannot be told"  # the second before 5.24
+    newest = release() >= (5, 24)  # before, its mask could not be read
+    says = "LayoutLMv3Model: its forward needs `input_ids`" if newest else "LayoutLMv3Model is causal cannot be told"
     with pytest.raises(ValueError, match=says):
         get_peft_model(base, IAPTConfig())
     assert not any("iapt" in name for name, _ in base.named_modules())
