@@ -13,7 +13,7 @@ from ..attaching import (
     generator_path,
     make_generator,
 )
-from ..config import PAIR_POSITIONS, InstancePromptConfig
+from ..config import PAIR_POSITIONS, InstanceConfig
 from ..engine.batch import Group
 from ..engine.calls import SWITCH, forward_args
 from ..engine.instances import InstanceTokens
@@ -31,7 +31,7 @@ __all__ = [
     "PREFIX",
     "SWITCH",
     "Group",
-    "InstancePromptConfig",
+    "InstanceConfig",
     "InstanceTokens",
     "PromptGenerator",
     "Request",
