@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,11 @@ class Attention(NamedTuple):
 
 
 def read_attention(
-    stack: nn.Module, layers_name: str, language_model: nn.Module | None = None, name_there: str = ""
+    stack: nn.Module,
+    layers_name: str,
+    flags: Sequence[bool],
+    language_model: nn.Module | None = None,
+    name_there: str = "",
 ) -> Attention:
     """Find out how a stack attends.
 
@@ -44,14 +49,13 @@ def read_attention(
     Args:
         stack (`nn.Module`): The stack.
         layers_name (`str`): The name of its list of layers, within the stack.
+        flags (`Sequence[bool]`): What the modules in its layers declare by `is_causal`.
         language_model (`nn.Module`, *optional*): The language model around the stack, if there is one.
         name_there (`str`): The name of the list of layers within the language model.
 
     Raises:
         ValueError: The mask must decide, and it cannot be read.
     """
-    layers = stack.get_submodule(layers_name)
-    flags = [module.is_causal for module in layers.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     if any(flags) or (flags and cache_argument(type(stack).forward) is None):
         return Attention(any(flags))
     try:

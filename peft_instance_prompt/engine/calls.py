@@ -211,14 +211,14 @@ class LayerCall(NamedTuple):
 # ------------------------------------------------------------------------------------------- what a stack understands
 
 
-def check_understood(stack: nn.Module, name: str, causal: bool, layers: nn.Module) -> None:
+def check_understood(stack: nn.Module, name: str, causal: bool, layers: Mapping[str, nn.Module]) -> None:
     """Refuse a stack whose call this file does not know.
 
     Args:
         stack (`nn.Module`): The stack.
         name (`str`): Its name in the base model.
         causal (`bool`): Whether it is causal.
-        layers (`nn.Module`): Its list of layers.
+        layers (`Mapping[str, nn.Module]`): The modules in its list of layers, by name.
 
     Raises:
         ValueError: Its forward takes no `inputs_embeds` or no `attention_mask`, or it is causal and takes no cache that is known; or it
@@ -245,7 +245,7 @@ def check_understood(stack: nn.Module, name: str, causal: bool, layers: nn.Modul
             f"{type(stack).__name__} keeps states of the text on its modules, which get out of step with slots under transformers "
             f"{transformers.__version__}: use transformers 5.24."
         )
-    for part, module in layers.named_modules():
+    for part, module in layers.items():
         if _needs_ids(type(module).forward):
             raise ValueError(
                 f"Instance prompts cannot be used with {type(stack).__name__}: a {type(module).__name__} in its layers ({part!r}) "

@@ -33,11 +33,11 @@ from .generation import Generate, GenerateBatch, InitContinuousBatching
 from .open import open_slots
 from .passes import Pass, current_pass, keep_context, release_context
 from .plain import check_hooks_ran, in_plain_pass
-from .request import CALLERS, LAYERS, CallNote, NotedForward, Request, check_kinds, current_request, end_call
+from .request import CALLERS, LAYERS, NotedForward, Request, check_kinds, current_request, forget, running_call
 from .resume import resume
-from .stack import StackInfo, find_stacks
+from .stack import StackInfo
 from .text import read_text
-from .use import callers, decoders_beside
+from .use import callers
 from .wrap import MethodWrapper, wrappers
 
 
@@ -101,7 +101,6 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         StackForward(stack, self.name).install()
         for name, caller in callers(model, self.info.name).items():
             if not wrappers(caller, NotedForward):
-                CallNote().register(caller)
                 for wrapper in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
                     if hasattr(caller, wrapper.method):
                         wrapper(caller).install()
@@ -109,7 +108,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             if name:
                 vars(model).setdefault(CALLERS, []).append(name)
         if self.info.encoder_of_pair:
-            for decoder in decoders_beside(model, self.info.layers_name, find_stacks(model)):
+            for name in self.info.decoders:
+                decoder = model.get_submodule(name)
                 self.handles.append(decoder.register_forward_pre_hook(attend_to_slots, with_kwargs=True))
         runs = self.info.num_layers // len(layers)
         for number, layer in enumerate(layers):
@@ -125,13 +125,10 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             if forward.name == self.name:
                 forward.remove()
         for name, caller in callers(model, self.info.name).items():
-            forget(caller, LAYERS, self.path_within(name))
+            drop_name(caller, LAYERS, self.path_within(name))
             if name:
-                forget(model, CALLERS, name)
+                drop_name(model, CALLERS, name)
             if LAYERS not in vars(caller):
-                for hook in list(caller._forward_pre_hooks.values()):
-                    if isinstance(hook, CallNote):
-                        hook.remove()
                 for wrapper in wrappers(caller, MethodWrapper):
                     wrapper.remove()
         release_context(stack)
@@ -255,7 +252,7 @@ class StackForward(MethodWrapper):
             current_pass.set(outer)
 
 
-def forget(module: nn.Module, attribute: str, name: str) -> None:
+def drop_name(module: nn.Module, attribute: str, name: str) -> None:
     """Take a name out of a list that is an attribute of a module, and delete the attribute when the list is empty."""
     names = vars(module)[attribute]
     names.remove(name)
@@ -267,7 +264,7 @@ def refuse_export(stack: nn.Module) -> None:
     """Raise a ValueError within `torch.export`, which makes one graph for all inputs and cannot leave the hooks out."""
     is_exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
     if is_exporting is not None and is_exporting():
-        end_call(stack, (), None)  # torch runs no hooks here after an error, and the request of this call would stay
+        forget(running_call())  # torch runs no hooks here after an error, and the request of this call would stay
         raise ValueError(
             "Instance prompts cannot be exported with `torch.export`: where their slots stand depends on the values of masks and "
             "token ids. Use `torch.compile`, or export the base model after `unload()`."

@@ -59,6 +59,7 @@ class StackInfo:
         twin_layers (`str`, *optional*): Another list of layers of the same class, which the states pass as well: HRM runs two in turns.
         attention_kinds (`frozenset[str]`): The kinds of attention in its layers, where the config says so.
         image_layers (`tuple[int]`): The layers that attend to an image and not to the text, where the config says so.
+        decoders (`tuple[str]`): The names of the decoders that attend to the stack's output, if it is the encoder of a pair.
     """
 
     name: str
@@ -91,6 +92,7 @@ class StackInfo:
     twin_layers: str | None = None
     attention_kinds: frozenset[str] = frozenset()
     image_layers: tuple[int, ...] = ()
+    decoders: tuple[str, ...] = ()
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -109,18 +111,42 @@ def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Ite
                 yield from walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
-def find_stacks(model: nn.Module) -> dict[str, str]:
+# The modules of a model by their names, each under all that it has, without the modules inside adapters.
+Tree = dict[str, nn.Module]
+
+
+def tree_of(module: nn.Module, name: str = "") -> Tree:
+    """The tree of a model. To attach an adapter walks over a model once, and all facts about it are read from this."""
+    found = {name: module}
+    if not isinstance(module, BaseTunerLayer):
+        for child_name, child in list(module._modules.items()):
+            if child is not None:
+                found.update(tree_of(child, f"{name}.{child_name}" if name else child_name))
+    return found
+
+
+def below(tree: Tree, name: str) -> Tree:
+    """The modules from `name` on, by their names from there, each under its first."""
+    start = f"{name}." if name else ""
+    first: dict[nn.Module, str] = {}
+    for path, module in tree.items():
+        if path == name or path.startswith(start):
+            first.setdefault(module, "" if path == name else path.removeprefix(start))
+    return {path: module for module, path in first.items()}
+
+
+def find_stacks(tree: Tree) -> dict[str, str]:
     """The stacks of a model: `{name of the list of layers: name of the stack}`, in the model's order.
 
     A stack is a module that takes `input_ids` or `inputs_embeds`, holds a list of layers, and holds no other stack.
     """
-    takers = [name for name, module in walk(model) if _takes_tokens(module)]
+    takers = [name for name, module in below(tree, "").items() if _takes_tokens(module)]
     stacks = {}
     for name in takers:
         inside = name + "." if name else ""
         if any(other != name and other.startswith(inside) for other in takers):
             continue
-        layers_name = _find_layers(model.get_submodule(name))
+        layers_name = _find_layers(below(tree, name))
         if layers_name is not None:
             stacks[inside + layers_name] = name
     return stacks
@@ -141,10 +167,10 @@ def _takes_tokens(module: nn.Module) -> bool:
     return "input_ids" in args and "inputs_embeds" in args and embedding_of(module) is not None
 
 
-def _find_layers(stack: nn.Module) -> str | None:
+def _find_layers(modules: Tree) -> str | None:
     """The list of layers is the module list that holds most of the parameters and lies in no other. Lists whose modules take a cache
     go before: Phi-4 and Chameleon hold an encoder of sounds or images in their text stack."""
-    lists = {name: module for name, module in walk(stack) if isinstance(module, nn.ModuleList)}
+    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
     caching = {n: m for n, m in outer.items() if len(m) > 0 and _takes_cache(m[0])}
     outer = caching or outer
@@ -198,21 +224,27 @@ def embed_per_layer(
     return stack.get_per_layer_inputs(**{name: value for name, value in known.items() if name in names})
 
 
-def describe(model: PreTrainedModel) -> list[StackInfo]:
-    """The facts about each stack of a base model, in the model's order."""
-    stacks = find_stacks(model)
-    return [_describe(model, layers_name, stacks) for layers_name in stacks]
+def describe(model: PreTrainedModel, tree: Tree | None = None) -> list[StackInfo]:
+    """The facts about each stack of a base model, in the model's order.
+
+    Args:
+        model (`PreTrainedModel`): The base model.
+        tree (`dict`, *optional*): Its [`tree_of`].
+    """
+    tree = tree_of(model) if tree is None else tree
+    stacks = find_stacks(tree)
+    return [_describe(tree, layers_name, stacks) for layers_name in stacks]
 
 
-def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) -> StackInfo:
+def _describe(tree: Tree, layers_name: str, stacks: dict[str, str]) -> StackInfo:
     stack_name = stacks[layers_name]
-    stack = model.get_submodule(stack_name)
+    stack, layers, modules = tree[stack_name], tree[layers_name], below(tree, stack_name)
     config = stack.config.get_text_config()
     embedding = _embedding(stack)
     inside = layers_name.removeprefix(f"{stack_name}." if stack_name else "")
-    use = read_use(model, layers_name, stacks)
+    use = read_use(tree, layers_name, stacks)
     attention, pair = use.attention, use.encoder_of_pair or use.decoder_of_pair
-    max_positions, positions = _positions(stack, inside)
+    max_positions, positions = _positions(stack, inside, modules)
     kinds = list(getattr(config, "layer_types", None) or ())
     recurrent = tuple(n for n, kind in enumerate(kinds) if "attention" not in kind or kind.startswith("linear"))
     if kinds and len(recurrent) == len(kinds):
@@ -221,9 +253,7 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
             f"{kinds[0]!r}."
         )
     mixing = [f"{layers_name}.{n}" for n in recurrent[:1]]
-    mixing += [
-        name for name, module in walk(model.get_submodule(layers_name), layers_name) if isinstance(module, nn.Conv1d)
-    ]
+    mixing += [f"{layers_name}.{name}" for name, one in below(tree, layers_name).items() if isinstance(one, nn.Conv1d)]
     return StackInfo(
         name=stack_name,
         layers_name=layers_name,
@@ -231,7 +261,7 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         embedding_size=embedding.embedding_dim,
         output_size=getattr(getattr(stack, "project_out", None), "out_features", config.hidden_size),
         vocab_size=embedding.num_embeddings,
-        num_layers=_num_layers(model.get_submodule(layers_name), config, use.decoder_of_pair),
+        num_layers=_num_layers(layers, config, use.decoder_of_pair),
         forward_args=frozenset(forward_args(stack)),
         causal=attention.causal,
         true_hides=attention.true_hides,
@@ -243,18 +273,19 @@ def _describe(model: PreTrainedModel, layers_name: str, stacks: dict[str, str]) 
         max_positions=max_positions,
         position_offset=positions.offset,
         absolute_column_positions=positions.absolute_column_positions,
-        distance_by_column=_distance_by_column(stack, config, positions),
+        distance_by_column=_distance_by_column(modules, config, positions),
         positions_from_mask=positions.positions_from_mask,
         padding_by_id=positions.padding_by_id,
-        rotates_by_length=_rotates_by_length(stack),
+        rotates_by_length=_rotates_by_length(modules),
         sliding_window=getattr(config, "sliding_window", None),
         begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
         special_ids=tuple(sorted(_special_ids(config))),
         recurrent_layers=recurrent,
         mixing_layer=mixing[0] if mixing else None,
-        twin_layers=_twin_layers(stack, inside),
+        twin_layers=_twin_layers(modules, inside),
         attention_kinds=frozenset(kinds),
         image_layers=tuple(getattr(config, "cross_attention_layers", None) or ()),
+        decoders=use.decoders,
     )
 
 
@@ -304,10 +335,10 @@ def _num_layers(layers: nn.ModuleList, config, decoder: bool) -> int:
     return len(layers)
 
 
-def _twin_layers(stack: nn.Module, layers_name: str) -> str | None:
+def _twin_layers(modules: Tree, layers_name: str) -> str | None:
     """The first other list of the stack whose modules have the class of its layers."""
-    own = next(stack.get_submodule(layers_name).children(), None)
-    for name, module in walk(stack):
+    own = next(modules[layers_name].children(), None)
+    for name, module in modules.items():
         if isinstance(module, nn.ModuleList) and name != layers_name:
             if type(next(module.children(), None)) is type(own):
                 return name
@@ -319,17 +350,17 @@ def _shares_layers(layers: nn.ModuleList) -> bool:
     return any(isinstance(child, nn.ModuleList) for layer in layers for child in layer.children())
 
 
-def _positions(stack: PreTrainedModel, layers_name: str) -> tuple[int | None, Positions]:
+def _positions(stack: PreTrainedModel, layers_name: str, modules: Tree) -> tuple[int | None, Positions]:
     """The number of learned positions (None: rotary, relative or ALiBi), and how the stack numbers its tokens.
 
     If the stack cannot be called, positions come from the mask if they begin behind the padding id (RoBERTa), or if the module that
     embeds positions takes the mask (OPT).
     """
-    size, offset = _learned_positions(stack)
+    size, offset = _learned_positions(modules)
     found = read_positions(stack, layers_name, offset, partial(_in_place_of_ids, stack))
     if found is None:
         by_id, by_mask = "position_ids" in forward_args(stack), "attention_mask"
-        counts = any(by_mask in forward_args(m) for name, m in walk(stack) if name.endswith("embed_positions"))
+        counts = any(by_mask in forward_args(m) for name, m in modules.items() if name.endswith("embed_positions"))
         found = Positions(offset, by_id, size is not None and not by_id, counts or offset != 0)
     return None if size is None else size + offset - found.offset, found
 
@@ -340,29 +371,29 @@ def _in_place_of_ids(stack: PreTrainedModel, input_ids: torch.Tensor) -> dict[st
     return {"inputs_embeds": embeds, **({} if per_layer is None else {"per_layer_inputs": per_layer})}
 
 
-def _distance_by_column(stack: nn.Module, config, positions: Positions) -> bool:
+def _distance_by_column(modules: Tree, config, positions: Positions) -> bool:
     """Whether distances between tokens go by column.
 
     No position id reaches the layers of T5, Bloom and MPT. In others it does, but ALiBi (Falcon), a table of relative distances
     (DeBERTa, MPNet) or a sliding window (Mistral, Gemma 3) does not read it.
     """
-    relative = any(name.endswith("relative_attention_bias") for name, _ in walk(stack))
+    relative = any(name.endswith("relative_attention_bias") for name in modules)
     declared = any(getattr(config, name, False) for name in ("alibi", "relative_attention"))
     kinds = getattr(config, "layer_types", None)
     windows = getattr(config, "sliding_window", None) and (kinds is None or any("sliding" in kind for kind in kinds))
     return bool(declared or relative or windows or not (positions.reads_ids or positions.absolute_column_positions))
 
 
-def _rotates_by_length(stack: nn.Module) -> bool:
+def _rotates_by_length(modules: Tree) -> bool:
     """Whether rotary frequencies depend on the largest position id. A rotary embedding has one type, or one per layer type."""
-    types = [getattr(module, "rope_type", None) for _, module in walk(stack)]
+    types = [getattr(module, "rope_type", None) for module in modules.values()]
     each = {kind for known in types for kind in (known.values() if isinstance(known, dict) else [known]) if kind}
     return any("dynamic" in kind or kind == "longrope" for kind in each)
 
 
-def _learned_positions(stack: nn.Module) -> tuple[int | None, int]:
+def _learned_positions(modules: Tree) -> tuple[int | None, int]:
     """The number of learned positions (None: rotary, relative or ALiBi), and the id of the first."""
-    for name, module in walk(stack):
+    for name, module in modules.items():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
             "position_embeddings",
             "wpe",

@@ -32,6 +32,7 @@ class Use(NamedTuple):
         undeclared (`bool`): Whether the stack is causal and no class around it tells if it predicts the tokens of its rows.
         encoder_of_pair (`bool`): Whether it is the encoder of an encoder-decoder model.
         decoder_of_pair (`bool`): Whether it is the decoder of one, whose encoder may take audio or images.
+        decoders (`tuple[str]`): The names of the decoders beside it, if it is an encoder.
     """
 
     attention: Attention
@@ -39,33 +40,35 @@ class Use(NamedTuple):
     undeclared: bool = False
     encoder_of_pair: bool = False
     decoder_of_pair: bool = False
+    decoders: tuple[str, ...] = ()
 
 
-def read_use(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> Use:
+def read_use(tree: Mapping[str, nn.Module], layers_name: str, stacks: Mapping[str, str]) -> Use:
     """Find out what one of a base model's stacks is used for.
 
     Args:
-        model (`nn.Module`): The base model.
+        tree (`Mapping[str, nn.Module]`): The base model's modules by name.
         layers_name (`str`): The name of the stack's list of layers.
         stacks (`Mapping[str, str]`): All stacks of the base model, as `{name of the list of layers: name of the stack}`.
 
     Raises:
         ValueError: Whether the stack is causal cannot be told.
     """
+    model, stack = tree[""], tree[stacks[layers_name]]
     pair = _pair_of(model, stacks[layers_name])
     if pair is not None:
-        if _is_decoder(model, layers_name, stacks):
+        if _is_decoder(tree, layers_name, stacks):
             return Use(Attention(causal=True), decoder_of_pair=True)
-        if decoders_beside(model, layers_name, stacks):
-            return Use(Attention(causal=False), encoder_of_pair=True)
-    stack = model.get_submodule(stacks[layers_name])
+        others = [name for name in stacks if name != layers_name and _pair_of(model, stacks[name]) is pair]
+        if decoders := tuple(stacks[name] for name in others if _is_decoder(tree, name, stacks)):
+            return Use(Attention(causal=False), encoder_of_pair=True, decoders=decoders)
     around = _around(model, stacks[layers_name])
     # The innermost language model whose token embedding is the stack's.
     depths = [n for n, m in enumerate(around) if generates(m) and embedding_of(m) is embedding_of(stack)]
     language_model = around[depths[-1]] if depths else None
     name_there = ".".join(layers_name.split(".")[depths[-1] :]) if depths else ""
     inside = _inside(layers_name, stacks[layers_name])
-    attention = read_attention(stack, inside, language_model, name_there)
+    attention = read_attention(stack, inside, flags_of(tree, layers_name), language_model, name_there)
     if not attention.causal or (generates(model) and pair is not None):
         return Use(attention)
     losses = [getattr(module, "loss_type", None) for module in around]
@@ -88,11 +91,10 @@ def callers(model: nn.Module, stack_name: str) -> dict[str, nn.Module]:
     return {"": model, **within}
 
 
-def decoders_beside(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> list[nn.Module]:
-    """The decoders of the encoder-decoder model that a stack belongs to, without the stack itself."""
-    pair = _pair_of(model, stacks[layers_name])
-    others = [name for name in stacks if name != layers_name and _pair_of(model, stacks[name]) is pair]
-    return [model.get_submodule(stacks[n]) for n in others if pair is not None and _is_decoder(model, n, stacks)]
+def flags_of(tree: Mapping[str, nn.Module], layers_name: str) -> list[bool]:
+    """What the modules in a list of layers declare by `is_causal`."""
+    declared = (getattr(m, "is_causal", None) for name, m in tree.items() if name.startswith(f"{layers_name}."))
+    return [flag for flag in declared if isinstance(flag, bool)]
 
 
 def _around(model: nn.Module, stack_name: str) -> list[nn.Module]:
@@ -111,17 +113,17 @@ def _says(module: nn.Module, name: str) -> bool:
     return bool(getattr(getattr(module, "config", None), name, False))
 
 
-def _is_decoder(model: nn.Module, layers_name: str, stacks: Mapping[str, str]) -> bool:
+def _is_decoder(tree: Mapping[str, nn.Module], layers_name: str, stacks: Mapping[str, str]) -> bool:
     """Whether a stack of an encoder-decoder model is a decoder: causal, and it takes the encoder's states."""
-    stack = model.get_submodule(stacks[layers_name])
+    stack = tree[stacks[layers_name]]
     if "encoder_hidden_states" not in forward_args(stack):
         return False
     if _says(stack, "is_decoder"):
         return True
-    twins = [model.get_submodule(name) for name in stacks.values()]
+    twins = [tree[name] for name in stacks.values()]
     if any(type(twin) is type(stack) and _says(twin, "is_decoder") for twin in twins):  # T5's halves have one class
         return False
-    return read_attention(stack, _inside(layers_name, stacks[layers_name])).causal
+    return read_attention(stack, _inside(layers_name, stacks[layers_name]), flags_of(tree, layers_name)).causal
 
 
 def embedding_of(module: Any) -> Any:

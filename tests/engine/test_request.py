@@ -17,7 +17,7 @@ from tiny import adapted, assert_same, batch, causal_lm, encoder, perturb
 from transformers import AutoModelForSequenceClassification
 
 from peft_instance_prompt import instruction_scope, to_prompt_embeds
-from peft_instance_prompt.engine.request import Request, current_request, latest_request
+from peft_instance_prompt.engine.request import Request, current_request, notes
 
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -88,7 +88,7 @@ def test_three_contexts_in_every_order() -> None:
             open_ones.remove(number)
             expected = masks[open_ones[-1]] if open_ones else None
             assert scope() is expected, (order, number)
-    assert latest_request.get() == Request()
+    assert notes.get() == ()
 
 
 def test_a_scope_holds_in_its_own_thread() -> None:
