@@ -25,7 +25,7 @@ from torch import nn
 
 from .config import InstanceConfig
 from .engine.layer import InstancePromptLayer
-from .engine.stack import StackInfo, Tree, walk
+from .engine.stack import StackInfo, Tree, below, tree_of
 from .generator import InstanceGenerator
 
 
@@ -247,7 +247,7 @@ def saved_modules(config: InstanceConfig, tree: Tree) -> dict[str, nn.Module]:
     ends = tuple(config.modules_to_save or ())
     kept = config.saved_embedding_layers or ()
     embeddings = set(embedding_names(tree[""]) if kept else ()).intersection(kept)
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     inside: tuple[str, ...] = ()  # what lies in adapters is no module of the base model
     for name, module in tree.items() if ends or embeddings else ():
         if name.startswith(inside):
@@ -372,8 +372,8 @@ def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     All refusals come before anything is changed. This is for what fails in the midst: no memory is left, or an interrupt.
     """
     kinds = (InstancePromptLayer, ModulesToSaveWrapper)
-    modules = walk(model) if getattr(model, "peft_config", None) else ()  # else it has no adapters
-    active = {module: module._active_adapter for _, module in modules if isinstance(module, kinds)}
+    modules = tree_of(model).values() if getattr(model, "peft_config", None) else ()  # else it has no adapters
+    active = {module: module._active_adapter for module in modules if isinstance(module, kinds)}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = getattr(model, "peft_config", None)  # PEFT writes into a dict that the base model may share
     known = dict(configs or {})
@@ -382,7 +382,9 @@ def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     except BaseException:
         if adapter_name in known:  # what has failed was to take an adapter's place, as a hot swap does
             raise
-        attached: list[tuple[str, Any]] = [pair for pair in walk(model) if isinstance(pair[1], kinds)]
+        attached: list[tuple[str, Any]] = [
+            pair for pair in below(tree_of(model), "").items() if isinstance(pair[1], kinds)
+        ]
         for name, module in reversed(attached):
             parent, _, own = name.rpartition(".")
             if module in active:

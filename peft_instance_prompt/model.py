@@ -42,10 +42,10 @@ from .attaching import (
 from .config import InstanceConfig
 from .engine.calls import check_release, check_understood
 from .engine.layer import InstancePromptLayer
-from .engine.plain import states_of_text
+from .engine.open import states_of_text
+from .engine.probe import whole
 from .engine.request import adapters_of, current_request, note
-from .engine.sharded import whole
-from .engine.stack import StackInfo, Tree, below, describe, embed_ids, stack_of, tree_of, walk
+from .engine.stack import StackInfo, Tree, below, describe, embed_ids, tree_of
 from .generator import InstanceGenerator
 from .text_start import repeat_to
 
@@ -82,7 +82,7 @@ class InstancePromptModel(BaseTuner):
 
             guard_trainers()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for _, module in walk(model):
+        for module in tree_of(model).values():
             hooks = module._forward_pre_hooks
             if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in hooks.values():
                 module.register_forward_pre_hook(name_rows, with_kwargs=True)
@@ -161,11 +161,10 @@ class InstancePromptModel(BaseTuner):
         parameter_name: Optional[str] = None,
     ) -> None:
         """Nothing is replaced: the layer becomes a submodule of the stack, next to its list of layers."""
-        stack_name = stack_of(self.model, current_key)
-        stack = self.model.get_submodule(stack_name)
+        info = self.infos[current_key]
+        stack = self.model.get_submodule(info.name)
         name = self.prefix.removesuffix("_")
         layer = getattr(stack, name, None)
-        info = self.infos[current_key] if layer is None else layer.info
         # In the mode of the stack: an adapter of a model in evaluation must not apply dropout.
         generator: Any = self.generator_cls(peft_config, info).train(stack.training)
         weight = stack.get_input_embeddings().weight

@@ -30,7 +30,6 @@ from transformers import Cache
 # The first and the last minor release on which the test suite passes.
 TESTED = ((5, 18), (5, 24))
 SWITCH = "PEFT_INSTANCE_PROMPT_UNTESTED"
-
 # The argument of a stack or a layer that takes the cache, by release.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 # Arguments of a stack with a column for each token. The engine widens all of them.
@@ -140,6 +139,11 @@ def declared(call: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
         return dict(call)
     rest = {key: value for key, value in call.items() if key not in CACHE_ARGUMENTS}
     return {**rest, name: call[given[0]]} if given else rest
+
+
+def inputs_of(call: Mapping[str, Any]) -> torch.Tensor:
+    """What a stack is called with: embeddings (B, S, e), or token ids (B, S) if there are none."""
+    return call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
 
 
 def cache_of(call: Mapping[str, Any]) -> tuple[str | None, Cache | None]:

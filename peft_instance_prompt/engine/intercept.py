@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 
 from ..generator import InstanceGenerator, Instances
-from .instances import InstanceTokens
-from .layout import Layout
 from .request import Note, noted, notes
+from .slots import Layout
+from .tokens import InstanceTokens
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,15 @@ import torch
 from torch import nn
 
 from ..generator import InstanceGenerator
-from .calls import PACKED_ARGUMENTS, cache_of, declared, named
-from .wrap import MethodWrapper
+from .calls import PACKED_ARGUMENTS, cache_of, named
 
 
 # Arguments that this package adds to `forward` and `generate`: tensors with a row for each row of the batch, and of what.
 OWN_ARGUMENTS = {"instruction_mask": "bools or 0/1 integers", "instance_embeds": "floats", "task_ids": "integers"}
-
 # The attribute of a base model that lists the names of its layers with adapters. Names are valid in copies and replicas, too.
 LAYERS = "_instance_prompt_layers"
 # The attribute of a base model that lists the names of the language models inside it, around a stack with adapters.
 CALLERS = "_instance_prompt_callers"
-
 # {layer: (names of the active adapters, {name: generator})}
 Adapters = dict[nn.Module, tuple[list[str], dict[str, InstanceGenerator]]]
 
@@ -256,57 +253,6 @@ def adapters_of(model: nn.Module) -> Adapters:
     return {layer: (list(layer.active_adapters), dict(layer.generators._modules)) for layer in layers}
 
 
-class NotedForward(MethodWrapper):
-    """The forward of a base model, each call of which is noted and forgotten.
-
-    Hooks do that, since TRL puts a forward of its own in the place of the base model's and calls the stack from there. The wrapper does
-    it for `model.forward(...)`, for which torch runs no hooks.
-    """
-
-    method = "forward"
-
-    def install(self) -> None:
-        super().install()
-        before = self.module.register_forward_pre_hook(begin_call, with_kwargs=True, prepend=True)
-        self.handles = [before, self.module.register_forward_hook(end_call, always_call=True)]
-
-    def remove(self) -> None:
-        super().remove()
-        for handle in self.handles:
-            handle.remove()
-
-    def bound_to(self, replica: nn.Module) -> MethodWrapper:
-        known = known_of(self.module)
-        if said := [name for name in (*OWN_ARGUMENTS, "adapter_names") if getattr(known, name) is not None]:
-            raise ValueError(
-                f"`{said[0]}` was set around the call, and does not reach the threads in which `DataParallel` runs replicas of the "
-                f"model: pass `{said[0]}` to the model."
-            )
-        return super().bound_to(replica)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.call_wrapped(*args, **kwargs)
-        call = running_call()
-        direct = call is None or call.model is not self.module or call.entered
-        if direct:
-            args, kwargs = begin_call(self.module, args, kwargs)
-            call = running_call()
-        assert call is not None  # it has begun
-        call.entered = True
-        try:
-            output = self.call_wrapped(*args, **declared(kwargs, self.module))
-        except BaseException as error:
-            if direct or not isinstance(error, Exception):  # torch runs no hooks after an interrupt
-                forget(call)
-            raise
-        if direct:
-            forget(call)
-        else:
-            call.entered = False  # hooks may call the model again
-        return output
-
-
 @torch.compiler.disable
 def begin_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook: note the arguments of a base model that decide the scope, and take this package's own out of the call."""
@@ -316,7 +262,7 @@ def begin_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     shifted = call.get("labels") is None and call.get("shift_labels") is not None
     labels = call.get("shift_labels" if shifted else "labels")
     # A call inside a call of the base model, whose arguments this module may not receive, keeps those that are known.
-    told = {
+    told: dict[str, Any] = {
         "input_ids": call.get("input_ids"),
         "labels": labels,
         "shifted": None if labels is None else shifted,

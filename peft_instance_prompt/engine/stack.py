@@ -1,14 +1,20 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Find the transformer stacks of a model, their layers and the arguments of their forward."""
+"""The transformer stacks of a model, and facts about each: its layers, its arguments, how it numbers tokens, what it is used for.
+
+A stack does not know its head. The modules around it tell whether its prompt may read whole rows: a class that generates predicts the
+tokens of its rows, a class with a classifier's loss predicts none of them, and the config of an encoder-decoder model says that it is one.
+The head may also lie outside the adapted module (`model.model = get_peft_model(model.model, ...)`), or in a module of the user's own.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,9 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .calls import CACHE_ARGUMENTS, forward_args
-from .positions import Positions, read_positions
-from .sharded import num_elements
-from .use import embedding_of, read_use
+from .probe import Attention, Positions, num_elements, read_attention, read_positions
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,7 @@ class StackInfo:
     forward_args: frozenset[str]
     causal: bool
     true_hides: bool
-    causal_lm: bool
-    undeclared: bool
     prefix_lm: bool
-    encoder_of_pair: bool
-    decoder_of_pair: bool
     max_positions: int | None
     position_offset: int
     absolute_column_positions: bool
@@ -84,6 +84,10 @@ class StackInfo:
     positions_from_mask: bool
     rotates_by_length: bool
     sliding_window: int | None
+    causal_lm: bool = False
+    undeclared: bool = False
+    encoder_of_pair: bool = False
+    decoder_of_pair: bool = False
     padding_by_id: bool = False
     recurrent_layers: tuple[int, ...] = ()
     special_ids: tuple[int, ...] = ()
@@ -95,28 +99,15 @@ class StackInfo:
     decoders: tuple[str, ...] = ()
 
 
-def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without the modules inside adapters, which hold no stack and may be many.
-
-    A different thread may add an adapter meanwhile.
-    """
-    seen = set() if seen is None else seen
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield name, module
-    if not isinstance(module, BaseTunerLayer):
-        for child_name, child in list(module._modules.items()):
-            if child is not None:
-                yield from walk(child, f"{name}.{child_name}" if name else child_name, seen)
-
-
-# The modules of a model by their names, each under all that it has, without the modules inside adapters.
+# The modules of a model by their names, each under all that it has, without those inside adapters, which hold no stack and may be many.
 Tree = dict[str, nn.Module]
 
 
 def tree_of(module: nn.Module, name: str = "") -> Tree:
-    """The tree of a model. To attach an adapter walks over a model once, and all facts about it are read from this."""
+    """The modules of a model by their names. Attaching an adapter makes one, from which all facts about the model are read.
+
+    A different thread may add an adapter meanwhile.
+    """
     found = {name: module}
     if not isinstance(module, BaseTunerLayer):
         for child_name, child in list(module._modules.items()):
@@ -152,13 +143,6 @@ def find_stacks(tree: Tree) -> dict[str, str]:
     return stacks
 
 
-def stack_of(model: nn.Module, layers_name: str) -> str:
-    """The name of the stack with a list of layers: the innermost module around the list that takes tokens."""
-    parts = layers_name.split(".")
-    around = (".".join(parts[:length]) for length in range(len(parts) - 1, -1, -1))
-    return next(name for name in around if _takes_tokens(model.get_submodule(name)))
-
-
 def _takes_tokens(module: nn.Module) -> bool:
     if not hasattr(module, "get_input_embeddings"):
         return False
@@ -172,7 +156,7 @@ def _find_layers(modules: Tree) -> str | None:
     go before: Phi-4 and Chameleon hold an encoder of sounds or images in their text stack."""
     lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
-    caching = {n: m for n, m in outer.items() if len(m) > 0 and _takes_cache(m[0])}
+    caching = {n: m for n, m in outer.items() if len(m) > 0 and {*CACHE_ARGUMENTS} & {*forward_args(m[0])}}
     outer = caching or outer
     sizes = {name: sum(map(num_elements, module.parameters())) for name, module in outer.items()}
     return max(sizes, key=sizes.__getitem__) if sizes and max(sizes.values()) > 0 else None
@@ -191,10 +175,6 @@ def _embedding(stack: PreTrainedModel) -> nn.Embedding:
             f"{type(stack).__name__} has a {type(embedding).__name__} in its place."
         )
     return embedding
-
-
-def _takes_cache(layer: nn.Module) -> bool:
-    return any(name in forward_args(layer) for name in CACHE_ARGUMENTS)
 
 
 def embed(stack: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
@@ -238,12 +218,14 @@ def describe(model: PreTrainedModel, tree: Tree | None = None) -> list[StackInfo
 
 def _describe(tree: Tree, layers_name: str, stacks: dict[str, str]) -> StackInfo:
     stack_name = stacks[layers_name]
-    stack, layers, modules = tree[stack_name], tree[layers_name], below(tree, stack_name)
+    stack: Any = tree[stack_name]
+    layers: Any = tree[layers_name]
+    modules = below(tree, stack_name)
     config = stack.config.get_text_config()
     embedding = _embedding(stack)
-    inside = layers_name.removeprefix(f"{stack_name}." if stack_name else "")
-    use = read_use(tree, layers_name, stacks)
-    attention, pair = use.attention, use.encoder_of_pair or use.decoder_of_pair
+    inside = _inside(layers_name, stack_name)
+    attention, use = read_use(tree, layers_name, stacks)
+    pair = "encoder_of_pair" in use or "decoder_of_pair" in use
     max_positions, positions = _positions(stack, inside, modules)
     kinds = list(getattr(config, "layer_types", None) or ())
     recurrent = tuple(n for n, kind in enumerate(kinds) if "attention" not in kind or kind.startswith("linear"))
@@ -261,15 +243,11 @@ def _describe(tree: Tree, layers_name: str, stacks: dict[str, str]) -> StackInfo
         embedding_size=embedding.embedding_dim,
         output_size=getattr(getattr(stack, "project_out", None), "out_features", config.hidden_size),
         vocab_size=embedding.num_embeddings,
-        num_layers=_num_layers(layers, config, use.decoder_of_pair),
+        num_layers=_num_layers(layers, config, "decoder_of_pair" in use),
         forward_args=frozenset(forward_args(stack)),
         causal=attention.causal,
         true_hides=attention.true_hides,
-        causal_lm=use.causal_lm,
-        undeclared=use.undeclared,
         prefix_lm=attention.prefix,
-        encoder_of_pair=use.encoder_of_pair,
-        decoder_of_pair=use.decoder_of_pair,
         max_positions=max_positions,
         position_offset=positions.offset,
         absolute_column_positions=positions.absolute_column_positions,
@@ -285,40 +263,8 @@ def _describe(tree: Tree, layers_name: str, stacks: dict[str, str]) -> StackInfo
         twin_layers=_twin_layers(modules, inside),
         attention_kinds=frozenset(kinds),
         image_layers=tuple(getattr(config, "cross_attention_layers", None) or ()),
-        decoders=use.decoders,
+        **use,
     )
-
-
-def check_packable(stack: PreTrainedModel, info: StackInfo, late: bool) -> None:
-    """Refuse packed rows, which hold several sequences, in a stack that cannot keep these apart.
-
-    Args:
-        stack (`PreTrainedModel`): The stack.
-        info (`StackInfo`): Facts about it.
-        late (`bool`): Whether there are slots that some layers do not see.
-
-    Raises:
-        ValueError: It is no decoder, mixes tokens without attention, has absolute positions by column, or has attention of a kind that is
-            not known to keep sequences apart.
-    """
-    why = None
-    if not info.causal or info.decoder_of_pair:
-        why = "packed rows are for decoder-only models"
-    elif info.prefix_lm:
-        why = "its kernel is not causal without a mask"
-    elif info.mixing_layer is not None:
-        why = f"{info.mixing_layer!r} mixes neighbouring tokens without attention, and would need `seq_idx`"
-    elif info.absolute_column_positions:
-        why = "it takes no `position_ids` and has absolute positions by column"
-    elif strange := info.attention_kinds - {"full_attention", "sliding_attention"}:
-        why = f"its {min(strange)!r} layers are not known to keep sequences apart by a mask"
-    elif late and str(stack.config._attn_implementation).startswith("flash_attention"):
-        why = "flash attention cannot hide late prompts from the first layers there"
-    if why is not None:
-        raise ValueError(
-            "Instance prompts cannot be used with packed or padding-free rows, which hold several sequences, in "
-            f"{type(stack).__name__}: {why}. Turn packing and padding-free batching off (TRL: `packing=False, padding_free=False`)."
-        )
 
 
 def _special_ids(config) -> set[int]:
@@ -328,9 +274,11 @@ def _special_ids(config) -> set[int]:
 
 def _num_layers(layers: nn.ModuleList, config, decoder: bool) -> int:
     names = ("decoder_layers", "num_decoder_layers") if decoder else ()
-    for name in (*names, "num_hidden_layers"):
+    # ALBERT: groups of layers, each run several times.
+    shared = any(isinstance(child, nn.ModuleList) for layer in layers for child in layer.children())
+    for name in (*names, "num_hidden_layers") if shared else ():
         count = getattr(config, name, None)
-        if isinstance(count, int) and count > len(layers) and count % len(layers) == 0 and _shares_layers(layers):
+        if isinstance(count, int) and count > len(layers) and count % len(layers) == 0:
             return count
     return len(layers)
 
@@ -343,11 +291,6 @@ def _twin_layers(modules: Tree, layers_name: str) -> str | None:
             if type(next(module.children(), None)) is type(own):
                 return name
     return None
-
-
-def _shares_layers(layers: nn.ModuleList) -> bool:
-    # ALBERT: groups of layers, each run several times.
-    return any(isinstance(child, nn.ModuleList) for layer in layers for child in layer.children())
 
 
 def _positions(stack: PreTrainedModel, layers_name: str, modules: Tree) -> tuple[int | None, Positions]:
@@ -405,3 +348,102 @@ def _learned_positions(modules: Tree) -> tuple[int | None, int]:
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - offset, offset
     return None, 0
+
+
+# The losses of transformers, by their `loss_type`, that predict no next token of the row.
+WHOLE_ROW_LOSSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def read_use(tree: Tree, layers_name: str, stacks: Mapping[str, str]) -> tuple[Attention, dict[str, Any]]:
+    """How one of a base model's stacks attends, and what it is used for: the fields of its [`StackInfo`] that are not their defaults.
+
+    Args:
+        tree (`dict`): The base model's [`tree_of`].
+        layers_name (`str`): The name of the stack's list of layers.
+        stacks (`Mapping[str, str]`): All stacks of the base model, as `{name of the list of layers: name of the stack}`.
+
+    Raises:
+        ValueError: Whether the stack is causal cannot be told.
+    """
+    model, stack = tree[""], tree[stacks[layers_name]]
+    pair = _pair_of(model, stacks[layers_name])
+    if pair is not None:
+        if _is_decoder(tree, layers_name, stacks):
+            return Attention(causal=True), {"decoder_of_pair": True}
+        others = [name for name in stacks if name != layers_name and _pair_of(model, stacks[name]) is pair]
+        if decoders := tuple(stacks[name] for name in others if _is_decoder(tree, name, stacks)):
+            return Attention(causal=False), {"encoder_of_pair": True, "decoders": decoders}
+    around = _around(model, stacks[layers_name])
+    # The innermost language model whose token embedding is the stack's.
+    depths = [n for n, m in enumerate(around) if generates(m) and embedding_of(m) is embedding_of(stack)]
+    language_model = around[depths[-1]] if depths else None
+    name_there = ".".join(layers_name.split(".")[depths[-1] :]) if depths else ""
+    inside = _inside(layers_name, stacks[layers_name])
+    attention = read_attention(stack, inside, flags_of(tree, layers_name), language_model, name_there)
+    if not attention.causal or (generates(model) and pair is not None):
+        return attention, {}
+    losses = [getattr(module, "loss_type", None) for module in around]
+    classifies = any(loss in WHOLE_ROW_LOSSES for loss in losses)
+    return attention, {"causal_lm": generates(model), "undeclared": not (generates(model) or classifies)}
+
+
+def generates(module: nn.Module) -> bool:
+    """Whether a module's class is a language model of transformers."""
+    can_generate = getattr(type(module), "can_generate", None)
+    return hasattr(module, "generate") and can_generate is not None and bool(can_generate())
+
+
+def callers(model: nn.Module, stack_name: str) -> dict[str, nn.Module]:
+    """The modules whose arguments decide the scope, by name: the base model, and the language models inside it around the stack."""
+    parts = stack_name.split(".") if stack_name else []
+    within = {
+        ".".join(parts[:n]): module for n, module in enumerate(_around(model, stack_name)) if n and generates(module)
+    }
+    return {"": model, **within}
+
+
+def flags_of(tree: Tree, layers_name: str) -> list[bool]:
+    """What the modules in a list of layers declare by `is_causal`."""
+    declared = (getattr(m, "is_causal", None) for name, m in tree.items() if name.startswith(f"{layers_name}."))
+    return [flag for flag in declared if isinstance(flag, bool)]
+
+
+def _around(model: nn.Module, stack_name: str) -> list[nn.Module]:
+    """The modules from the base model to a stack."""
+    parts = stack_name.split(".") if stack_name else []
+    return [model.get_submodule(".".join(parts[:length])) for length in range(len(parts) + 1)]
+
+
+def _pair_of(model: nn.Module, stack_name: str) -> nn.Module | None:
+    """The innermost encoder-decoder model around a stack, or the stack, by its config; None if there is none."""
+    *outer, stack = _around(model, stack_name)
+    return next((m for m in [*outer[::-1], stack] if _says(m, "is_encoder_decoder")), None)
+
+
+def _says(module: nn.Module, name: str) -> bool:
+    return bool(getattr(getattr(module, "config", None), name, False))
+
+
+def _is_decoder(tree: Tree, layers_name: str, stacks: Mapping[str, str]) -> bool:
+    """Whether a stack of an encoder-decoder model is a decoder: causal, and it takes the encoder's states."""
+    stack = tree[stacks[layers_name]]
+    if "encoder_hidden_states" not in forward_args(stack):
+        return False
+    if _says(stack, "is_decoder"):
+        return True
+    twins = [tree[name] for name in stacks.values()]
+    if any(type(twin) is type(stack) and _says(twin, "is_decoder") for twin in twins):  # T5's halves have one class
+        return False
+    return read_attention(stack, _inside(layers_name, stacks[layers_name]), flags_of(tree, layers_name)).causal
+
+
+def embedding_of(module: Any) -> Any:
+    """The module that looks up token ids for a module of transformers; None if it has none."""
+    try:
+        return module.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _inside(layers_name: str, stack_name: str) -> str:
+    return layers_name.removeprefix(f"{stack_name}." if stack_name else "")

@@ -17,9 +17,8 @@ from torch import nn
 from uses import blip, git, paligemma
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.engine import attention
-from peft_instance_prompt.engine.stack import describe, tree_of
-from peft_instance_prompt.engine.use import flags_of
+from peft_instance_prompt.engine import probe as attention
+from peft_instance_prompt.engine.stack import describe, flags_of, tree_of
 
 
 def read_attention(stack: nn.Module, name: str) -> attention.Attention:

@@ -15,7 +15,7 @@ from tiny import causal_lm
 
 from peft_instance_prompt.engine import request as requests
 from peft_instance_prompt.engine.calls import cache_of
-from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.forward import current_pass
 from peft_instance_prompt.engine.request import Request, current_request
 
 

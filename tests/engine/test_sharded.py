@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from tiny import adapted, causal_lm
 
 from peft_instance_prompt import IAPTConfig, IPTConfig
-from peft_instance_prompt.engine.sharded import num_elements, whole
+from peft_instance_prompt.engine.probe import num_elements, whole
 from peft_instance_prompt.engine.stack import find_stacks, tree_of
 
 
