@@ -77,7 +77,7 @@ def main() -> None:
     if args.write and not args.only:
         PAGE.write_text(page(results))
         before, rest = SUMMARY.read_text().split(BEGIN, 1)
-        SUMMARY.write_text(f"{before}{BEGIN}\n{compact(results)}\n{END}{rest.split(END, 1)[1]}")
+        SUMMARY.write_text(f"{before}{BEGIN}\n\n{compact(results)}\n\n{END}{rest.split(END, 1)[1]}")
 
 
 if __name__ == "__main__":
