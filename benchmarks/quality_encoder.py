@@ -7,7 +7,7 @@ Does the instance matter, and is it better than LoRA? An encoder with a classifi
     python benchmarks/quality_encoder.py
 
 Each cell (task, number of examples, method, seed) is a file under benchmarks/results/; cells that are there are not run again.
-Several processes can share the work: --shard 0/2 and --shard 1/2. benchmarks/report.py makes the tables of docs/evidence.md.
+Several processes can share the work: --shard 0/2 and --shard 1/2. benchmarks/report.py makes the tables of Evidence.
 """
 
 from quality.command import main

@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes the tables and pictures of docs/evidence.md from the results of the quality suites and of serving_cost.py.
+Writes the tables and pictures of Evidence (docs/evidence.md, docs/evidence/) and Cost (docs/speed.md) from the results of the
+quality suites and of serving_cost.py.
 
     python benchmarks/report.py            # writes
-    python benchmarks/report.py --check    # exit code 1 if what is written is not what the results give
+    python benchmarks/report.py --check    # exit code 1 if a page is not what the results give
 
-What stands between `<!-- generated: NAME -->` and `<!-- end -->` is generated; the rest of the page is written by hand and kept.
+What stands between `<!-- generated: NAME -->` and `<!-- end -->` is generated; the rest of a page is written by hand and kept.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ from quality.tables import (
     rates,
     scores,
     setups,
+    summary,
 )
 from quality.tasks import is_mixture
 from serving_tables import blocks as serving_blocks
 
 
-PAGE = ROOT / "docs" / "evidence.md"
+PAGES = [ROOT / "docs" / name for name in ("evidence.md", "evidence/detail.md", "evidence/tables.md", "speed.md")]
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def blocks(folder: Path) -> dict[str, str]:
     """All generated blocks, by name: `SUITE.MODEL.WHAT`."""
-    made, settings = serving_blocks(folder), {}
+    made, settings, mixed = serving_blocks(folder), {}, {}
     for path in sorted(p for p in folder.glob("quality_*/*") if p.is_dir()):
         results = Results(path)
         if not results.cells:
@@ -60,6 +62,8 @@ def blocks(folder: Path) -> dict[str, str]:
                 few = f", {size} examples" * (size != "full")
                 label = f"{model}{path.parent.name.removeprefix('quality_')}, {kind}{few}"
                 settings[label] = (results, size, here)
+                if group == "mixture":
+                    mixed[label] = settings[label]
                 for measure in measures:
                     made[f"{prefix}.scores-{measure}"] = scores(results, size, here, measure)
                 made[f"{prefix}.instance"] = instance(results, size, here, results.score)
@@ -71,6 +75,7 @@ def blocks(folder: Path) -> dict[str, str]:
                         made[f"{prefix}.scores-{measure}"] = scores(results, size, here, measure)
         made[f"{name}.rates"] = rates(results)
         made[f"{name}.setup"] = setups(results)
+    made["quality.summary"] = summary(mixed)
     for what in ("scores", "constant", "lora", "default"):
         made[f"quality.{what}"] = overview(settings, what)
         made[f"quality.{what}-loss"] = overview(settings, what, loss=True)
@@ -122,26 +127,27 @@ def fill(text: str, made: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="(default: docs/evidence.md)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES, help="(default: those of Evidence, and Cost)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
     parser.add_argument("--list", action="store_true", help="print the names of all blocks")
     args = parser.parse_args()
     made = blocks(args.results)
     if args.list:
         print("\n".join(made))
         return
-    text = args.page.read_text()
-    new = fill(text, made)
+    texts = {page: page.read_text() for page in args.page}
+    stale = [str(page) for page, text in texts.items() if fill(text, made) != text]
     if args.check:
-        sys.exit(0 if new == text else f"{args.page} is not what the results give: run python benchmarks/report.py")
-    args.page.write_text(new)
+        sys.exit(f"{', '.join(stale)}: not what the results give, run python benchmarks/report.py" if stale else 0)
+    for page, text in texts.items():
+        page.write_text(fill(text, made))
+        print(f"{page}: {len(BLOCK.findall(text))} blocks; {len(made)} can be made")
     for path in sorted(p for p in args.results.glob("quality_*/*") if p.is_dir()):
         results = Results(path)
         for size in sorted({key[1] for key in results.cells}):
-            folder = args.page.parent / "images"
+            folder = args.page[0].parent / "images"
             folder.mkdir(exist_ok=True)
             picture(results, size, folder / f"{path.parent.name}-{path.name}-{size}.svg")
-    print(f"{args.page}: {len(BLOCK.findall(text))} blocks; {len(made)} can be made")
 
 
 if __name__ == "__main__":

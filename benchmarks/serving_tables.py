@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/evidence.md on what serving and training cost, from the groups that serving_cost.py has measured."""
+"""The tables of the page Cost, from the groups that serving_cost.py has measured."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def ratios(groups: dict[str, dict], measure: str) -> str:
                 row.append(f"{found['ratio']:.2f} ({min(found['ratios']):.2f} to {max(found['ratios']):.2f})")
         if set(row[1:]) != {"-"}:
             rows.append(row)
-    return table(["", *groups], rows)
+    return table(["method", *groups], rows)
 
 
 def sizes(groups: dict[str, dict]) -> str:
     """What a tenant adds: its adapter, and the slots that it has in the cache of a row."""
     found = {name: size for group in groups.values() for name, size in group["sizes"].items() if name != "bare"}
     rows = [[n, f"{found[n]['adapter_bytes'] / 1e6:.2f} MB", str(found[n]["slots"])] for n in METHODS if n in found]
-    return table(["", "adapter", "slots"], rows)
+    return table(["method", "adapter", "slots"], rows)
 
 
 def growth(groups: dict[str, dict], measures: tuple[str, ...]) -> str | None:

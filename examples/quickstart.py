@@ -4,15 +4,16 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_instance_prompt import IAPTConfig  # also teaches PEFT to load such adapters
+from peft_instance_prompt import IAPTConfig  # PEFT knows it now
 
 
 name = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
 tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 
 torch.manual_seed(0)
-model = get_peft_model(model, IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+config = IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+model = get_peft_model(base, config)
 model.print_trainable_parameters()
 
 reviews = [
@@ -23,11 +24,13 @@ reviews = [
     ("Rarely has a debut been this sure of itself.", " positive"),
     ("The jokes die one by one.", " negative"),
 ]
-batch = tokenizer([f"Review: {text}\nSentiment:{label}" for text, label in reviews], padding=True, return_tensors="pt")
+texts = [f"Review: {text}\nSentiment:{label}" for text, label in reviews]
+batch = tokenizer(texts, padding=True, return_tensors="pt")
 batch["labels"] = batch["input_ids"].clone()
-batch["labels"][:, :-1] = -100  # the label is the last token; what stands before it is the instruction
+batch["labels"][:, :-1] = -100  # the last token is the answer
 
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trained, lr=2e-3)
 for step in range(21):
     loss = model(**batch).loss
     loss.backward()
@@ -36,10 +39,15 @@ for step in range(21):
     if step % 10 == 0:
         print(f"step {step}: loss {loss.item():.3f}")
 
-model.save_pretrained("reviews-iapt")
-model = PeftModel.from_pretrained(model.unload(), "reviews-iapt", adapter_name="reviews").eval()
+folder = "reviews-iapt"
+model.save_pretrained(folder)
+base = model.unload()
+model = PeftModel.from_pretrained(base, folder, adapter_name="reviews")
+model.eval()
 
-prompts = tokenizer(["Review: A warm and clever film.\nSentiment:"] * 2, padding=True, return_tensors="pt")
-output = model.generate(**prompts, max_new_tokens=1, do_sample=False, adapter_names=["reviews", "__base__"])
-for adapter, text in zip(("reviews", "none"), tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :])):
+names = ["reviews", "__base__"]  # the second row has no adapter
+texts = ["Review: A warm and clever film.\nSentiment:"] * 2
+batch = tokenizer(texts, padding=True, return_tensors="pt")
+output = model.generate(**batch, max_new_tokens=1, adapter_names=names)
+for adapter, text in zip(names, tokenizer.batch_decode(output[:, -1:])):
     print(f"adapter {adapter}: {text!r}")

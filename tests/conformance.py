@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from table_cells import Cell  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, README = ROOT / "docs" / "conformance.md", ROOT / "README.md"
+PAGE, SUMMARY = ROOT / "docs" / "conformance.md", ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- conformance:begin -->", "<!-- conformance:end -->"
 CHECKS = {**FEATURES, **FAMILIES}
 
@@ -64,7 +63,7 @@ def sentence(error: Exception) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write docs/conformance.md and the table in README.md")
+    parser.add_argument("--write", action="store_true", help="write docs/conformance.md and its summary in docs/compatibility.md")
     parser.add_argument("--only", default="", help="run the rows only that contain this text, and print them")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -77,12 +76,8 @@ def main() -> None:
             print(" " * 8 + why)
     if args.write and not args.only:
         PAGE.write_text(page(results))
-        readme = README.read_text()
-        if BEGIN in readme and END in readme:
-            before, rest = readme.split(BEGIN, 1)
-            README.write_text(f"{before}{BEGIN}\n{compact(results)}\n{END}{rest.split(END, 1)[1]}")
-        else:
-            print(f"{README.name} has no {BEGIN} ... {END}; the compact table:\n\n{compact(results)}", file=sys.stderr)
+        before, rest = SUMMARY.read_text().split(BEGIN, 1)
+        SUMMARY.write_text(f"{before}{BEGIN}\n\n{compact(results)}\n\n{END}{rest.split(END, 1)[1]}")
 
 
 if __name__ == "__main__":

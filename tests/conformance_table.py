@@ -35,28 +35,32 @@ def table(results: dict[tuple[str, str], Cell], rows: list[str], head: str, note
 
 def page(results: dict[tuple[str, str], Cell]) -> str:
     notes: list[str] = []
-    lines = ["# Conformance", ""]
+    lines = ["# Features and families", ""]
     lines += [
-        "Made by `python tests/conformance.py --write`, which runs each cell as a small check on a tiny model of random weights,",
-        "with an adapter far from its start. PEFT's LoRA, on the layers that PEFT chooses, runs through the same checks. *works*: it",
-        "holds. *refused*: a `ValueError`, with the sentence given below. *fails*: another exception, or the check does not hold.",
+        "`python tests/conformance.py --write` makes this page: each cell is a small check on a tiny model of random weights, with an",
+        "adapter far from its start. PEFT's LoRA, on the layers that PEFT chooses, runs through the same checks.",
+        "",
+        "- *works*: the check holds.",
+        "- *refused*: a `ValueError` with the sentence below the tables.",
+        "- *fails*: another exception, or the check does not hold.",
+        "",
         "`tests/test_conformance.py` runs some of the cells again and compares.",
         "",
         "## Features",
         "",
-        "On a Llama. Text and logits under a cache, in a batch, or in a copy are compared with those without.",
+        "On a Llama. Text and logits with a cache, in a batch, or of a copy are compared with those without.",
         "",
         *table(results, list(FEATURES), "feature", notes),
         "",
-        "LoRA can do things that have no counterpart here and no row: `add_weighted_adapter`, and variants such as DoRA.",
-        "Adapters of different methods in one `PeftModel` are refused by PEFT itself; transformers' `add_adapter` takes",
-        "LoRA and a prompt side by side.",
+        "LoRA also has `add_weighted_adapter` and variants such as DoRA, which have no counterpart here.",
+        "PEFT itself refuses adapters of different methods in one `PeftModel`; transformers' `add_adapter` takes LoRA and a",
+        "prompt side by side.",
         "",
         "## Model families",
         "",
-        "A cell holds all of: the adapter has an effect and the output the input's length; a row of a padded batch gives what",
-        "it gives alone; `generate` with cache = without; `adapter_names` with two adapters and the base model = each row alone;",
-        "`disable_adapter` is bit-equal to the base model. Encoders stand under a token classifier.",
+        "*works* means all of this: the adapter has an effect, and the output has the input's length; a row of a padded batch gives",
+        "what it gives alone; `generate` with a cache = without; `adapter_names` with two adapters and the base model = each row",
+        "alone; `disable_adapter` is bit-equal to the base model. The encoders are token classifiers.",
         "",
     ]
     for group, (families, *_) in GROUPS.items():
@@ -66,13 +70,13 @@ def page(results: dict[tuple[str, str], Cell]) -> str:
 
 
 def compact(results: dict[tuple[str, str], Cell]) -> str:
-    """For the README: rows in which all works are one row, families are counted."""
+    """The summary on the page What works: rows in which all works are one row, families are counted."""
     notes: list[str] = []
     whole = [row for row in FEATURES if all(results[row, method].what == "works" for method in COLUMNS)]
     rest = [row for row in FEATURES if row not in whole]
     lines = table(results, rest, "feature", notes)
     works = " | ".join(["works"] * len(COLUMNS))
-    lines.insert(2, f"| {len(whole)} others, from padding to `SFTTrainer` | {works} |")
+    lines.insert(2, f"| all {len(whole)} other features tested (padding, beams, `torch.compile`, `SFTTrainer` ...) | {works} |")
     for group, (families, *_) in GROUPS.items():
         counts = [sum(results[f"{group}: {f}", m].what == "works" for f in families) for m in COLUMNS]
         lines.append(f"| {group} | {' | '.join(f'{n} of {len(families)}' for n in counts)} |")

@@ -85,7 +85,7 @@ def score(batch):
     "docs/scope.md: from peft_instance_prompt import instruction_scope": """
 model, batch["instruction_mask"] = adapted(IAPTConfig(task_type="CAUSAL_LM")), batch["labels"] == -100
 """,
-    "docs/methods/idpg.md: from peft_instance_prompt import IDPGConfig, InstanceEmbedsCollator, add_instance_embeds": """
+    "docs/methods/idpg.md: from peft_instance_prompt import IDPGConfig": """
 model, dataset = fresh(), Dataset.from_list(examples)
 def encoder(texts):
     return torch.randn(len(texts), 384)
@@ -95,7 +95,7 @@ base = fresh()
 def train(model):
     model.train()(**batch).loss.backward()
 """,
-    'docs/methods/dynamic_prompt.md: config = DynamicPromptConfig(task_type="CAUSAL_LM", num_tasks=3, position="task", representation="task", num_pool=4)': "base = fresh()",
+    "docs/methods/dynamic_prompt.md: config = DynamicPromptConfig(": "base = fresh()",
     "docs/methods/dynamic_prompt.md: from peft_instance_prompt import record_choices": """
 model = adapted(DynamicPromptConfig.preset("adap_ins_pos", length="instance", representation="instance", task_type="CAUSAL_LM")).eval()
 """,
@@ -117,7 +117,7 @@ AFTER = {
 assert future.result().equal(model(**inputs, instruction_mask=mask).logits)
 assert not future.result().equal(model(**inputs).logits)
 """,
-    "docs/methods/idpg.md: from peft_instance_prompt import IDPGConfig, InstanceEmbedsCollator, add_instance_embeds": """
+    "docs/methods/idpg.md: from peft_instance_prompt import IDPGConfig": """
 trainer.args.max_steps = 1
 trainer.train()
 """,

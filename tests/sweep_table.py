@@ -69,21 +69,19 @@ def dumped(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-HEAD = """# The sweep: every class of transformers
+HEAD = """# Every class of transformers
 
-Made by `python tests/sweep.py --write`, which builds a tiny model of random weights of each class that transformers lists for
+`python tests/sweep.py --write` makes this page: it builds a tiny model of random weights of each class that transformers lists for
 causal, sequence-to-sequence, speech and vision-language models, sequence classifiers and masked language models, and runs it with
-LoRA and with a method of each kind: IAPT writes at the input of each layer, LPT from a middle layer on, S-IDPG (from the
-embeddings) at the input of the first. Vision-language models and models of speech that take a text alone get a text alone.
+LoRA and with one method of each kind. IAPT writes at the input of each layer, LPT from a middle layer on, S-IDPG (from the
+embeddings) at the input of the first. Vision-language and speech models that take text alone get text alone.
 
-A cell holds all of this: a row that is padded left or right gives what it gives alone; with a cache as without; no logits depend
-on later tokens, in evaluation and in training; the logits at the end of the instruction are the same in training and in
-generation; a gradient reaches each weight of the adapter; saved and loaded it gives the same.
-
-- **right**: all of it holds.
+- **right**: all of this holds. A row padded left or right gives what it gives alone; with a cache as without; no logits depend
+  on later tokens, in evaluation and in training; the logits at the end of the instruction are the same in training and in
+  generation; a gradient reaches each weight of the adapter; saved and loaded, it gives the same.
 - **as the bare model**: what does not hold does not hold without an adapter either.
-- **refused**: a `ValueError` or `TypeError` of this package, with the sentence given below.
-- **fails**: anything else, such as an error that PEFT raises for LoRA. `tests/test_sweep.py` takes none of that from our methods.
+- **refused**: a `ValueError` or `TypeError` of this package, with the sentence below the tables.
+- **fails**: anything else, such as an error that PEFT raises for LoRA. `tests/test_sweep.py` allows none for our methods.
 """
 
 

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The tables of docs/conformance.md and README.md are what running their cells gives."""
+"""The tables of docs/conformance.md and its summary in docs/compatibility.md are what running their cells gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import random
 
 import conformance
 import pytest
-from conformance import BEGIN, CHECKS, END, PAGE, README
+from conformance import BEGIN, CHECKS, END, PAGE, SUMMARY
 from conformance_features import FEATURES
 from conformance_table import COLUMNS, read
 from tiny import native_refuses
@@ -36,12 +36,10 @@ def test_every_cell_is_there() -> None:
     assert {cell.what for cell in CELLS.values()} <= {"works", "refused", "fails"}
 
 
-def test_page_and_readme_are_made_from_the_cells() -> None:
+def test_page_and_summary_are_made_from_the_cells() -> None:
     body = TEXT.partition("## Features")
     assert conformance.page(CELLS).partition("## Features") == body
-    readme = README.read_text()
-    if BEGIN in readme:
-        assert readme.split(BEGIN)[1].split(END)[0].strip() == conformance.compact(CELLS)
+    assert SUMMARY.read_text().split(BEGIN)[1].split(END)[0].strip() == conformance.compact(CELLS)
 
 
 def test_nothing_of_ours_fails_or_is_refused_without_being_stated() -> None:

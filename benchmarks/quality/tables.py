@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/evidence.md, from the cells of a suite."""
+"""The tables of Evidence, from the cells of a suite."""
 
 from __future__ import annotations
 
@@ -165,6 +165,18 @@ def overview(settings: dict[str, tuple[Results, str, list[str]]], what: str, los
         if set(row) - {"-"}:
             rows.append([name, *row])
     return table([HEADERS[what], *settings], rows) if rows else NOTHING
+
+
+def summary(settings: dict[str, tuple[Results, str, list[str]]]) -> str:
+    """A row for each setting and method, but none for controls and for other settings of a method."""
+    left_out = {*CONTROLS.values(), *SETTING_OF}
+    rows = []
+    for label, setting in settings.items():
+        for name in (name for name in METHODS if name not in left_out):
+            row = [_overview_cell(*setting, name, what, loss=False) for what in ("scores", "lora", "constant")]
+            if row[0] != "-":
+                rows.append([label, name, *row])
+    return table(["setting", "method", "mean score", "minus LoRA", "minus its control"], rows) if rows else NOTHING
 
 
 def _overview_cell(results: Results, size: str, tasks: list[str], name: str, what: str, loss: bool) -> str:

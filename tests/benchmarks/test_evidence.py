@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The page of evidence is what the results give."""
+"""The pages of evidence and cost are what the results give."""
 
 from __future__ import annotations
 
@@ -131,6 +131,16 @@ def test_a_mixture_is_compared_part_by_part(tmp_path: Path) -> None:
     ]
 
 
+def test_summary_has_a_row_for_each_method_of_a_mixture(tmp_path: Path) -> None:
+    for method, right in (("iapt", 70), ("iapt-constant", 50), ("iapt-gelu", 90), ("lora-r16", 80)):
+        write(tmp_path, method, 0, "1" * right + "0" * (100 - right), task="movie+tweet")
+        write(tmp_path, method, 0, "1" * 100)
+    head, _, *rows = report.blocks(tmp_path)["quality.summary"].splitlines()
+    assert head == "| setting | method | mean score | minus LoRA | minus its control |"
+    cells = [[cell.strip(" *").split(" ")[0] for cell in row.strip("|").split(" | ")] for row in rows]
+    assert cells == [["encoder,", "lora-r16", "80.0", "-", "-"], ["encoder,", "iapt", "70.0", "-10.0", "+20.0"]]
+
+
 def test_page_keeps_what_is_written_by_hand(results: Path) -> None:
     text = "By hand.\n<!-- generated: quality_encoder.m.rates -->\nold\n<!-- end -->\nMore.\n<!-- generated: other -->\n<!-- end -->\n"
     page = report.fill(text, report.blocks(results))
@@ -159,6 +169,12 @@ def test_check(results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert done.value.code == 0
 
 
-def test_page_in_the_repository_is_up_to_date() -> None:
-    text = report.PAGE.read_text()
-    assert report.fill(text, report.blocks(report.RESULTS)) == text
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.stem)
+def test_page_in_the_repository_is_up_to_date(page: Path, made: dict[str, str]) -> None:
+    text = page.read_text()
+    assert report.BLOCK.search(text) and report.fill(text, made) == text
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, str]:
+    return report.blocks(report.RESULTS)

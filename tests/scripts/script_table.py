@@ -188,22 +188,23 @@ def table(results: dict[tuple[str, str], Cell], names: list[str], notes: list[st
 
 HEAD = """# Scripts of TRL and PEFT
 
-Made by `python tests/scripts/script_table.py --write`, which runs each cell: a small script, written after one of TRL's or PEFT's,
-with the config of one method, for four steps on a tiny model of random weights. PEFT's LoRA runs through the same scripts. A script
-changes from LoRA to one of our methods by its config alone:
+`python tests/scripts/script_table.py --write` makes this page. Each cell is a small script, written after one of TRL's or PEFT's,
+with the config of one method, for four steps on a tiny model of random weights. PEFT's LoRA runs through the same scripts. Only the
+config changes from LoRA to one of our methods:
 
 ```diff
 - peft_config = LoraConfig(task_type="CAUSAL_LM", r=4)
 + peft_config = IAPTConfig(task_type="CAUSAL_LM")
 ```
 
-*works* means that all of this holds: each loss is finite; all weights of the adapter moved and none of the base model; no prompt was
-generated from more tokens than the instruction has; the adapter that was saved and loaded gives the same outputs, and the same text;
-the adapter has an effect on the states of the stack, and none when it is disabled. *refused*: an error that a library raises on
-purpose, with the sentence given below; if it is not our sentence, the file and the function that raise it. *fails*: another exception,
-or something of the above does not hold. `tests/scripts/test_script_table.py` runs cells again and compares.
+- *works* means all of this: each loss is finite; all weights of the adapter moved and none of the base model; no prompt read more
+  tokens than the instruction has; saved and loaded, the adapter gives the same outputs and text; it has an effect on the states of the
+  stack, and none when it is disabled.
+- *refused*: a library raises an error on purpose. The sentence is below; if it is not ours, so are the file and the function.
+- *fails*: another exception, or one of these does not hold.
 
-Trainers have their defaults, gradient checkpointing too, except for bfloat16, which is off.
+`tests/scripts/test_script_table.py` runs cells again and compares. Trainers have their defaults (with gradient checkpointing), but
+bfloat16 is off.
 """
 WORDS = {
     "`messages`, `assistant_only_loss`": '`response_template="chat"`',
@@ -213,15 +214,15 @@ WORDS = {
 
 def page(results: dict[tuple[str, str], Cell]) -> str:
     notes: list[str] = []
-    lines = [HEAD, "What a config of ours says beside the method and the task, where it says more:", ""]
-    lines += ["| script | words |", "|---|---|", *(f"| {name} | {words} |" for name, words in WORDS.items()), ""]
+    lines = [HEAD, "Three scripts need more than the method and the task in a config of ours:", ""]
+    lines += ["| script | add |", "|---|---|", *(f"| {name} | {words} |" for name, words in WORDS.items()), ""]
     for group, scripts in GROUPS.items():
         lines += [f"## {group}", "", *table(results, list(scripts), notes), ""]
     lines += [
-        "`several adapters` trains two adapters, loads both beside each other, switches, mixes them in one batch, and deletes"
+        "`several adapters` trains two adapters, loads both, switches between them, mixes them in one batch, and deletes one."
     ]
     lines += [
-        "one. PEFT's notebook goes on to merge them (`add_weighted_adapter`), which prompts cannot: see [What works](conformance.md)."
+        "PEFT's notebook then merges them (`add_weighted_adapter`), which prompts cannot: see [What works](compatibility.md#limits)."
     ]
     return "\n".join([*lines, "", "## Reasons", "", *footnotes(notes), ""])
 
