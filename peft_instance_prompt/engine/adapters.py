@@ -100,47 +100,37 @@ class Group:
             selection (`InstanceTokens`): The group's instances among the columns of `states`.
             layout (`Layout`, *optional*): Where slots and tokens of the batch stand; only tools look at it.
         """
-        model = self.model
-        weights = None if any(map(managed, self.generators)) else self.weights(depth)
-        device = self._device(weights, states.device)
-        base = selection.last if model.copies_last else selection.first  # (G,)
-        instances = Instances(
-            selection.take(states).to(device),  # (G, n, w)
-            selection.mask.to(device),
-            selection.state_at(states, base).to(device),  # (G, 1, w)
-            None if self.vector is None else self.vector.to(device),
-        )
-        prompts = self._call(instances, depth, weights).to(states.device, states.dtype)  # (G, l, w)
+        base = selection.last if self.model.copies_last else selection.first  # (G,)
+        taken, base_state = selection.take(states), selection.state_at(states, base)  # (G, n, w), (G, 1, w)
+        instances, prompts = self._call(
+            Instances(taken, selection.mask, base_state, self.vector), depth, states
+        )  # (G, l, w)
         fields = {"instances": instances, "selection": selection, "layout": layout, "rows": self.rows}
         return intercepted(prompts, depth=depth, generators=self.generators, **fields)
 
     def edit(self, states: torch.Tensor, depth: int) -> torch.Tensor:
         """The states (B, N, d) of a layer's input with the adapters' edits at the positions that are `edited`."""
         assert self.edited is not None  # the pass has found them
-        weights = None if any(map(managed, self.generators)) else self.weights(depth)
-        device = self._device(weights, states.device)
-        own, mask = pick(states, self.rows).to(device), self.edited.to(device)  # (rows, N, d), (rows, N)
-        instances = Instances(own, mask, own[:, :0].detach(), None if self.vector is None else self.vector.to(device))
-        edits = self._call(instances, depth, weights).to(states.device, states.dtype)  # (rows, N, d)
-        shown = mask.to(states.device, states.dtype)[..., None]  # (rows, N, 1)
+        own = pick(states, self.rows)  # (rows, N, d)
+        _, edits = self._call(
+            Instances(own, self.edited, own[:, :0].detach(), self.vector), depth, states
+        )  # (rows, N, d)
+        shown = self.edited.to(states.device, states.dtype)[..., None]  # (rows, N, 1)
         if self.rows is None:
             return torch.addcmul(states, edits, shown)  # (B, N, d)
         return states.index_add(0, self.rows.to(states.device), edits * shown)  # (B, N, d)
 
-    def _call(self, instances: Instances, depth: int, weights: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """The output of the adapters for their instances."""
-        if weights is None and len(self.generators) > 1:
-            return self._one_by_one(instances, depth)
-        return self.model(instances, depth, weights)
-
-    def _device(self, weights: Mapping[str, torch.Tensor] | None, default: torch.device) -> torch.device:
-        """The device of the adapters, which may differ from the layer's.
-
-        A managed module loads its parameters only when it is called, and a `DataParallel` replica has none: `vector` or the layer
-        decides for them.
-        """
-        known = [self.vector] if weights is None else [*weights.values(), self.vector]
-        return next((tensor.device for tensor in known if tensor is not None), default)
+    def _call(self, instances: Instances, depth: int, states: torch.Tensor) -> tuple[Instances, torch.Tensor]:
+        """The instances on the adapters' device, which may differ from that of the states; and the adapters' output for them, as the
+        states are."""
+        weights = None if any(map(managed, self.generators)) else self.weights(depth)
+        # A managed module loads its parameters only when it is called, and a `DataParallel` replica has none.
+        known = [*(weights or {}).values(), self.vector, states]
+        device = next(tensor.device for tensor in known if tensor is not None)
+        instances = Instances._make(None if one is None else one.to(device) for one in instances)
+        one_by_one = weights is None and len(self.generators) > 1
+        made = self._one_by_one(instances, depth) if one_by_one else self.model(instances, depth, weights)
+        return instances, made.to(states.device, states.dtype)
 
     def _one_by_one(self, instances: Instances, depth: int) -> torch.Tensor:
         """The output of managed adapters. Each loads its parameters only when it is called, so they cannot be stacked."""

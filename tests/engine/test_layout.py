@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -103,6 +105,21 @@ def test_fill_replaces_or_adds_in_the_slots_only() -> None:
         assert torch.allclose(slots.take(out, layout.slot_index), expected)
         assert torch.equal(slots.take(out, layout.token_index), slots.take(states, layout.token_index))
     assert fill(states.half(), prompts, layout).dtype == torch.half
+
+
+def test_rows_of_packed_instances() -> None:
+    """Three instances of up to two slots in two rows, the second of which has one of its own, and instance 1 has none of its second."""
+    states, prompts = torch.zeros(2, 5, 1), torch.arange(1.0, 7.0).reshape(3, 2, 1)
+    layout = slots.arrange(torch.tensor([[0, 2, 2], [3, 3, 3]]), 2, torch.tensor([[1, 1, 1], [0, 0, 1]]).bool())
+    layout = replace(layout, segment_ids=torch.zeros(2, 5))
+    position = torch.tensor([[0, 2], [3, 5], [5, 4]])  # N = 5: there is no such slot
+    at = slots.SlotRows.of(position, torch.tensor([0, 0, 1]), layout)
+    for in_place in (False, True):
+        written = slots.write(states, at.rows, at.pick(prompts), in_place=in_place)
+        assert written[..., 0].tolist() == [[1, 0, 2, 3, 0], [0, 0, 0, 0, 6]]
+        assert bool(states.any()) == in_place
+    added = slots.write(states, at.rows, at.pick(prompts), add=True)
+    assert torch.equal(added, 2 * states)
 
 
 def test_fill_passes_gradients_to_prompts_and_tokens() -> None:
