@@ -63,7 +63,9 @@ def sentence(error: Exception) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write docs/conformance.md and its summary in docs/compatibility.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/conformance.md and its summary in docs/compatibility.md"
+    )
     parser.add_argument("--only", default="", help="run the rows only that contain this text, and print them")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -76,7 +76,9 @@ def compact(results: dict[tuple[str, str], Cell]) -> str:
     rest = [row for row in FEATURES if row not in whole]
     lines = table(results, rest, "feature", notes)
     works = " | ".join(["works"] * len(COLUMNS))
-    lines.insert(2, f"| all {len(whole)} other features tested (padding, beams, `torch.compile`, `SFTTrainer` ...) | {works} |")
+    lines.insert(
+        2, f"| all {len(whole)} other features tested (padding, beams, `torch.compile`, `SFTTrainer` ...) | {works} |"
+    )
     for group, (families, *_) in GROUPS.items():
         counts = [sum(results[f"{group}: {f}", m].what == "works" for f in families) for m in COLUMNS]
         lines.append(f"| {group} | {' | '.join(f'{n} of {len(families)}' for n in counts)} |")
