@@ -10,7 +10,7 @@
 # make test-all   all that is too long for CI, part by part; each is a target of its own:
 #   test-floor      the suite on the oldest supported releases
 #   test-previous   the suite on the newest transformers whose own `add_adapter` takes this PEFT
-#   test-methods    the shared tests over all methods: `make test` runs them over the five that span what the engine sees
+#   test-methods    the shared tests over all methods, in all combinations: `make test` has the methods that span what the engine sees
 #   test-torch      the suite on the newest torch, beside which the newest of the others stay
 #   test-py312      the suite on Python 3.12: `python3.12` on PATH, or PYTHON312=/its/path
 #   test-py313      the suite on Python 3.13: `python3.13` on PATH, or PYTHON313=/its/path

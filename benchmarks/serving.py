@@ -36,7 +36,7 @@ SLOTS, PROMPT = 4, 96
 # ---------------------------------------------------------------------------------------------------------- adapters
 
 
-def make_adapters(folder: Path, tenants: int, resident: int) -> None:
+def make_adapters(folder: Path, tenants: int, resident: int, model: Any = None, targets: Any = "all-linear") -> None:
     """Adapters that differ, `folder/prompt/0` and so on: tenants of both kinds, and small ones that are only there."""
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -44,10 +44,10 @@ def make_adapters(folder: Path, tenants: int, resident: int) -> None:
     from peft_instance_prompt import IAPTConfig
     from smollm2 import load_smollm2
 
-    model, _ = load_smollm2()
+    model = model or load_smollm2()[0]
     configs = {
         "prompt": IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS, init_weights=False),
-        "lora": LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear", init_lora_weights=False),
+        "lora": LoraConfig(task_type="CAUSAL_LM", r=16, target_modules=targets, init_lora_weights=False),
         "resident": IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS, bottleneck_dim=4),
     }
     for kind, config in configs.items():
@@ -76,9 +76,10 @@ class Engine:
         folder (`Path`): The adapters.
         tenants (`int`): How many requests run at once.
         eager (`bool`): Whether the model is not compiled.
+        more (`dict`, *optional*): Arguments of `LLM` in place of those here.
     """
 
-    def __init__(self, kind: str, folder: Path, tenants: int, eager: bool):
+    def __init__(self, kind: str, folder: Path, tenants: int, eager: bool, more: dict | None = None):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -94,7 +95,7 @@ class Engine:
             settings["additional_config"] = {"instance_prompt": {}}
         if kind == "lora":
             settings.update(enable_lora=True, max_loras=tenants, max_lora_rank=16)
-        self.llm = LLM(
+        settings.update(
             model=str(asset_folder("smollm2-135m-instruct")),
             dtype="float32",
             max_model_len=512,
@@ -104,8 +105,9 @@ class Engine:
             enable_prefix_caching=False,
             enforce_eager=eager,
             seed=0,
-            **settings,
-        ).llm_engine
+        )
+        self.llm = LLM(**{**settings, **(more or {})}).llm_engine
+        self.vocabulary = min(40_000, self.llm.model_config.get_vocab_size())
         self.runs = 0
 
     def named(self, kind: str, number: int) -> Any:
@@ -117,21 +119,22 @@ class Engine:
             f"{kind}-{number}", number + 1 + 10_000 * (kind == "resident"), str(self.folder / kind / str(number))
         )
 
-    def run(self, tokens: int) -> dict[str, float]:
-        """Seconds of the first step of all requests, and of the decoding steps behind it."""
+    def run(self, tokens: int, tenants: int | None = None) -> dict[str, float]:
+        """Seconds of the first step of all requests, and of the decoding steps behind it. By default there are `self.tenants` requests."""
         from vllm import SamplingParams
 
         self.runs += 1
+        tenants = tenants or self.tenants
         draw = random.Random(self.runs)
         length = PROMPT if self.kind == "prompt" else PROMPT + SLOTS
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        for number in range(self.tenants):
-            ids = [draw.randrange(10, 40_000) for _ in range(length)]
+        for number in range(tenants):
+            ids = [draw.randrange(10, self.vocabulary) for _ in range(length)]
             name = f"{self.runs}-{number}"
             self.llm.add_request(name, {"prompt_token_ids": ids}, params, lora_request=self.named(self.kind, number))
         start = time.perf_counter()
         found: list[Any] = []
-        while len(found) < self.tenants:
+        while len(found) < tenants:
             found += self.llm.step()
         first = time.perf_counter()
         while self.llm.has_unfinished_requests():
@@ -191,15 +194,17 @@ def summary(ratios: list[float]) -> dict[str, float]:
     return {"ratio": statistics.median(ratios), "low": medians[50], "high": medians[1949], "rounds": len(ratios)}
 
 
-def compare(engines: dict[str, Remote], rounds: int, tokens: int) -> dict[str, dict[str, float]]:
+def compare(
+    engines: dict[str, Remote], rounds: int, tokens: int, tenants: int | None = None
+) -> dict[str, dict[str, float]]:
     """The ratios of the engines' times to those of the bare one."""
     for engine in engines.values():
-        engine("run", tokens)  # loads the adapters
+        engine("run", tokens, tenants)  # loads the adapters
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in engines}
     for number in range(rounds):
         order = list(engines)
         for kind in order[number % len(order) :] + order[: number % len(order)]:
-            found[kind].append(engines[kind]("run", tokens))
+            found[kind].append(engines[kind]("run", tokens, tenants))
     results = {}
     for kind in engines:
         for what in ("decode", "first"):

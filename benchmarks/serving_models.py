@@ -15,7 +15,15 @@ from many_adapters import _share_weights
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IDSPAMConfig, IPTConfig, LPTConfig
+from peft_instance_prompt import (
+    DynamicPromptConfig,
+    IAPTConfig,
+    IDPGConfig,
+    IDSPAMConfig,
+    IPTConfig,
+    LPTConfig,
+    PreFTConfig,
+)
 
 
 # The loader of the model.
@@ -28,6 +36,7 @@ CAUSAL = {"task_type": "CAUSAL_LM"}
 METHODS: dict[str, Callable[[], PeftConfig] | None] = {
     "bare": None,
     "lora-r16": lambda: LoraConfig(**CAUSAL, r=16, target_modules="all-linear"),
+    "lora-r16-qv": lambda: LoraConfig(**CAUSAL, r=16, target_modules=["q_proj", "v_proj"]),
     "prompt-tuning": lambda: PromptTuningConfig(**CAUSAL, num_virtual_tokens=4),
     "prefix-tuning": lambda: PrefixTuningConfig(**CAUSAL, num_virtual_tokens=4),
     "iapt": lambda: IAPTConfig(**CAUSAL),
@@ -40,6 +49,7 @@ METHODS: dict[str, Callable[[], PeftConfig] | None] = {
     "dp": lambda: DynamicPromptConfig(**CAUSAL),
     "lpt": lambda: LPTConfig(**CAUSAL),
     "idspam": lambda: IDSPAMConfig(**CAUSAL),
+    "preft": lambda: PreFTConfig(**CAUSAL),
 }
 ONE_TENANT = ("prompt-tuning", "prefix-tuning")  # PEFT's prompt methods take no `adapter_names`
 SLOTS = ("iapt", "iapt-16-tokens", "iapt-64-tokens")  # one method that differs in nothing but its slots
@@ -50,7 +60,7 @@ SHAPES: dict[str, dict] = {
     },
     "tiny": {
         **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4},
-        **{"num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 2048},
+        **{"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "max_position_embeddings": 2048},
     },
 }
 

@@ -12,7 +12,10 @@ from latex2mathml.converter import convert
 
 
 # What pymdownx.arithmatex makes of `$...$` and of `$$...$$`.
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
+FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>',
+    re.DOTALL,
+)
 
 
 def on_page_content(content: str, **kwargs: object) -> str:

@@ -277,7 +277,7 @@ def check_fit(
     trial = copy.deepcopy(config)
     trial.modules_to_save = [*(trial.modules_to_save or ()), *HEADS.get(task or "", ())]
     names = {*(getattr(model, "peft_config", None) or {}), adapter_name}
-    expected = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prepare(trial, model, names)
+    expected = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prepare(trial, model, names).expected
     check_tensors(source, expected, weights, config.weights_digest, needs_prefix=needs_prefix)
 
 

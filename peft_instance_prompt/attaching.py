@@ -25,7 +25,7 @@ from torch import nn
 
 from .config import InstanceConfig
 from .engine.layer import InstancePromptLayer
-from .engine.stack import StackInfo, walk
+from .engine.stack import StackInfo, Tree, below, tree_of
 from .generator import InstanceGenerator
 
 
@@ -155,28 +155,30 @@ def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> Non
         raise ValueError(f"An adapter cannot be named {clash[0]!r}: a part of its tensors' names is called so.")
 
 
-def check_modules_to_save(config: PeftConfig, model: nn.Module, layers: nn.Module, added: Collection[str]) -> None:
+def check_modules_to_save(config: PeftConfig, tree: Tree, layers: nn.Module, added: Collection[str]) -> None:
     """Raise a ValueError if `modules_to_save` names a module that PEFT cannot copy.
 
     Args:
         config (`PeftConfig`): The config. PEFT takes each module whose name *ends* with one of its `modules_to_save`.
-        model (`nn.Module`): The base model.
+        tree (`dict`): The base model's [`tree_of`].
         layers (`nn.ModuleList`): The layers that prompts are written between: a copy of one would take its hooks along, and a copy
             of the stack the adapters in it.
         added (`Collection[str]`): The names of the modules that the adapter adds.
     """
     written = set(layers.children())
     for wanted in config.modules_to_save or ():
-        own = any(name.endswith(wanted) for name in added)
-        inside: tuple[str, ...] = ()
-        for name, module in model.named_modules(remove_duplicate=False):
-            adapter = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-            own = own or (name.startswith(inside) and name.endswith(wanted))
-            inside += (f"{name}.",) if adapter else ()
-            if own:
-                raise ValueError(
-                    f"`modules_to_save` must name modules of the base model; {wanted!r} names a part of an adapter."
-                )
+        parts = [
+            f"{name}.{part}"
+            for name, module in tree.items()
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            for part, _ in module.named_modules()
+            if part
+        ]
+        if any(name.endswith(wanted) for name in (*added, *parts)):
+            raise ValueError(
+                f"`modules_to_save` must name modules of the base model; {wanted!r} names a part of an adapter."
+            )
+        for name, module in tree.items():
             if not name.endswith(wanted):
                 continue
             if isinstance(module, (*CONTAINERS, BaseTunerLayer)) or not written.isdisjoint(module.modules()):
@@ -209,7 +211,7 @@ class Expected(NamedTuple):
 
 
 def expected_tensors(
-    config: InstanceConfig, generators: Mapping[str, Sequence[InstanceGenerator]], base: nn.Module | None = None
+    config: InstanceConfig, generators: Mapping[str, Sequence[InstanceGenerator]], tree: Tree | None = None
 ) -> dict[str, Expected]:
     """The tensors of an adapter's file, by name.
 
@@ -217,7 +219,7 @@ def expected_tensors(
         config (`InstanceConfig`): The adapter's config.
         generators (`Mapping[str, Sequence[InstanceGenerator]]`): By the name of each stack, a generator without values. Several,
             where the base model is not known: a size that differs between them is not known either.
-        base (`nn.Module`, *optional*): The base model, for the tensors of `modules_to_save` and of saved embeddings. Without it, no
+        tree (`dict`, *optional*): The base model's [`tree_of`], for the tensors of `modules_to_save` and of saved embeddings. Without it, no
             such tensors are among those expected.
     """
     expected = {}
@@ -228,7 +230,7 @@ def expected_tensors(
             sizes = zip(*(tensors[name].shape for tensors in (first, *others)))
             shape = [found[0] if len(set(found)) == 1 else None for found in sizes]
             expected[f"{path}.{name}"] = Expected(shape, is_whole(first[name]))
-    for module_name, module in saved_modules(config, base).items() if base is not None else ():
+    for module_name, module in saved_modules(config, tree).items() if tree is not None else ():
         for name, tensor in module.state_dict().items():
             expected[f"{PREFIX}{module_name}.{name}"] = Expected(tensor.shape, is_whole(tensor))
     return expected
@@ -240,13 +242,14 @@ def generator_path(config: InstanceConfig, stack: str) -> str:
     return f"{stack}.{prefix.removesuffix('_')}.{prefix}generator".removeprefix(".")
 
 
-def saved_modules(config: InstanceConfig, base: nn.Module) -> dict[str, nn.Module]:
+def saved_modules(config: InstanceConfig, tree: Tree) -> dict[str, nn.Module]:
     """The modules of a base model that are saved in full with an adapter, by name: its `modules_to_save`, and embeddings."""
     ends = tuple(config.modules_to_save or ())
-    embeddings = set(embedding_names(base)).intersection(config.saved_embedding_layers or ())
-    found: dict[str, nn.Module] = {}
+    kept = config.saved_embedding_layers or ()
+    embeddings = set(embedding_names(tree[""]) if kept else ()).intersection(kept)
+    found: dict[str, Any] = {}
     inside: tuple[str, ...] = ()  # what lies in adapters is no module of the base model
-    for name, module in base.named_modules(remove_duplicate=False) if ends or embeddings else ():
+    for name, module in tree.items() if ends or embeddings else ():
         if name.startswith(inside):
             continue
         wrapped = isinstance(module, AuxiliaryTrainingWrapper)
@@ -369,7 +372,8 @@ def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     All refusals come before anything is changed. This is for what fails in the midst: no memory is left, or an interrupt.
     """
     kinds = (InstancePromptLayer, ModulesToSaveWrapper)
-    active = {module: module._active_adapter for _, module in walk(model) if isinstance(module, kinds)}
+    modules = tree_of(model).values() if getattr(model, "peft_config", None) else ()  # else it has no adapters
+    active = {module: module._active_adapter for module in modules if isinstance(module, kinds)}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = getattr(model, "peft_config", None)  # PEFT writes into a dict that the base model may share
     known = dict(configs or {})
@@ -378,7 +382,9 @@ def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     except BaseException:
         if adapter_name in known:  # what has failed was to take an adapter's place, as a hot swap does
             raise
-        attached: list[tuple[str, Any]] = [pair for pair in walk(model) if isinstance(pair[1], kinds)]
+        attached: list[tuple[str, Any]] = [
+            pair for pair in below(tree_of(model), "").items() if isinstance(pair[1], kinds)
+        ]
         for name, module in reversed(attached):
             parent, _, own = name.rpartition(".")
             if module in active:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .config import InstanceConfig
-from .engine.layout import Layout
+from .engine.slots import Layout
 from .engine.stack import StackInfo
 from .nn.pooling import rms
 from .text_start import TextStart

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NoReturn, Optional, Union
+from typing import Any, NamedTuple, NoReturn, Optional, Union
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
@@ -42,10 +42,10 @@ from .attaching import (
 from .config import InstanceConfig
 from .engine.calls import check_release, check_understood
 from .engine.layer import InstancePromptLayer
-from .engine.plain import states_of_text
+from .engine.open import states_of_text
+from .engine.probe import whole
 from .engine.request import adapters_of, current_request, note
-from .engine.sharded import whole
-from .engine.stack import StackInfo, describe, embed_ids, stack_of, walk
+from .engine.stack import StackInfo, Tree, below, describe, embed_ids, tree_of
 from .generator import InstanceGenerator
 from .text_start import repeat_to
 
@@ -82,19 +82,17 @@ class InstancePromptModel(BaseTuner):
 
             guard_trainers()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for _, module in walk(model):
+        for module in tree_of(model).values():
             hooks = module._forward_pre_hooks
             if isinstance(module, AuxiliaryTrainingWrapper) and name_rows not in hooks.values():
                 module.register_forward_pre_hook(name_rows, with_kwargs=True)
 
     def _prepare_adapter_config(self, peft_config: InstanceConfig, model_config: dict) -> InstanceConfig:
-        self.prepare(peft_config, self.model, self.peft_config)
+        self.infos = {info.layers_name: info for info in self.prepare(peft_config, self.model, self.peft_config).infos}
         return peft_config
 
     @classmethod
-    def prepare(
-        cls, peft_config: InstanceConfig, model: nn.Module, adapter_names: Iterable[str]
-    ) -> dict[str, Expected]:
+    def prepare(cls, peft_config: InstanceConfig, model: nn.Module, adapter_names: Iterable[str]) -> Prepared:
         """Fill in what a config leaves to the base model, and refuse what does not fit before anything of the model is changed.
 
         Args:
@@ -103,7 +101,7 @@ class InstancePromptModel(BaseTuner):
             adapter_names (`Iterable[str]`): The names of all adapters of the model, the new one's among them.
 
         Returns:
-            `dict[str, Expected]`: The tensors that the adapter's file has.
+            `Prepared`: The adapter's stacks, and the tensors that its file has.
         """
         check_release()
         if peft_config.trainable_token_indices is not None:
@@ -112,10 +110,10 @@ class InstancePromptModel(BaseTuner):
                 "embeddings. Add the tokens to model and tokenizer before the trainer is made, and train them with "
                 "`modules_to_save=['embed_tokens', 'lm_head']`."
             )
-        infos = find_targets(peft_config, model)
+        tree = tree_of(model)
+        infos = find_targets(peft_config, model, tree)
         for info in infos:
-            layers = model.get_submodule(info.layers_name)
-            check_understood(model.get_submodule(info.name), info.name, info.causal, layers)
+            check_understood(tree[info.name], info.name, info.causal, below(tree, info.layers_name))
         check_task(peft_config, infos, model)
         peft_config.complete(model, infos)
         generators = {}
@@ -124,21 +122,22 @@ class InstancePromptModel(BaseTuner):
             cls.generator_cls.check(peft_config, info)
             generators[info.name] = [generator := make_generator(peft_config, info)]
             added = names_added(generator_path(peft_config, info.name), generator, adapter_names)
-            check_modules_to_save(peft_config, model, model.get_submodule(info.layers_name), added)
+            check_modules_to_save(peft_config, tree, tree[info.layers_name], added)
             check_memory(generator, peft_config, info.hidden_size)
-        expected = expected_tensors(peft_config, generators, model)
+        expected = expected_tensors(peft_config, generators, tree)
         check_tensor_names(adapter_names, expected)
         for name in SIZES:
             if hasattr(peft_config, name):
                 setattr(peft_config, name, getattr(infos[0], name))
         peft_config.target_modules = [info.layers_name for info in infos]
-        return expected
+        return Prepared(infos, expected)
 
     @classmethod
     def expected_tensors(cls, peft_config: InstanceConfig, model: nn.Module) -> dict[str, Expected]:
         """The tensors that the file of an adapter of the base model has."""
-        infos = find_targets(peft_config, model)
-        return expected_tensors(peft_config, {info.name: [make_generator(peft_config, info)] for info in infos}, model)
+        tree = tree_of(model)
+        infos = find_targets(peft_config, model, tree)
+        return expected_tensors(peft_config, {info.name: [make_generator(peft_config, info)] for info in infos}, tree)
 
     @staticmethod
     def _check_target_module_exists(peft_config: InstanceConfig, key: str):
@@ -162,12 +161,10 @@ class InstancePromptModel(BaseTuner):
         parameter_name: Optional[str] = None,
     ) -> None:
         """Nothing is replaced: the layer becomes a submodule of the stack, next to its list of layers."""
-        stack_name = stack_of(self.model, current_key)
-        stack = self.model.get_submodule(stack_name)
+        info = self.infos[current_key]
+        stack = self.model.get_submodule(info.name)
         name = self.prefix.removesuffix("_")
         layer = getattr(stack, name, None)
-        infos = describe(self.model) if layer is None else [layer.info]
-        (info,) = (info for info in infos if info.layers_name == current_key)
         # In the mode of the stack: an adapter of a model in evaluation must not apply dropout.
         generator: Any = self.generator_cls(peft_config, info).train(stack.training)
         weight = stack.get_input_embeddings().weight
@@ -288,9 +285,16 @@ def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     return args, {**kwargs, "adapter_names": [name for name in request.adapter_names for _ in range(repeats)]}
 
 
-def find_targets(peft_config: InstanceConfig, model: nn.Module) -> list[StackInfo]:
-    """The stacks of a base model that an adapter is for; a ValueError if there are none."""
-    stacks = describe(model)
+class Prepared(NamedTuple):
+    """What [`InstancePromptModel.prepare`] finds out: the stacks that an adapter is for, and the tensors that its file has."""
+
+    infos: list[StackInfo]
+    expected: dict[str, Expected]
+
+
+def find_targets(peft_config: InstanceConfig, model: nn.Module, tree: Tree) -> list[StackInfo]:
+    """The stacks of a base model that an adapter is for; a ValueError if there are none. `tree` is the model's [`tree_of`]."""
+    stacks = describe(model, tree)
     if not stacks:
         raise ValueError(
             f"No transformer stack to put a prompt into was found in {type(model).__name__}: none of its modules takes "

@@ -6,6 +6,7 @@ two sentences."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
 from torch import nn
@@ -126,3 +127,33 @@ def tokenize_init_text(config: Any, model: nn.Module, vocab_size: int) -> list[i
     if outside := [number for number in ids if number >= vocab_size]:
         raise ValueError(f"`init_text` must have ids below {vocab_size}, the size of the vocabulary, got {outside}.")
     return ids
+
+
+# What transformers raises for a tokenizer that is not there or whose files it cannot read.
+UNREADABLE = (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError)
+
+
+def find_tokenizer(name: str | None) -> Any:
+    """The tokenizer of that name; None if it is not on this machine."""
+    if not name:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        # Without an answer about remote code, transformers would ask for one at the keyboard.
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # The complaint is about the template, and is made of ids then. `tokenizers` raises `Exception` itself.
+        if type(error) is Exception or isinstance(error, UNREADABLE):
+            return None
+        raise
+
+
+def find_text(text: str, ids: list[int], tokenizer: Any) -> list[int] | None:
+    """The tokens of a row that spell a text, with nothing beside it but spaces; None if there are none."""
+    if not text or text not in tokenizer.decode(ids):
+        return None
+    stop = bisect_left(range(len(ids)), True, key=lambda n: text in tokenizer.decode(ids[:n]))
+    start = bisect_left(range(stop), True, key=lambda n: text not in tokenizer.decode(ids[n:stop])) - 1
+    found = ids[start:stop]
+    return found if tokenizer.decode(found).strip() == text else None

@@ -22,7 +22,7 @@ pytest.register_assert_rewrite(
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from methods import KINDS, METHODS, SKIPS, SPANNING, WITHOUT_SLOTS  # noqa: E402
+from methods import FEW, KINDS, METHODS, SKIPS, SPANNING, WITHOUT_SLOTS  # noqa: E402
 from peft import mapping  # noqa: E402
 from tiny import native_refuses  # noqa: E402
 
@@ -34,24 +34,65 @@ transformers.logging.disable_progress_bar()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-methods", action="store_true", help="run the shared tests over all methods, not over five")
+    parser.addoption(
+        "--all-methods", action="store_true", help="run the shared tests over all methods, in all combinations"
+    )
+    parser.addoption("--few-methods", action="store_true", help="run the shared tests over three methods")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `method` runs for each entry of SPANNING, with `--all-methods` of METHODS, and has the marker `shared`;
-    one that takes `kind` runs for one entry per config class. If it is marked `slots`, it runs for methods with slots."""
+    """A test that takes `method` runs for each entry of SPANNING, with `--all-methods` of METHODS and with `--few-methods` of FEW; one
+    that takes `kind` runs for one entry per config class, with `--few-methods` for those of FEW. If it is marked `slots`, it runs for
+    methods with slots."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     own = [name for names in named for name in (names.split(",") if isinstance(names, str) else names)]
-    methods = METHODS if metafunc.config.getoption("--all-methods") else SPANNING
-    for name, values, marks in (("method", methods, pytest.mark.shared), ("kind", KINDS, ())):
+    option = metafunc.config.getoption
+    methods = METHODS if option("--all-methods") else FEW if option("--few-methods") else SPANNING
+    few = {type(METHODS[name]()) for name in FEW}
+    kinds = [kind for kind in KINDS if type(METHODS[kind]()) in few or not option("--few-methods")]
+    for name, values in (("method", methods), ("kind", kinds)):
         if name in metafunc.fixturenames and name not in own:
             about_slots = metafunc.definition.get_closest_marker("slots") is not None
-            values = [value for value in values if not (about_slots and value in WITHOUT_SLOTS)]
-            metafunc.parametrize(name, [pytest.param(value, marks=marks) for value in values])
+            metafunc.parametrize(name, [value for value in values if not (about_slots and value in WITHOUT_SLOTS)])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what methods.py declares not to hold, and transformers' own `add_adapter` where it refuses this PEFT."""
+def shared_tests(items: list[pytest.Item]) -> dict[str, dict[str, list[pytest.Item]]]:
+    """The items that run over methods, by their functions and by the values of their other parameters. Pairs of a method and something
+    else that were chosen by hand are not among them."""
+    found: dict[str, dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        by_hand = any("," in str(mark.args[0]) for mark in item.iter_markers("parametrize"))
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if not by_hand and {"method", "kind"} & params.keys():
+            others = str([(name, id(value)) for name, value in params.items() if name not in ("method", "kind")])
+            found.setdefault(item.nodeid.partition("[")[0], {}).setdefault(others, []).append(item)
+    return found
+
+
+def surplus(by_others: dict[str, list[pytest.Item]]) -> set[pytest.Item]:
+    """The items of a shared test that run with `--all-methods` only. Of a test with other parameters, each combination of these runs with a
+    third of the methods (two at least), in turn, so that each method meets each value of each parameter."""
+    left_out: set[pytest.Item] = set()
+    for number, same in enumerate(by_others.values()):
+        kept = max(2, -(-len(same) // min(3, len(by_others))))
+        turn = kept * (
+            number + number // 3
+        )  # a Latin square: neighbours, and rows of three, begin at a different method
+        left_out.update(item for i, item in enumerate(same) if (i - turn) % len(same) >= kept)
+    return left_out
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is surplus, what methods.py declares not to hold, and transformers' own `add_adapter` where it refuses this PEFT."""
+    left_out: set[pytest.Item] = set()
+    for by_others in shared_tests(items).values():
+        for item in (item for same in by_others.values() for item in same):
+            item.add_marker("shared")
+        if not config.getoption("--all-methods"):
+            left_out |= surplus(by_others)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
     for item in items:
         if item.get_closest_marker("native") and (reason := native_refuses()):
             item.add_marker(pytest.mark.skip(reason=reason))

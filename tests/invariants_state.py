@@ -21,7 +21,7 @@ from methods import METHODS
 from peft import PeftConfig, PeftModel
 from tiny import VOCAB, adapted, batch, causal_lm, native_refuses
 
-from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.forward import current_pass
 from peft_instance_prompt.engine.request import Request, current_request
 from peft_instance_prompt.tools import promises
 from peft_instance_prompt.tools.promises import GREEDY, Probe, outputs

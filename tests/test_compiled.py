@@ -14,7 +14,7 @@ from methods import METHODS
 from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm, perturb
 
-from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.forward import current_pass
 from peft_instance_prompt.engine.request import Request, current_request
 
 

@@ -81,7 +81,7 @@ def test_a_failure_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args, **kwargs):
         raise RuntimeError("broken.  It is.")
 
-    monkeypatch.setattr("peft_instance_prompt.engine.batch.Group.run", broken)
+    monkeypatch.setattr("peft_instance_prompt.engine.adapters.Group.run", broken)
     row = next(iter(FEATURES))
     assert conformance.run(row, "iapt") == ("fails", "RuntimeError: broken.")
     monkeypatch.undo()

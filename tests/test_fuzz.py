@@ -17,7 +17,7 @@ import torch
 from fuzz import PAGE, SECONDS, SEED, Found, search
 from invariants import INVARIANTS
 
-from peft_instance_prompt.engine.batch import group_rows
+from peft_instance_prompt.engine.adapters import group_rows
 
 
 @pytest.mark.parametrize("name", INVARIANTS)
@@ -37,7 +37,7 @@ BROKEN: dict[str, tuple[str, Any]] = {
         lambda text, groups, info: torch.arange(text.tokens.shape[1]).expand_as(text.tokens) + info.position_offset,
     ),
     "packed_sequence_equals_the_sequence_alone": (
-        "peft_instance_prompt.engine.packing.Packing.widen",
+        "peft_instance_prompt.engine.tokens.Packing.widen",
         lambda packing, layout: torch.zeros_like(layout.order),
     ),
     "mixed_batch_equals_each_adapter_alone": (
@@ -51,7 +51,7 @@ BROKEN: dict[str, tuple[str, Any]] = {
         ),
     ),
     "logits_do_not_depend_on_later_response_tokens": (
-        "peft_instance_prompt.engine.text.find_scope",
+        "peft_instance_prompt.engine.open.find_scope",
         lambda tokens, *args, **kwargs: tokens,
     ),
     "damaged_folder_is_refused_whole_or_loads_right": (

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,32 +104,49 @@ def test_no_method_is_named_in_shared_code() -> None:
 
 @contextmanager
 def counted_walks(monkeypatch: pytest.MonkeyPatch, root: torch.nn.Module) -> Iterator[list[str]]:
-    """Notes each walk of the package's own over all modules of `root`."""
+    """Notes each walk of the package's own over `root`, or over a part of it that holds all of its layers."""
+    layers = next(module for module in root.modules() if isinstance(module, torch.nn.ModuleList))
+    large = [module for module in root.modules() if any(inside is layers for inside in module.modules())]
     walks: list[str] = []
-    walk = stack.walk
 
-    def noting(module, name="", seen=None):
-        if seen is None and module is root:
-            walks.append(name)
-        return walk(module, name, seen)
+    def noting(real: Callable) -> Callable:
+        def walk(module, *args, **kwargs):
+            caller = sys._getframe(1)
+            own = str(ROOT) in caller.f_code.co_filename and caller.f_code.co_name != real.__name__  # no recursion
+            if own and any(module is one for one in large):
+                walks.append(f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno} {real.__name__}")
+            return real(module, *args, **kwargs)
 
-    for module in list(vars(peft_instance_prompt.engine).values()) + [
-        peft_instance_prompt.model,
-        peft_instance_prompt.attaching,
-    ]:
-        if getattr(module, "walk", None) is walk:
-            monkeypatch.setattr(module, "walk", noting)
+        return walk
+
+    for name in ("modules", "named_modules"):
+        monkeypatch.setattr(torch.nn.Module, name, noting(getattr(torch.nn.Module, name)))
+    for real in (stack.tree_of,):
+        fake = noting(real)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("peft_instance_prompt") and getattr(module, real.__name__, None) is real:
+                monkeypatch.setattr(module, real.__name__, fake)
     yield walks
 
 
-def test_walks_of_the_module_tree(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head"]}], ids=["plain", "head"])
+def test_walks_of_the_module_tree(monkeypatch: pytest.MonkeyPatch, kind: str, fields: dict) -> None:
+    """One to find out all facts about the model, and one, when the adapter is in it, for heads that PEFT has copied."""
     base = causal_lm()
     with counted_walks(monkeypatch, base) as walks:
-        model = get_peft_model(base, METHODS[kind](task_type="CAUSAL_LM"))
-        assert walks, "nothing is counted"
+        model = get_peft_model(base, METHODS[kind](task_type="CAUSAL_LM", **fields))
+        assert 1 <= len(walks) <= 2, walks
         attaching = len(walks)
         model.eval()(**batch(7))
-        assert len(walks) == attaching, "a forward pass walks over the modules"
+        # A plain pass walks over its stack, to switch dropout off.
+        assert not [where for where in walks[attaching:] if not where.startswith("open.py")], walks
+
+
+def test_context_variables_of_the_engine() -> None:
+    """Two hold the state of a call: what was said of it, and the pass of the stack that runs."""
+    trees = [ast.walk(ast.parse(file.read_text(encoding="utf-8"))) for file in FILES if file.parent.name == "engine"]
+    made = [node for tree in trees for node in tree if isinstance(node, ast.Call)]
+    assert sum(isinstance(node.func, ast.Name) and node.func.id == "ContextVar" for node in made) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
@@ -187,8 +205,6 @@ def test_operators_of_a_step_of_decoding(kind: str) -> None:
 @contextmanager
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Notes where the package asks a tensor for its values, for which the host waits for the device."""
-    import sys
-
     found: list[str] = []
 
     def note(name):
@@ -231,7 +247,7 @@ def test_a_call_leaves_nothing_on_the_modules(kind: str) -> None:
 
     def picture() -> dict[str, dict]:
         seen = {}
-        for name, module in stack.walk(model):  # without adapters, which belong to this package alone
+        for name, module in stack.tree_of(model).items():  # without adapters, which belong to this package alone
             # PEFT itself puts `prepare_inputs_for_generation` in its place.
             own = {
                 key: value

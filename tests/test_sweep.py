@@ -19,8 +19,9 @@ from sweep_table import BARE, REFUSED, RIGHT, TITLES, WRONG, worst
 from tiny import perturb
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.engine import close, layer
-from peft_instance_prompt.engine import fill as fill_module
+from peft_instance_prompt.engine import forward as close
+from peft_instance_prompt.engine import forward as fill_module
+from peft_instance_prompt.engine import layer
 
 
 TABLE = json.loads(sweep.TABLE.read_text())

@@ -3,8 +3,7 @@
 
 """Opens slots inside a transformer stack, has the adapters fill them, and closes them again.
 
-From bottom to top: `calls` (transformers' names), `sharded`, `attention`, `positions`, `use` and `stack` (facts about a stack), `layout`
-(where slots stand), `packing` (several sequences per row), `cache`, `masks`, `wrap` (methods of modules), `request`, `scope` and
-`complaints` (which tokens are the instruction), `instances` (which tokens are whose), `intercept`, `batch` (adapter groups), `text`,
-`place`, `widen`, `passes`, `plain`, `open`, `resume`, `fill`, `close`, `generation`, `layer` (the hooks).
+From bottom to top: `calls` (transformers' names), `probe` and `stack` (facts about a stack), `slots` (where slots stand), `cache`,
+`tokens` (which tokens are whose), `request` (what is said of a call), `wrap` (methods of modules), `intercept`, `adapters` (adapter
+groups), `edits` and `scope` (which tokens are the instruction), `widen`, `forward` (one pass), `open`, `layer` (the hooks).
 """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .layout import SlotTable
+from .slots import SlotTable
 
 
 # The attribute of the caller's cache that holds the slot table: the caller may pass that cache to the next turn, in place of the

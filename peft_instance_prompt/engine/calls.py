@@ -30,7 +30,6 @@ from transformers import Cache
 # The first and the last minor release on which the test suite passes.
 TESTED = ((5, 18), (5, 24))
 SWITCH = "PEFT_INSTANCE_PROMPT_UNTESTED"
-
 # The argument of a stack or a layer that takes the cache, by release.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 # Arguments of a stack with a column for each token. The engine widens all of them.
@@ -142,6 +141,11 @@ def declared(call: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     return {**rest, name: call[given[0]]} if given else rest
 
 
+def inputs_of(call: Mapping[str, Any]) -> torch.Tensor:
+    """What a stack is called with: embeddings (B, S, e), or token ids (B, S) if there are none."""
+    return call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
+
+
 def cache_of(call: Mapping[str, Any]) -> tuple[str | None, Cache | None]:
     """The name of the cache among a call's arguments or in an output, and the cache; (None, None) if there is none."""
     return next(((name, value) for name, value in call.items() if isinstance(value, Cache)), (None, None))
@@ -211,14 +215,14 @@ class LayerCall(NamedTuple):
 # ------------------------------------------------------------------------------------------- what a stack understands
 
 
-def check_understood(stack: nn.Module, name: str, causal: bool, layers: nn.Module) -> None:
+def check_understood(stack: nn.Module, name: str, causal: bool, layers: Mapping[str, nn.Module]) -> None:
     """Refuse a stack whose call this file does not know.
 
     Args:
         stack (`nn.Module`): The stack.
         name (`str`): Its name in the base model.
         causal (`bool`): Whether it is causal.
-        layers (`nn.Module`): Its list of layers.
+        layers (`Mapping[str, nn.Module]`): The modules in its list of layers, by name.
 
     Raises:
         ValueError: Its forward takes no `inputs_embeds` or no `attention_mask`, or it is causal and takes no cache that is known; or it
@@ -245,7 +249,7 @@ def check_understood(stack: nn.Module, name: str, causal: bool, layers: nn.Modul
             f"{type(stack).__name__} keeps states of the text on its modules, which get out of step with slots under transformers "
             f"{transformers.__version__}: use transformers 5.24."
         )
-    for part, module in layers.named_modules():
+    for part, module in layers.items():
         if _needs_ids(type(module).forward):
             raise ValueError(
                 f"Instance prompts cannot be used with {type(stack).__name__}: a {type(module).__name__} in its layers ({part!r}) "

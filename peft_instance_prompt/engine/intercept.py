@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
 from ..generator import InstanceGenerator, Instances
-from .instances import InstanceTokens
-from .layout import Layout
+from .request import Note, noted, notes
+from .slots import Layout
+from .tokens import InstanceTokens
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,9 @@ class Generated:
 
 
 Interceptor = Callable[[Generated], "torch.Tensor | None"]
-_interceptors: ContextVar[tuple[Interceptor, ...]] = ContextVar("instance_prompt_interceptors", default=())
 
 
-@contextmanager
-def intercept(function: Interceptor) -> Iterator[None]:
+def intercept(function: Interceptor) -> AbstractContextManager[None]:
     """Call `function` with all vectors that models generate within the context, in this thread.
 
     Interceptors nest: the inner one is called first, and the outer one gets what the inner one returned.
@@ -65,11 +63,7 @@ def intercept(function: Interceptor) -> Iterator[None]:
     >>> seen[0].shape  # the vectors before layer 0: (batch, num_virtual_tokens, hidden size)
     ```
     """
-    token = _interceptors.set((function, *_interceptors.get()))
-    try:
-        yield
-    finally:
-        _interceptors.reset(token)
+    return noted(Note(interceptor=function))
 
 
 Values = TypeVar("Values", torch.Tensor, torch.Tensor | None)
@@ -77,7 +71,7 @@ Values = TypeVar("Values", torch.Tensor, torch.Tensor | None)
 
 def intercepted(values: Values, **fields: Any) -> Values:
     """`values`, or what the interceptors put in their place; `fields` are the other fields of [`Generated`]."""
-    functions = _interceptors.get()
+    functions = [entry.interceptor for entry in reversed(notes.get()) if entry.interceptor is not None]
     if not functions or values is None:
         return values
     made = Generated(values, **fields)

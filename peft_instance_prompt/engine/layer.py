@@ -20,25 +20,100 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from ..generator import InstanceGenerator
-from .batch import Group, group_rows, names_of_rows
+from ..generator import INPUT, InstanceGenerator
+from .adapters import Group, group_rows, names_of_rows
 from .cache import SlotCache
-from .calls import CHECKPOINTS_HOOKS, LayerCall, by_name, cache_of
-from .close import attend_to_slots, close_slots
+from .calls import CHECKPOINTS_HOOKS, LayerCall, by_name, cache_of, inputs_of
 from .edits import begin_text, resume_edits
-from .fill import fill_slots
-from .generation import Generate, GenerateBatch, InitContinuousBatching
-from .open import open_slots
-from .passes import Pass, current_pass, keep_context, release_context
-from .plain import check_hooks_ran, in_plain_pass
-from .request import CALLERS, LAYERS, CallNote, NotedForward, Request, check_kinds, current_request, end_call
-from .resume import resume
-from .stack import StackInfo, find_stacks
-from .text import read_text
-from .use import callers, decoders_beside
-from .wrap import MethodWrapper, wrappers
+from .forward import Pass, attend_to_slots, close_slots, current_pass, fill_slots, keep_context, release_context
+from .open import in_plain_pass, open_slots, plain_pass, read_text
+from .request import CALLERS, LAYERS, Request, check_kinds, current_request, forget, running_call
+from .stack import StackInfo, callers, tree_of
+from .widen import resume
+from .wrap import Generate, GenerateBatch, InitContinuousBatching, MethodWrapper, NotedForward, wrappers
+
+
+# ------------------------------------------------------------------------------------------- layers without their hooks
+
+
+def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skipped: set[tuple]) -> None:
+    """Refuse a stack that runs a layer without its hooks, as `layer.forward(...)` does: the layer's prompts would be lost silently.
+
+    A stack may also skip a layer: by layerdrop, by an early exit, or because the layer reads an image and there is none. To tell the
+    two apart, the stack runs once more in each new case, and the layer's parameters are watched: a skipped layer does not use them.
+
+    Args:
+        running (`Pass`): The pass, which opened slots.
+        info (`StackInfo`): Facts about the stack.
+        call (`dict`): Its arguments.
+        skipped (`set`): The cases in which the stack is known to skip layers. New ones are added.
+
+    Raises:
+        ValueError: A layer ran without the hook that it needs, or it cannot be seen whether it did.
+    """
+    depths = {depth for group in running.groups for depth in group.model.depths if depth != INPUT}
+    depths.update(range(max(running.late_layers, default=0)))
+    if running.segment_ids is not None and not running.attention.startswith("flash_attention"):
+        depths.update(range(info.num_layers))
+    if depths <= running.ran:
+        return
+    stack = running.stack
+    mode = (
+        stack.training,
+        any(getattr(module, "gradient_checkpointing", False) for module in tree_of(stack).values()),
+    )
+    missing = {depth for depth in depths - running.ran if (depth, *mode) not in skipped}
+    if not missing:
+        return
+    name = info.layers_name.removeprefix(f"{info.name}.")
+    layers: Any = stack.get_submodule(name)  # an `nn.ModuleList`
+    lost = missing & depths_without_hook(running, layers, info.num_layers // len(layers), call)
+    skipped.update((depth, *mode) for depth in missing - lost)
+    if lost:
+        number = min(lost) * len(layers) // info.num_layers
+        raise ValueError(
+            f"The forward hooks of '{name}.{number}' in {type(stack).__name__} did not run, so its prompts are lost: the stack "
+            "may call `layer.forward(...)` instead of `layer(...)`. Use a method that writes to the input only."
+        )
+
+
+def depths_without_hook(running: Pass, layers: nn.ModuleList, runs: int, call: dict[str, Any]) -> set[int]:
+    """The depths that run without their hook in one more run of the stack: in the same mode, without gradients and without a cache."""
+    again = plain_pass(running.stack, running.info)
+    again.states = {}
+    name, _ = cache_of(call)
+    call = {key: value for key, value in call.items() if key != name}
+    used = UsedParameters()
+    token = current_pass.set(again)
+    try:
+        with torch.no_grad(), used:
+            running.stack(**{**call, "attention_mask": None, "use_cache": False, "return_dict": True})
+    finally:
+        current_pass.reset(token)
+    seen = [used.any_of(layer) for layer in layers]
+    # Offloading and other wrappers lend a layer different parameters for its call: then nothing can be seen.
+    blind = not used.any_of(running.stack) or any(not seen[depth // runs] for depth in again.ran)
+    return {depth for depth in range(len(layers) * runs) if depth not in again.ran and (blind or seen[depth // runs])}
+
+
+class UsedParameters(TorchFunctionMode):
+    """Records which tensors torch's functions get as arguments within the context, in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def any_of(self, module: nn.Module) -> bool:
+        """Whether a parameter of a module was used."""
+        return any(id(parameter) in self.ids for parameter in module.parameters())
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            self.ids.update(map(id, value) if isinstance(value, (list, tuple)) else (id(value),))
+        return function(*args, **(kwargs or {}))
 
 
 class InstancePromptLayer(nn.Module, BaseTunerLayer):
@@ -101,7 +176,6 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         StackForward(stack, self.name).install()
         for name, caller in callers(model, self.info.name).items():
             if not wrappers(caller, NotedForward):
-                CallNote().register(caller)
                 for wrapper in (NotedForward, Generate, GenerateBatch, InitContinuousBatching):
                     if hasattr(caller, wrapper.method):
                         wrapper(caller).install()
@@ -109,7 +183,8 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             if name:
                 vars(model).setdefault(CALLERS, []).append(name)
         if self.info.encoder_of_pair:
-            for decoder in decoders_beside(model, self.info.layers_name, find_stacks(model)):
+            for name in self.info.decoders:
+                decoder = model.get_submodule(name)
                 self.handles.append(decoder.register_forward_pre_hook(attend_to_slots, with_kwargs=True))
         runs = self.info.num_layers // len(layers)
         for number, layer in enumerate(layers):
@@ -125,13 +200,10 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
             if forward.name == self.name:
                 forward.remove()
         for name, caller in callers(model, self.info.name).items():
-            forget(caller, LAYERS, self.path_within(name))
+            drop_name(caller, LAYERS, self.path_within(name))
             if name:
-                forget(model, CALLERS, name)
+                drop_name(model, CALLERS, name)
             if LAYERS not in vars(caller):
-                for hook in list(caller._forward_pre_hooks.values()):
-                    if isinstance(hook, CallNote):
-                        hook.remove()
                 for wrapper in wrappers(caller, MethodWrapper):
                     wrapper.remove()
         release_context(stack)
@@ -154,11 +226,10 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         if running.cache is not None:
             running.table = running.cache.table
             if running.table.text is not None:
-                running.groups = self.resume_edits(call, running.cache)
+                running.groups = resume_edits(self.groups_now, current_request(), call, running.cache)
             call = resume(self.info, call, running.cache, counts_slots=given is not running.cache)
         else:
-            request, tokens = current_request(), call.get("input_ids")
-            tokens = call["inputs_embeds"] if tokens is None else tokens  # (B, S, ...)
+            request, tokens = current_request(), inputs_of(call)  # (B, S, ...)
             groups, names = self.groups_now(request, tokens)
             if not groups:
                 return call
@@ -190,15 +261,6 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         active, generators = (request.adapters or {}).get(self, now)
         names = names_of_rows(active, len(tokens), request)
         return group_rows(generators, active, len(tokens), request, tokens.device), names
-
-    def resume_edits(self, call: dict[str, Any], cache: SlotCache) -> list[Group]:
-        """The groups that edit tokens of a pass that goes on from a cache."""
-        request, text = current_request(), cache.table.text
-        assert text is not None  # the cache was filled by an adapter that edits
-        ids = request.input_ids if call.get("input_ids") is None else call["input_ids"]
-        tokens = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]  # (B, S, ...)
-        text.add(ids if ids is None or ids.shape == tokens.shape[:2] else None)
-        return resume_edits(partial(self.groups_now, request, tokens), request, call, cache.get_seq_length(), text)
 
     # Not recursive: switching the compiler off and on costs more than all other work of this hook in a decoding step.
     @staticmethod
@@ -255,7 +317,7 @@ class StackForward(MethodWrapper):
             current_pass.set(outer)
 
 
-def forget(module: nn.Module, attribute: str, name: str) -> None:
+def drop_name(module: nn.Module, attribute: str, name: str) -> None:
     """Take a name out of a list that is an attribute of a module, and delete the attribute when the list is empty."""
     names = vars(module)[attribute]
     names.remove(name)
@@ -267,7 +329,7 @@ def refuse_export(stack: nn.Module) -> None:
     """Raise a ValueError within `torch.export`, which makes one graph for all inputs and cannot leave the hooks out."""
     is_exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
     if is_exporting is not None and is_exporting():
-        end_call(stack, (), None)  # torch runs no hooks here after an error, and the request of this call would stay
+        forget(running_call())  # torch runs no hooks here after an error, and the request of this call would stay
         raise ValueError(
             "Instance prompts cannot be exported with `torch.export`: where their slots stand depends on the values of masks and "
             "token ids. Use `torch.compile`, or export the base model after `unload()`."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,18 +15,15 @@ import torch
 from torch import nn
 
 from ..generator import InstanceGenerator
-from .calls import PACKED_ARGUMENTS, cache_of, declared, named
-from .wrap import MethodWrapper
+from .calls import PACKED_ARGUMENTS, cache_of, named
 
 
 # Arguments that this package adds to `forward` and `generate`: tensors with a row for each row of the batch, and of what.
 OWN_ARGUMENTS = {"instruction_mask": "bools or 0/1 integers", "instance_embeds": "floats", "task_ids": "integers"}
-
 # The attribute of a base model that lists the names of its layers with adapters. Names are valid in copies and replicas, too.
 LAYERS = "_instance_prompt_layers"
 # The attribute of a base model that lists the names of the language models inside it, around a stack with adapters.
 CALLERS = "_instance_prompt_callers"
-
 # {layer: (names of the active adapters, {name: generator})}
 Adapters = dict[nn.Module, tuple[list[str], dict[str, InstanceGenerator]]]
 
@@ -65,7 +62,6 @@ class Request:
     """Arguments of a call of `forward` or `generate` that the stack does not receive.
 
     Attributes:
-        model (`nn.Module`, *optional*): The base model that is called. None: any.
         instruction_mask (`torch.Tensor`, *optional*): Shape (B, S).
         instance_embeds (`torch.Tensor`, *optional*): Shape (B, k).
         task_ids (`torch.LongTensor`, *optional*): Shape (B,).
@@ -86,12 +82,8 @@ class Request:
         encoder_slots (`tuple`, *optional*): The `order` (B, N) and `used` (B, L) of the slots in the encoder's output, to which the
             decoder attends.
         opened (`Callable`, *optional*): Called with the arguments of the stack when its slots are open.
-        note (`Note`, *optional*): The innermost open `note()`.
-        entered (`bool`): Whether the base model's own forward is running; its hooks run before.
-        outer (`Request`, *optional*): The request to restore when the forward pass is over.
     """
 
-    model: nn.Module | None = None
     instruction_mask: torch.Tensor | None = None
     instance_embeds: torch.Tensor | None = None
     task_ids: torch.Tensor | None = None
@@ -110,9 +102,6 @@ class Request:
     packed: dict[str, Any] = field(default_factory=dict)
     encoder_slots: tuple[torch.Tensor, torch.Tensor] | None = None
     opened: Callable[[dict[str, Any]], None] | None = None
-    note: Note | None = None
-    entered: bool = False
-    outer: Request | None = None
 
     def of_tokens(self, input_ids: torch.Tensor | None, embeds: torch.Tensor | None = None) -> Request:
         """The request for the text with these token ids (B, S) or embeddings (B, S, e).
@@ -183,65 +172,79 @@ def check_kinds(said: Mapping[str, Any]) -> None:
             )
 
 
-# A context variable and not an attribute of some module: threads that share a model must not share a request.
-latest_request: ContextVar[Request] = ContextVar("instance_prompt_request", default=Request())
+@dataclass(eq=False)
+class Note:
+    """An entry of `notes`: what was said around calls, an interceptor, or, with a `request`, a running call.
+
+    Attributes:
+        model (`nn.Module`, *optional*): The base model that it is about. None: any.
+        fields (`dict`): What was said of calls of the model: fields of their requests.
+        interceptor (`Callable`, *optional*): See `intercept`.
+        request (`Request`, *optional*): The request of a running call.
+        entered (`bool`): Whether the running call is in the model's own forward; the model's hooks run before.
+    """
+
+    model: nn.Module | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    interceptor: Callable | None = None
+    request: Request | None = None
+    entered: bool = False
+
+
+# What holds for the running call, outermost first. A context variable and not an attribute of some module: threads that share a model must
+# not share a request. Entries leave by identity and not by `ContextVar.reset`: contexts of two generators that take turns end in any order,
+# and torch calls a hook at the end of a call that cannot hand on the token of the hook at its start.
+notes: ContextVar[tuple[Note, ...]] = ContextVar("instance_prompt_notes", default=())
+
+
+@contextmanager
+def noted(entry: Note) -> Iterator[None]:
+    """Add an entry to `notes`, within the context."""
+    notes.set((*notes.get(), entry))
+    try:
+        yield
+    finally:
+        notes.set(tuple(other for other in notes.get() if other is not entry))
+
+
+def note(model: nn.Module | None = None, **fields: Any) -> AbstractContextManager[None]:
+    """Add `fields` to the request for calls of `model`, within the context; None: of any model.
+
+    Contexts may overlap without nesting, as those of two generators that take turns do: each takes back only its own fields.
+    """
+    return noted(Note(model, fields))
+
+
+def running_call() -> Note | None:
+    """The innermost running call of a base model in `notes`; None outside of one."""
+    return next((entry for entry in reversed(notes.get()) if entry.request is not None), None)
 
 
 def current_request() -> Request:
     """The request of the running call."""
-    return latest_request.get()
+    return known_of(None, running=True)
 
 
-def known_of(model: nn.Module | None) -> Request:
-    """Fields set around the next call of `model`; those of an unfinished call are skipped."""
-    request = latest_request.get()
-    # A request with an `outer` belongs to a call that is running, or that an interrupt ended. Only a language model inside the running
-    # base model, which its forward calls, gets the fields of that call.
-    while request.outer is not None and not (request.entered and is_within(model, request.model)):
-        request = request.outer
-    # While a model generates, the next call may be of a different model, such as the assistant of assisted decoding.
-    return request if model is None or request.model in (None, model) or is_within(model, request.model) else Request()
+def known_of(model: nn.Module | None, running: bool = False) -> Request:
+    """What was said around the next call of `model`, or of any model for None; or with `running`, the request of the running call."""
+    known = Request()
+    for entry in notes.get():
+        within = is_within(model, entry.model)
+        if entry.request is not None:
+            # A call may be running, or an interrupt ended it. Only a language model inside the running base model, which its forward calls,
+            # gets the fields of that call.
+            known = entry.request if running or (entry.entered and within) else known
+        # While a model generates, the next call may be of a different model, such as the assistant of assisted decoding.
+        elif model is None or entry.model in (None, model) or within:
+            known = replace(known, **entry.fields)
+        else:
+            known = Request()
+    return known
 
 
 def is_within(model: nn.Module | None, base: nn.Module | None) -> bool:
     """Whether `model` is a language model inside the base model `base` whose calls are noted, too."""
     return base is not None and any(base.get_submodule(name) is model for name in vars(base).get(CALLERS, ()))
-
-
-@contextmanager
-def note(model: nn.Module | None = None, **fields: Any) -> Iterator[None]:
-    """Add `fields` to the request for calls of `model`, within the context.
-
-    Contexts may overlap without nesting, as those of two generators that take turns do: each takes back only its own fields.
-    """
-    known, entry = known_of(model), Note(latest_request.get())
-    latest_request.set(replace(known, model=known.model if model is None else model, note=entry, **fields))
-    try:
-        yield
-    finally:
-        entry.ended = True
-        current = latest_request.get()
-        if current.note is entry and current.outer is None:
-            before = entry.before
-            while before.note is not None and before.note.ended:
-                before = before.note.before
-            latest_request.set(before)
-        else:  # a later context keeps its fields, except those that it inherited from this one
-            own = {name: getattr(known, name) for name, value in fields.items() if getattr(current, name) is value}
-            latest_request.set(replace(current, **own))
-
-
-@dataclass
-class Note:
-    """A context that adds fields to requests.
-
-    Attributes:
-        before (`Request`): The request before it.
-        ended (`bool`): Whether the context is over.
-    """
-
-    before: Request
-    ended: bool = False
 
 
 def adapters_of(model: nn.Module) -> Adapters:
@@ -250,96 +253,47 @@ def adapters_of(model: nn.Module) -> Adapters:
     return {layer: (list(layer.active_adapters), dict(layer.generators._modules)) for layer in layers}
 
 
-class CallNote:
-    """The hooks of a base model that note its arguments before a call, and forget them after it.
-
-    A wrapper of `forward` would not do: TRL puts its own over the base model's `forward`, and calls the stack from there.
-    """
-
-    def register(self, model: nn.Module) -> None:
-        before = model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
-        self.handles = [before, model.register_forward_hook(end_call, always_call=True)]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    @torch.compiler.disable
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return note_call(model, args, kwargs)
-
-
-class NotedForward(MethodWrapper):
-    """The forward of a base model: notes the call, unless the hooks have noted it."""
-
-    method = "forward"
-
-    def bound_to(self, replica: nn.Module) -> MethodWrapper:
-        known = known_of(self.module)
-        if said := [name for name in (*OWN_ARGUMENTS, "adapter_names") if getattr(known, name) is not None]:
-            raise ValueError(
-                f"`{said[0]}` was set around the call, and does not reach the threads in which `DataParallel` runs replicas of the "
-                f"model: pass `{said[0]}` to the model."
-            )
-        return super().bound_to(replica)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.call_wrapped(*args, **kwargs)
-        request = before = latest_request.get()
-        # The request to restore, if the hooks have noted the call.
-        outer = request.outer if request.model is self.module and not request.entered else None
-        if outer is None:
-            args, kwargs = note_call(self.module, args, kwargs)
-            request = latest_request.get()
-        latest_request.set(replace(request, entered=True))
-        kwargs = declared(kwargs, self.module)
-        try:
-            output = self.call_wrapped(*args, **kwargs)
-        except Exception:
-            latest_request.set(before)
-            raise
-        except BaseException:  # torch runs no hooks after an interrupt, so that nothing else would forget the call
-            latest_request.set(outer or before)
-            raise
-        latest_request.set(before)
-        return output
-
-
-def note_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Take this package's own arguments out of a call of a base model, and note all arguments that decide the scope."""
-    known = known_of(model)
-    kwargs = dict(kwargs)
-    fields = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
-    fields = {name: value for name, value in fields.items() if value is not None}
+@torch.compiler.disable
+def begin_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: note the arguments of a base model that decide the scope, and take this package's own out of the call."""
+    known, kwargs = known_of(model), dict(kwargs)
+    own = {name: value for name in OWN_ARGUMENTS if (value := kwargs.pop(name, None)) is not None}
     call = named(model, "forward", args, kwargs)
     shifted = call.get("labels") is None and call.get("shift_labels") is not None
-    packed = {name: call[name] for name in ("position_ids", *PACKED_ARGUMENTS) if call.get(name) is not None}
+    labels = call.get("shift_labels" if shifted else "labels")
+    # A call inside a call of the base model, whose arguments this module may not receive, keeps those that are known.
     told: dict[str, Any] = {
         "input_ids": call.get("input_ids"),
-        "labels": call.get("shift_labels" if shifted else "labels"),
-        "packed": packed or None,
+        "labels": labels,
+        "shifted": None if labels is None else shifted,
+        "packed": {name: call[name] for name in ("position_ids", *PACKED_ARGUMENTS) if call.get(name) is not None}
+        or None,
         "encoder_slots": slots_of(call.get("encoder_outputs")),
     }
-    if known.entered:  # inside a call of the base model, whose arguments this module may not receive
-        shifted = known.shifted if told["labels"] is None else shifted
-        told = {name: getattr(known, name) if value is None else value for name, value in told.items()}
-    latest_request.set(
-        replace(
-            known,
-            model=model,
-            packed=told.pop("packed") or {},
-            shifted=shifted,
-            keeps_cache=call.get("use_cache") is True or cache_of(call)[1] is not None,
-            last_only=type(kept := call.get("logits_to_keep")) is int and kept == 1,
-            prompt_mask=None if "instruction_mask" in fields else known.prompt_mask,
-            entered=False,
-            outer=latest_request.get(),
-            **told,
-            **fields,
-        )
+    request = replace(
+        known,
+        keeps_cache=call.get("use_cache") is True or cache_of(call)[1] is not None,
+        last_only=type(kept := call.get("logits_to_keep")) is int and kept == 1,
+        prompt_mask=None if "instruction_mask" in own else known.prompt_mask,
+        **{name: value for name, value in told.items() if value is not None},
+        **own,
     )
+    notes.set((*notes.get(), Note(model, request=request)))
     return args, kwargs
+
+
+@torch.compiler.disable
+def end_call(model: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook: forget the call."""
+    call = running_call()
+    if call is not None and call.model is model:
+        forget(call)
+
+
+def forget(call: Note | None) -> None:
+    """Take a call out of `notes`, and what was left of calls within it."""
+    if call in (known := notes.get()):
+        notes.set(known[: known.index(call)])
 
 
 def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -350,15 +304,11 @@ def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 def note_encoder_slots(order: torch.Tensor, used: torch.Tensor) -> None:
     """Note the slots in an encoder's output, for the decoder that runs next."""
-    request = latest_request.get()
-    if request.outer is not None:  # else the encoder runs alone, and the caller passes its output to the decoder
-        latest_request.set(replace(request, encoder_slots=(order, used)))
-
-
-@torch.compiler.disable
-def end_call(model: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of the base model: restore the request from before the call."""
-    latest_request.set(latest_request.get().outer or Request())
+    call = running_call()
+    if (
+        call is not None and call.request is not None
+    ):  # else the encoder runs alone, and the caller passes its output to the decoder
+        call.request = replace(call.request, encoder_slots=(order, used))
 
 
 @contextmanager

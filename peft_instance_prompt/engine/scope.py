@@ -18,7 +18,7 @@ the first of these rules that applies gives the scope:
 One instruction block per row: tokens in a gap would be predicted from a prompt that has read what follows them. So a mask with a gap is
 refused if tokens in the gap are, or may be, predicted.
 
-A causal stack whose use is unknown (`use.py`) counts as a causal model, unless the call has one label per row.
+A causal stack whose use is unknown (`stack.py`) counts as a causal model, unless the call has one label per row.
 
 A method that edits the instruction's states follows the same rules, but for two. With a `response_template` all tokens are edited that
 lie in no answer: an answer begins behind the template and goes on to the end of `response_end`. So a chat of several turns has the same
@@ -39,10 +39,65 @@ import torch
 from torch import nn
 
 from ..config import InstanceConfig
-from .answers import ends_of, outside_answers
-from .complaints import WRAPPED, all_scored, no_instruction, numbers, without_template
+from ..template import find_text, find_tokenizer
+from .edits import clipped, ends_of, from_length, numbers, outside_answers
 from .request import Request
 from .stack import StackInfo
+
+
+CURE = (
+    "Mark the instruction: by -100 in `labels`, by `instruction_mask`, or in the config by `response_template` (chats: 'chat') or, in "
+    "plain text, `instruction_length`."
+)
+WRAPPED = (
+    "Packing that cuts texts anywhere makes such rows of any data (TRL: `packing_strategy='wrapped'`): use 'bfd'."
+)
+
+
+def all_scored(rows: torch.Tensor, but: str, some: bool) -> str:
+    """The message for rows (B,) without -100 in their labels, except on the tokens that `but` names; `some` rows of a batch, or all."""
+    why = " (BOS is masked)" if but else ""
+    cut = " (`packing_strategy='wrapped'` cuts texts.)" if some and not but else ""  # other rows have an instruction
+    return f"All tokens of row(s) {numbers(rows)}{but} are scored{why}: a prompt would read what it is to predict. {CURE}{cut}"
+
+
+def no_instruction(rows: torch.Tensor, but: str) -> str:
+    """The message for rows (B,) that begin in a response, apart from the tokens that `but` names."""
+    return (
+        f"No token{but} is left for the prompt to be generated from in row(s) {numbers(rows)}: they begin in a response, since -100 "
+        f"comes later in their `labels`. {WRAPPED}"
+    )
+
+
+def without_template(
+    template: list[int], input_ids: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, tokenizer: str | None
+) -> str:
+    """The message for rows (B,) in which the template does not occur: in text if the tokenizer is on this machine, else in token ids.
+
+    Args:
+        template (`list[int]`): The template.
+        input_ids (`torch.LongTensor`): Shape (B, S).
+        tokens (`torch.BoolTensor`): Shape (B, S). False where there is padding.
+        rows (`torch.BoolTensor`): Shape (B,).
+        tokenizer (`str`, *optional*): The tokenizer's name.
+    """
+    row = int(rows.nonzero()[0])
+    ids = input_ids[row][tokens[row].to(input_ids.device)].tolist()
+    known = find_tokenizer(tokenizer)
+    if known is None:
+        wanted, end = clipped(template), f"the tokens {clipped(ids, end=True)}"
+    else:
+        text = known.decode(template)
+        wanted, end = repr(text[:30]), repr(known.decode(ids[-16:])[-30:])
+        if (own := find_text(text.strip(), ids, known)) is not None:
+            return (
+                f"`response_template` {wanted} does not occur in row(s) {numbers(rows)} as the tokens {clipped(template)}: row "
+                f"{row} has its text as {own}, since a space at its end, or what stands beside it, changes tokens. Give these ids."
+            )
+    return (
+        f"`response_template` {wanted} does not occur in row(s) {numbers(rows)}: row {row} ends in {end}. Write it as the data do, "
+        "spaces included; for rows that were cut off before the response, set `missing_template='all'`."
+    )
 
 
 UNDECLARED = (
@@ -132,11 +187,10 @@ def from_mask(instruction_mask: torch.Tensor, tokens: torch.Tensor, prompt_lengt
         raise ValueError(f"`instruction_mask` must have the shape of the tokens, {(B, S)}, got {shape}.")
     mask = instruction_mask.to(tokens.device, torch.bool)[:, :S]
     mask = nn.functional.pad(mask, (0, S - mask.shape[1])) & tokens  # (B, S)
-    _check_no_empty_row(
-        mask,
-        tokens,
-        "`instruction_mask` is all false in row(s) {}; mark at least one token of each that is not padding.",
-    )
+    if (empty := ~mask.any(dim=1) & tokens.any(dim=1)).any():  # a row of nothing but padding may be empty
+        raise ValueError(
+            f"`instruction_mask` is all false in row(s) {numbers(empty)}; mark at least one token of each that is not padding."
+        )
     return mask
 
 
@@ -151,8 +205,7 @@ def check_no_gap(
     later = mask.flip(1).cumsum(dim=1).flip(1) > 0  # (B, S), an instruction token follows
     gap = ~mask & tokens & later & (mask.cumsum(dim=1) > 0)  # (B, S)
     if labels is not None and labels.shape == mask.shape:
-        asked = labels.to(mask.device) != -100  # (B, S)
-        gap = gap & (asked.roll(1, dims=1) if shifted else asked)  # (B, S)
+        gap = gap & asked_of(labels.to(mask.device), shifted)  # (B, S)
         what = "labels that are not -100 between their instruction tokens"
     elif training:
         what = "tokens between their instruction tokens, which are predicted in training"
@@ -163,11 +216,6 @@ def check_no_gap(
             f"`instruction_mask` lets a response be predicted from a prompt that has read it: row(s) "
             f"{numbers(rows)} have {what}. Mark what stands before the first response only."
         )
-
-
-def from_length(length: int, tokens: torch.Tensor) -> torch.Tensor:
-    """Rule 2 for plain text: the first `length` tokens of each row, (B, S)."""
-    return tokens & (tokens.cumsum(dim=1) <= length)  # (B, S)
 
 
 def from_template(
@@ -291,12 +339,6 @@ def from_labels(
 
 # Which warnings were given: each is given once.
 _SAID = {"turns": False, "plain": False, "continuation": False}
-
-
-def _check_no_empty_row(mask: torch.Tensor, tokens: torch.Tensor, complaint: str) -> None:
-    empty = ~mask.any(dim=1) & tokens.any(dim=1)  # (B,); a row of nothing but padding may be empty
-    if empty.any():
-        raise ValueError(complaint.format(numbers(empty)))
 
 
 def _is_one_per_row(labels: torch.Tensor | None, tokens: torch.Tensor) -> bool:

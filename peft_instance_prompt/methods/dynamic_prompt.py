@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_choice, check_int, check_number
-from ..engine.layout import take
+from ..engine.slots import take
 from ..generator import INPUT, Instances, Placement, PromptGenerator, Source, Weights
 from ..nn.straight_through import SamplingSwitch, attach_position_gradient, length_gate, straight_through_choice
 from ..registry import register_method
@@ -23,7 +23,7 @@ from .instance_vector import InstanceVectorConfig, instance_vector, vector_width
 
 
 if TYPE_CHECKING:
-    from ..engine.layout import Layout
+    from ..engine.slots import Layout
     from ..engine.stack import StackInfo
 
 

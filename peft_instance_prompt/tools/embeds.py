@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..engine.plain import run_plain
+from ..engine.open import run_plain
 from ..engine.stack import describe
 from ..nn.pooling import first_token, last_token, mean_pool
 

@@ -14,10 +14,10 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ..engine.batch import in_place
+from ..engine.adapters import in_place
 from ..engine.intercept import Generated, intercept
 from ..engine.layer import InstancePromptLayer
-from ..engine.layout import take
+from ..engine.slots import take
 from ..generator import INPUT, PromptGenerator
 from ..nn.pooling import rms
 

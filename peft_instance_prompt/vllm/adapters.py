@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .package import (
     INPUT,
     PREFIX,
-    InstancePromptConfig,
+    InstanceConfig,
     PromptGenerator,
     Source,
     StackInfo,
@@ -44,19 +44,19 @@ class Adapter:
     Attributes:
         key (`str`): The digest of its config and weights. Adapters with the same key are the same.
         folder (`Path`): Where it was read from.
-        config (`InstancePromptConfig`): Its config.
+        config (`InstanceConfig`): Its config.
         generator (`PromptGenerator`): On the CPU, in evaluation mode, without gradients.
     """
 
     key: str
     folder: Path
-    config: InstancePromptConfig
+    config: InstanceConfig
     generator: PromptGenerator
 
 
 def is_own(kind: str | None) -> bool:
     """Whether a `peft_type` is that of a method of this package, or of one that `register_method` registered."""
-    return kind is not None and issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, object), InstancePromptConfig)
+    return kind is not None and issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, object), InstanceConfig)
 
 
 def make_base(hf_config: Any) -> PreTrainedModel:

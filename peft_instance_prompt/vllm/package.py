@@ -13,15 +13,14 @@ from ..attaching import (
     generator_path,
     make_generator,
 )
-from ..config import PAIR_POSITIONS, InstancePromptConfig
-from ..engine.batch import Group
+from ..config import PAIR_POSITIONS, InstanceConfig
+from ..engine.adapters import Group, at_separator
 from ..engine.calls import SWITCH, forward_args
-from ..engine.instances import InstanceTokens
-from ..engine.layout import arrange
-from ..engine.place import at_separator
 from ..engine.request import Request
 from ..engine.scope import Rules, find_scope
+from ..engine.slots import arrange
 from ..engine.stack import StackInfo, describe
+from ..engine.tokens import InstanceTokens
 from ..generator import INPUT, PromptGenerator, Source
 
 
@@ -31,7 +30,7 @@ __all__ = [
     "PREFIX",
     "SWITCH",
     "Group",
-    "InstancePromptConfig",
+    "InstanceConfig",
     "InstanceTokens",
     "PromptGenerator",
     "Request",

@@ -10,7 +10,7 @@ from methods import METHODS
 from peft import PeftModel
 from tiny import adapted, causal_lm
 
-from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.forward import current_pass
 
 
 TEMPLATE = [90, 91]

@@ -17,8 +17,12 @@ from torch import nn
 from uses import blip, git, paligemma
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.engine import attention
-from peft_instance_prompt.engine.stack import describe
+from peft_instance_prompt.engine import probe as attention
+from peft_instance_prompt.engine.stack import describe, flags_of, tree_of
+
+
+def read_attention(stack: nn.Module, name: str) -> attention.Attention:
+    return attention.read_attention(stack, name, flags_of(tree_of(stack), name))
 
 
 def layers_name(stack: nn.Module) -> str:
@@ -30,14 +34,14 @@ def test_decoders_make_a_causal_mask(family: str) -> None:
     """Also of those that declare `is_causal`, the mask says the same."""
     stack = causal_lm(family).base_model
     stack = getattr(stack, "decoder", stack)  # OPT
-    assert attention.read_attention(stack, layers_name(stack)).causal
+    assert read_attention(stack, layers_name(stack)).causal
     assert attention._read_mask(stack, layers_name(stack)) == attention.Attention(True, true_hides=family == "mpt")
 
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoders_make_none(family: str) -> None:
     stack = encoder(family)
-    assert not attention.read_attention(stack, layers_name(stack)).causal
+    assert not read_attention(stack, layers_name(stack)).causal
     assert not attention._read_mask(stack, layers_name(stack)).causal
 
 
@@ -90,11 +94,11 @@ def test_causality_that_cannot_be_told() -> None:
             return inputs_embeds
 
     with pytest.raises(ValueError, match="Whether Silent is causal cannot be told: .* the first of 'h' gets no mask"):
-        attention.read_attention(Silent(causal_lm("bloom").config), "h")
+        read_attention(Silent(causal_lm("bloom").config), "h")
     with torch.device("meta"):
         nowhere = tf.BloomModel(causal_lm("bloom").config)
     with pytest.raises(ValueError, match="Whether BloomModel is causal cannot be told: .* its mask could not be read"):
-        attention.read_attention(nowhere, "h")
+        read_attention(nowhere, "h")
 
 
 def test_layers_without_a_mask_tell_nothing() -> None:
@@ -106,7 +110,7 @@ def test_layers_without_a_mask_tell_nothing() -> None:
         with pytest.raises(
             ValueError, match=f"is causal cannot be told: .* modules of '{name}' take no `attention_mask`"
         ):
-            attention.read_attention(stack, name)
+            read_attention(stack, name)
 
 
 def test_a_causal_mask_outweighs_a_flag() -> None:
@@ -115,14 +119,14 @@ def test_a_causal_mask_outweighs_a_flag() -> None:
     stack = tf.BigBirdPegasusForCausalLM(tf.BigBirdPegasusConfig(**small, max_position_embeddings=64)).model.decoder
     flags = [module.is_causal for module in stack.modules() if hasattr(module, "is_causal")]
     assert flags and not any(flags)
-    assert attention.read_attention(stack, "layers").causal
+    assert read_attention(stack, "layers").causal
 
 
 def test_a_causal_mask_within_the_layers() -> None:
     """GPT-1's attention holds it; its layers get one of padding only, as those of encoders do."""
     stack = tf.OpenAIGPTModel(tf.OpenAIGPTConfig(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=4))
     for training in (False, True):
-        assert attention.read_attention(stack.train(training), "h").causal
+        assert read_attention(stack.train(training), "h").causal
 
 
 def test_a_stack_without_attention() -> None:

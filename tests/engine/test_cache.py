@@ -15,9 +15,9 @@ from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm
 from transformers import DynamicCache, StaticCache
 
-from peft_instance_prompt.engine import layout as slots
+from peft_instance_prompt.engine import slots as slots
 from peft_instance_prompt.engine.cache import SlotCache, make_room
-from peft_instance_prompt.engine.layout import SlotTable
+from peft_instance_prompt.engine.slots import SlotTable
 
 
 def prompted(method: str, family: str = "llama") -> PeftModel:

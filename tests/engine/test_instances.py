@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_instance_prompt.engine.instances import InstanceTokens, span
-from peft_instance_prompt.engine.layout import arrange, insert
+from peft_instance_prompt.engine.slots import arrange, insert
+from peft_instance_prompt.engine.tokens import InstanceTokens, span
 
 
 def texts(selection: InstanceTokens, values: torch.Tensor) -> list[list[int]]:

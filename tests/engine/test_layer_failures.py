@@ -15,7 +15,7 @@ from tiny import causal_lm
 
 from peft_instance_prompt.engine import request as requests
 from peft_instance_prompt.engine.calls import cache_of
-from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.forward import current_pass
 from peft_instance_prompt.engine.request import Request, current_request
 
 
@@ -83,7 +83,7 @@ def test_interrupt_by_the_user(method: str, where: str) -> None:
 
     mask = INPUTS["attention_mask"] * (torch.arange(9) < 6)
     token = current_pass.set(None)
-    known = requests.latest_request.set(Request())
+    known = requests.notes.set(())
     try:
         interrupt(lambda: model(**INPUTS, instruction_mask=mask))
         with model.disable_adapter():
@@ -94,7 +94,7 @@ def test_interrupt_by_the_user(method: str, where: str) -> None:
         interrupt(lambda: model(**INPUTS, instruction_mask=mask))
         assert torch.equal(model.generate(**INPUTS, **GREEDY), text)
     finally:
-        requests.latest_request.reset(known)
+        requests.notes.reset(known)
         current_pass.reset(token)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_instance_prompt.engine import layout as slots
+from peft_instance_prompt.engine import slots as slots
 
 
 def merged(before_token: list[int], used: list[bool], num_tokens: int) -> list[str]:

@@ -12,7 +12,7 @@ from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 from peft_instance_prompt import LPTConfig
-from peft_instance_prompt.engine.masks import hide, padding_mask
+from peft_instance_prompt.engine.widen import hide, padding_mask
 
 
 MASK = batch(9, 6)["attention_mask"]

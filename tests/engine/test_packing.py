@@ -17,7 +17,7 @@ from tiny import DECODERS, VOCAB, adapted, assert_same, causal_lm, perturb
 from torch.nn.functional import cross_entropy
 
 from peft_instance_prompt import record_choices
-from peft_instance_prompt.engine.packing import find_packing
+from peft_instance_prompt.engine.tokens import find_packing
 
 
 def gradients(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from methods import METHODS
 from packed_rows import LENGTHS, boundaries, labels_of, packed, texts
 from tiny import adapted, assert_same, causal_lm
 
-from peft_instance_prompt.engine.packing import find_packing
+from peft_instance_prompt.engine.tokens import find_packing
 
 
 @pytest.mark.parametrize("how", ["cu_seq_lens", "seq_idx", "all", "position_ids of all rows"])

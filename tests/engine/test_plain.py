@@ -16,7 +16,7 @@ from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, generat
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_instance_prompt.engine import layer as layer_module
-from peft_instance_prompt.engine import plain
+from peft_instance_prompt.engine import open as plain
 from peft_instance_prompt.engine.layer import InstancePromptLayer
 
 

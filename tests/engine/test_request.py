@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
@@ -15,9 +16,10 @@ import torch
 from methods import METHODS
 from tiny import adapted, assert_same, batch, causal_lm, encoder, perturb
 from transformers import AutoModelForSequenceClassification
+from transformers.modeling_outputs import CausalLMOutput
 
 from peft_instance_prompt import instruction_scope, to_prompt_embeds
-from peft_instance_prompt.engine.request import Request, current_request, latest_request
+from peft_instance_prompt.engine.request import Request, current_request, notes
 
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -88,7 +90,7 @@ def test_three_contexts_in_every_order() -> None:
             open_ones.remove(number)
             expected = masks[open_ones[-1]] if open_ones else None
             assert scope() is expected, (order, number)
-    assert latest_request.get() == Request()
+    assert notes.get() == ()
 
 
 def test_a_scope_holds_in_its_own_thread() -> None:
@@ -97,6 +99,30 @@ def test_a_scope_holds_in_its_own_thread() -> None:
     with ThreadPoolExecutor(1) as pool, instruction_scope(mask):
         assert pool.submit(scope).result() is None
         assert pool.submit(copy_context().run, scope).result() is mask
+
+
+@torch.no_grad()
+def test_a_forward_in_the_place_of_the_base_models(kind: str) -> None:
+    """TRL's calls the stack and the head itself. The call is noted and forgotten all the same, also if it fails."""
+    model, inputs = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM")), batch(9, 9)
+    inputs["instruction_mask"] = (torch.arange(9) < 4).expand(2, -1)
+    expected, base, broken = model(**inputs).logits, model.get_base_model(), False
+
+    def forward(self, input_ids, attention_mask, **kwargs):
+        assert "instruction_mask" not in kwargs
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if broken:
+            raise RuntimeError("broken")
+        return CausalLMOutput(logits=self.lm_head(states))
+
+    base.forward = types.MethodType(forward, base)
+    for callee in (model, base):
+        broken = False
+        assert torch.equal(callee(**inputs).logits, expected) and notes.get() == ()
+        broken = True
+        with pytest.raises(RuntimeError, match="broken"):
+            callee(**inputs)
+        assert notes.get() == ()
 
 
 def test_threads_ask_for_prompt_embeds(kind: str) -> None:

@@ -14,8 +14,9 @@ from scoped_rows import IDS, LABELS, MASK, SPLIT, TEMPLATE, changed, prompted, p
 from tiny import VOCAB, adapted, assert_same, batch, causal_lm, configure, perturb
 
 from peft_instance_prompt import IAPTConfig, instruction_scope
+from peft_instance_prompt.engine.edits import from_length
 from peft_instance_prompt.engine.request import Request
-from peft_instance_prompt.engine.scope import find_scope, from_labels, from_length, from_mask, from_template
+from peft_instance_prompt.engine.scope import find_scope, from_labels, from_mask, from_template
 
 
 SHIFTED = torch.cat([LABELS[:, 1:], torch.full((2, 1), -100)], dim=1)

@@ -17,8 +17,8 @@ from peft import PeftModel, get_peft_model
 from tiny import adapted, causal_lm
 
 from peft_instance_prompt import IAPTConfig, IPTConfig
-from peft_instance_prompt.engine.sharded import num_elements, whole
-from peft_instance_prompt.engine.stack import find_stacks
+from peft_instance_prompt.engine.probe import num_elements, whole
+from peft_instance_prompt.engine.stack import find_stacks, tree_of
 
 
 def take_apart(model: torch.nn.Module) -> torch.nn.Module:
@@ -50,7 +50,9 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_stacks_are_found() -> None:
-    assert find_stacks(take_apart(causal_lm())) == find_stacks(causal_lm()) == {"model.layers": "model"}
+    assert (
+        find_stacks(tree_of(take_apart(causal_lm()))) == find_stacks(tree_of(causal_lm())) == {"model.layers": "model"}
+    )
 
 
 @pytest.mark.parametrize(

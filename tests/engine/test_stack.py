@@ -16,7 +16,7 @@ from sweep_configs import tiny_config
 from tiny import DECODERS, VOCAB, adapted, assert_same, batch, causal_lm
 
 from peft_instance_prompt import IAPTConfig, LPTConfig
-from peft_instance_prompt.engine.stack import describe, find_stacks
+from peft_instance_prompt.engine.stack import describe, find_stacks, tree_of
 
 
 _bert = {
@@ -152,13 +152,13 @@ def test_a_larger_list_that_is_no_list_of_layers() -> None:
         sum(p.numel() for p in part.parameters()) for part in (model.model.layers, model.model.vqmodel.encoder.down)
     ]
     assert sizes[0] < sizes[1]
-    assert find_stacks(model) == {"model.layers": "model"}
+    assert find_stacks(tree_of(model)) == {"model.layers": "model"}
 
 
 def test_none() -> None:
-    assert find_stacks(torch.nn.Sequential(torch.nn.Linear(2, 2))) == {}
+    assert find_stacks(tree_of(torch.nn.Sequential(torch.nn.Linear(2, 2)))) == {}
     vit = tf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8)
-    assert find_stacks(tf.ViTModel(vit)) == {}
+    assert find_stacks(tree_of(tf.ViTModel(vit))) == {}
 
 
 def test_an_input_that_is_no_table_of_embeddings_is_refused() -> None:
@@ -201,7 +201,7 @@ def test_an_adapter_that_outweighs_the_layers_is_no_stack() -> None:
     """Its lists of modules lie in the stack, too, and hold more parameters than the layers of a small model."""
     base = causal_lm()
     model = get_peft_model(base, IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=2048))
-    assert find_stacks(base) == {"model.layers": "model"}
+    assert find_stacks(tree_of(base)) == {"model.layers": "model"}
     model.add_adapter("other", IAPTConfig(task_type="CAUSAL_LM"))
     assert set(model.peft_config["other"].target_modules) == {"model.layers"}
 

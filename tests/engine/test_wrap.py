@@ -22,7 +22,7 @@ from tiny import adapted, assert_same, batch, causal_lm, encoder, pair, perturb
 from torch import nn
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.forward import current_pass
 from peft_instance_prompt.engine.request import Request, current_request
 
 

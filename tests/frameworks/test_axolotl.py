@@ -17,6 +17,8 @@ from frameworks import ROOT, answer, make_base, run, same
 
 pytestmark = pytest.mark.skipif(find_spec("axolotl") is None, reason="needs axolotl: make test-axolotl")
 QUESTION = "Review: Fine."
+# By the adapter, its fields: the first stands in the example's YAML.
+ADAPTERS = {"iapt": {"num_virtual_tokens": 4, "bottleneck_dim": 16}, "preft": {"r": 4}}
 SETTINGS = {"PYTHONPATH": "examples/axolotl", "AXOLOTL_DO_NOT_TRACK": "1"}
 
 # What `axolotl inference` does, greedily: it samples, and has no option for that.
@@ -52,28 +54,39 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="module", params=ADAPTERS)
+def adapter(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def changes(adapter: str) -> dict:
+    """What of the example's YAML is another one for this adapter."""
+    return {} if adapter == "iapt" else {"adapter": adapter, "instance_prompt": ADAPTERS[adapter]}
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, changes: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained")
-    train(config(base, out))
+    train(config(base, out, **changes))
     return out
 
 
-def test_train_and_save(trained: Path) -> None:
+def test_train_and_save(adapter: str, trained: Path) -> None:
     saved = json.loads((trained / "adapter_config.json").read_text())
-    assert saved["peft_type"] == "IAPT" and saved["num_virtual_tokens"] == 4 and saved["bottleneck_dim"] == 16
+    assert saved["peft_type"] == adapter.upper() and ADAPTERS[adapter].items() <= saved.items()
     assert not same(trained / "checkpoint-2", trained), "training moves the adapter"
     assert same(trained / "checkpoint-4", trained)
 
 
-def test_resume(base: Path, trained: Path, tmp_path: Path) -> None:
-    train(config(base, tmp_path, resume_from_checkpoint=str(trained / "checkpoint-2")))
+def test_resume(base: Path, changes: dict, trained: Path, tmp_path: Path) -> None:
+    train(config(base, tmp_path, resume_from_checkpoint=str(trained / "checkpoint-2"), **changes))
     assert same(tmp_path, trained), "an interrupted run is the run"
 
 
-def test_load_and_generate(base: Path, trained: Path, tmp_path: Path) -> None:
+def test_load_and_generate(base: Path, changes: dict, trained: Path, tmp_path: Path) -> None:
     """In a new process, by `lora_model_dir`: the answer is PEFT's own."""
-    file = config(base, tmp_path)
+    file = config(base, tmp_path, **changes)
     out = run(sys.executable, "-c", GENERATE, file, trained, QUESTION, **SETTINGS)
     assert f"ANSWER {answer(base, trained, QUESTION)!r}" in out
     assert answer(base, trained, QUESTION) != answer(base, None, QUESTION)

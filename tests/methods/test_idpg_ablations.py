@@ -16,7 +16,7 @@ from torch import nn
 
 from peft_instance_prompt import IDPGConfig
 from peft_instance_prompt.engine.intercept import intercept
-from peft_instance_prompt.engine.plain import run_plain
+from peft_instance_prompt.engine.open import run_plain
 
 
 INPUTS = batch(9, 6)

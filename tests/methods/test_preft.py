@@ -18,7 +18,7 @@ from tiny import ENCODERS, adapted, assert_same, batch, causal_lm, encoder, gene
 from transformers import DynamicCache, StaticCache
 
 from peft_instance_prompt import IAPTConfig, PreFTConfig
-from peft_instance_prompt.engine import complaints
+from peft_instance_prompt.engine import scope as complaints
 
 
 ASK, END = [40, 41], [42]  # what stands before an answer, and what ends it

@@ -73,7 +73,7 @@ def test_a_failure_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return len(None)  # an error that nobody raises
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_instance_prompt.engine.batch.Group.run", broken)
+        patch.setattr("peft_instance_prompt.engine.adapters.Group.run", broken)
         found = script_table.run("causal", "iapt")
         assert found.what == "fails" and found.why.startswith("TypeError: object of type 'NoneType'")
 

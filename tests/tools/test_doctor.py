@@ -18,7 +18,7 @@ from peft import mapping
 from peft_instance_prompt import IAPTConfig, InstancePromptConfig, registry
 from peft_instance_prompt.__main__ import main
 from peft_instance_prompt.engine import calls, layer, place, scope, widen
-from peft_instance_prompt.engine.layout import SlotTable
+from peft_instance_prompt.engine.slots import SlotTable
 from peft_instance_prompt.methods.iapt import IAPTGenerator
 from peft_instance_prompt.model import InstancePromptModel
 from peft_instance_prompt.tools import doctor

@@ -15,7 +15,7 @@ from methods import METHODS, WITHOUT_SLOTS
 from peft import get_peft_model
 
 from peft_instance_prompt import encode_prompt_embeds, to_prompt_embeds
-from peft_instance_prompt.engine.passes import current_pass
+from peft_instance_prompt.engine.forward import current_pass
 from peft_instance_prompt.generator import INPUT
 from peft_instance_prompt.tools.inspection import active_generator
 

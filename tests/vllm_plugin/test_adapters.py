@@ -14,7 +14,7 @@ import torch
 from methods import METHODS
 from peft import LoraConfig, get_peft_model
 
-from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, LPTConfig
+from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, LPTConfig, PreFTConfig
 from peft_instance_prompt.vllm.adapters import describe_base, is_own, read_adapter
 
 
@@ -30,6 +30,7 @@ def save(config, folder, family: str = "llama", seed: int = 0, **changes):
     return model
 
 
+@pytest.mark.slots  # the others are refused: see below
 def test_weights_are_those_that_were_saved(method, info, tmp_path) -> None:
     config = METHODS[method](task_type="CAUSAL_LM")
     if getattr(config, "instance_source", None) == "frozen":
@@ -57,10 +58,11 @@ def test_key_tells_weights_and_configs_apart(info, tmp_path) -> None:
 
 
 def test_kinds() -> None:
-    assert is_own("IAPT") and not is_own("LORA") and not is_own("NONE") and not is_own(None)
+    assert is_own("IAPT") and is_own("PREFT") and not is_own("LORA") and not is_own("NONE") and not is_own(None)
 
 
 REFUSED = {
+    "edits": (lambda: PreFTConfig(r=4), "edits the instruction's own states.*Serve the adapter with transformers"),
     "late slots": (lambda: LPTConfig(bottleneck_dim=8, insertion_layer=2), "shows its slots from layer 2 on"),
     "frozen pass": (
         lambda: IDPGConfig(multi_layer=False, phm_n=4, bottleneck_dim=8),
