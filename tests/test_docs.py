@@ -13,7 +13,21 @@ from typing import Any
 
 import pytest
 import transformers as tf
-from pages import AFTER, ALL, BEFORE, COMMON, LEFT_OUT, NAME, OTHER_LANGUAGES, PYTHON, ROOT, WHOLE, Block, blocks
+from pages import (
+    AFTER,
+    ALL,
+    BEFORE,
+    COMMON,
+    LEFT_OUT,
+    NAME,
+    OTHER_LANGUAGES,
+    PAGES,
+    PYTHON,
+    ROOT,
+    WHOLE,
+    Block,
+    blocks,
+)
 from peft import PeftConfig, get_peft_model
 from tiny import causal_lm, encoder
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -131,6 +145,24 @@ def test_the_readme_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
     with contextlib.redirect_stdout(said):
         run(code.text, code, {"__name__": "page"}, smollm2_folder())
     assert said.getvalue() == printed.text
+
+
+# ------------------------------------------------------------------------------------------------- what a page shows
+
+WIDTH = 76  # columns of code that a page shows beside its navigation
+AS_IT_IS = "docs/how_it_works.md"  # shows a file, and a drawing of the engine
+
+
+def test_code_is_no_wider_than_its_page() -> None:
+    pages = [block for block in ALL if block.page.startswith(("README", "docs/")) and block.page != AS_IT_IS]
+    assert [f"{block.page}:{block.line}" for block in pages if max(map(len, block.text.splitlines())) > WIDTH] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith(("README", "docs/")) and page != AS_IT_IS])
+def test_each_column_of_a_table_has_a_name(page: str) -> None:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    heads = [head for head, rule in zip(lines, lines[1:]) if re.fullmatch(r"(\|-{3,})+\|", rule)]
+    assert [head for head in heads if "" in [cell.strip() for cell in head.strip("|").split("|")]] == []
 
 
 # ---------------------------------------------------------------------------------------------------- files and words
