@@ -33,11 +33,13 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     env["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_as_one(kind: str, results: Path) -> None:
     model, optimizer = distributed_worker.start(kind)
     losses = []
