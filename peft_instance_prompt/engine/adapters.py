@@ -102,9 +102,8 @@ class Group:
         """
         base = selection.last if self.model.copies_last else selection.first  # (G,)
         taken, base_state = selection.take(states), selection.state_at(states, base)  # (G, n, w), (G, 1, w)
-        instances, prompts = self._call(
-            Instances(taken, selection.mask, base_state, self.vector), depth, states
-        )  # (G, l, w)
+        instances = Instances(taken, selection.mask, base_state, self.vector)
+        instances, prompts = self._call(instances, depth, states)  # (G, l, w)
         fields = {"instances": instances, "selection": selection, "layout": layout, "rows": self.rows}
         return intercepted(prompts, depth=depth, generators=self.generators, **fields)
 
@@ -112,9 +111,8 @@ class Group:
         """The states (B, N, d) of a layer's input with the adapters' edits at the positions that are `edited`."""
         assert self.edited is not None  # the pass has found them
         own = pick(states, self.rows)  # (rows, N, d)
-        _, edits = self._call(
-            Instances(own, self.edited, own[:, :0].detach(), self.vector), depth, states
-        )  # (rows, N, d)
+        instances = Instances(own, self.edited, own[:, :0].detach(), self.vector)
+        _, edits = self._call(instances, depth, states)  # (rows, N, d)
         shown = self.edited.to(states.device, states.dtype)[..., None]  # (rows, N, 1)
         if self.rows is None:
             return torch.addcmul(states, edits, shown)  # (B, N, d)

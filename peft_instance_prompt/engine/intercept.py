@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..generator import InstanceGenerator, Instances
-from .request import Note, noted, notes
+from .request import noted, notes
 from .slots import Layout
 from .tokens import InstanceTokens
 
@@ -63,7 +63,7 @@ def intercept(function: Interceptor) -> AbstractContextManager[None]:
     >>> seen[0].shape  # the vectors before layer 0: (batch, num_virtual_tokens, hidden size)
     ```
     """
-    return noted(Note(interceptor=function))
+    return noted(interceptor=function)
 
 
 Values = TypeVar("Values", torch.Tensor, torch.Tensor | None)

@@ -198,8 +198,9 @@ notes: ContextVar[tuple[Note, ...]] = ContextVar("instance_prompt_notes", defaul
 
 
 @contextmanager
-def noted(entry: Note) -> Iterator[None]:
-    """Add an entry to `notes`, within the context."""
+def noted(**attributes: Any) -> Iterator[None]:
+    """Add a [`Note`] with these attributes to `notes`, within the context."""
+    entry = Note(**attributes)
     notes.set((*notes.get(), entry))
     try:
         yield
@@ -212,7 +213,7 @@ def note(model: nn.Module | None = None, **fields: Any) -> AbstractContextManage
 
     Contexts may overlap without nesting, as those of two generators that take turns do: each takes back only its own fields.
     """
-    return noted(Note(model, fields))
+    return noted(model=model, fields=fields)
 
 
 def running_call() -> Note | None:
@@ -261,13 +262,13 @@ def begin_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     call = named(model, "forward", args, kwargs)
     shifted = call.get("labels") is None and call.get("shift_labels") is not None
     labels = call.get("shift_labels" if shifted else "labels")
+    packed = {name: call[name] for name in ("position_ids", *PACKED_ARGUMENTS) if call.get(name) is not None}
     # A call inside a call of the base model, whose arguments this module may not receive, keeps those that are known.
     told: dict[str, Any] = {
         "input_ids": call.get("input_ids"),
         "labels": labels,
         "shifted": None if labels is None else shifted,
-        "packed": {name: call[name] for name in ("position_ids", *PACKED_ARGUMENTS) if call.get(name) is not None}
-        or None,
+        "packed": packed or None,
         "encoder_slots": slots_of(call.get("encoder_outputs")),
     }
     request = replace(
@@ -305,14 +306,12 @@ def slots_of(encoder_outputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 def note_encoder_slots(order: torch.Tensor, used: torch.Tensor) -> None:
     """Note the slots in an encoder's output, for the decoder that runs next."""
     call = running_call()
-    if (
-        call is not None and call.request is not None
-    ):  # else the encoder runs alone, and the caller passes its output to the decoder
+    # Else the encoder runs alone, and the caller passes its output to the decoder.
+    if call is not None and call.request is not None:
         call.request = replace(call.request, encoder_slots=(order, used))
 
 
-@contextmanager
-def instruction_scope(mask: torch.Tensor) -> Iterator[None]:
+def instruction_scope(mask: torch.Tensor) -> AbstractContextManager[None]:
     """Set which tokens are the instruction, around trainers and tools that cannot pass on `instruction_mask`.
 
     Args:
@@ -326,5 +325,4 @@ def instruction_scope(mask: torch.Tensor) -> Iterator[None]:
     ...     loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
     ```
     """
-    with note(instruction_mask=mask):
-        yield
+    return note(instruction_mask=mask)
