@@ -65,8 +65,8 @@ def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | 
     wrapped = isinstance(model, (PeftModel, PeftMixedModel, BaseTuner))
     known = getattr(model, "peft_config", None) or {}
     if not wrapped:
-        live = bool(known) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
-        if not live or (adapter_name is not None and adapter_name not in known):
+        attached = bool(known) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        if not attached or (adapter_name is not None and adapter_name not in known):
             return  # a base model that another method was unloaded from still has the configs
     types = {PeftType(one.peft_type).value for one in known.values()}
     prompt = isinstance(model, PeftModel) and model._is_prompt_learning

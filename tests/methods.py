@@ -22,7 +22,8 @@ from peft_instance_prompt import (
 
 # Each makes a config for a tiny model; `kw` are the fields that all methods have.
 METHODS: dict[str, Callable] = {
-    "iapt": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, **kw}),
+    # With a learned activation it has every weight that it can have.
+    "iapt": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, "activation": "rational", **kw}),
     "iapt_after_first": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, "prompt_position": "after_first", **kw}),
     "iapt_paper": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, "init_weights": "paper", **kw}),
     "lpt": lambda **kw: LPTConfig(**{"bottleneck_dim": 8, "dropout": 0.0, **kw}),

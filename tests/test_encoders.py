@@ -238,7 +238,10 @@ def test_embeds_in_place_of_ids(kind: str, family: str) -> None:
 @torch.no_grad()
 def test_shared_layers_have_prompts_of_their_own() -> None:
     """ALBERT against a loop over its layers: two, each run twice, with four sets of prompts."""
-    model = adapted(encoder("albert", attn_implementation="eager"), IAPTConfig(bottleneck_dim=8, down_factor=0.5))
+    model = adapted(
+        encoder("albert", attn_implementation="eager"),
+        IAPTConfig(bottleneck_dim=8, activation="rational", down_factor=0.5),
+    )
     base, ids = model.get_base_model(), batch(7)["input_ids"]
     found = model(ids, output_hidden_states=True).hidden_states
     generator = injected(model).generators["default"]

@@ -21,7 +21,7 @@ class FirstDown(IAPTGenerator):
 
 
 def test_rows_at_is_read() -> None:
-    config, (info,) = IAPTConfig(num_virtual_tokens=2, bottleneck_dim=4), describe(causal_lm())
+    config, (info,) = IAPTConfig(num_virtual_tokens=2, bottleneck_dim=4, activation="rational"), describe(causal_lm())
     generator = FirstDown(config, info)
     for number, depth in enumerate(generator.depths):
         weights = generator.weights(depth)

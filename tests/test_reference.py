@@ -23,19 +23,22 @@ def iapt(
     """What is generated (l, d) for one row at one layer, from the states H (n, d) of its instruction; arXiv 2405.18203.
 
     `z = H W_down`, `A = softmax(z W_pool)`, `p = g(A^T z) W_up`. Not so in the paper: by default z is divided by the
-    root mean square of the states, each slot has a vector that is added to what it pools, and the outcome is in units of the state
+    root mean square of the states, each slot has a vector that is added to what it pools, g is GELU, and the outcome is in units of the state
     that the slots start from.
     """
     W_down, W_pool, W_up = (weights[part][layer] for part in ("down", "pool", "up"))
-    a, b = weights["activation"][layer, 0].split([7, 5])
     z = H @ W_down * (1 if paper else FACTOR)  # (n, m)
     if not paper:
         z = z / (H.pow(2).mean(dim=1, keepdim=True) + 1e-6).sqrt()
     A = torch.exp(z @ W_pool)  # (n, l)
     A = A / A.sum(dim=0)
     x = A.T @ z + (0 if paper else weights["slot"][layer])  # (l, m)
-    powers = torch.stack([x**j for j in range(7)])  # (7, l, m)
-    g = torch.einsum("j,jlm->lm", a, powers) / (1 + torch.einsum("i,ilm->lm", b, powers[1:6]).abs())
+    if paper:
+        a, b = weights["activation"][layer, 0].split([7, 5])
+        powers = torch.stack([x**j for j in range(7)])  # (7, l, m)
+        g = torch.einsum("j,jlm->lm", a, powers) / (1 + torch.einsum("i,ilm->lm", b, powers[1:6]).abs())
+    else:
+        g = x * (1 + torch.erf(x / 2**0.5)) / 2  # GELU
     p = g @ W_up  # (l, d)
     return p if paper else (start.pow(2).mean() + 1e-6).sqrt() * p
 

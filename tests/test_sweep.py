@@ -19,9 +19,7 @@ from sweep_table import BARE, REFUSED, RIGHT, TITLES, WRONG, worst
 from tiny import perturb
 
 from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.engine import forward as close
-from peft_instance_prompt.engine import forward as fill_module
-from peft_instance_prompt.engine import layer
+from peft_instance_prompt.engine import forward, layer
 
 
 TABLE = json.loads(sweep.TABLE.read_text())
@@ -108,9 +106,9 @@ def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name for name, (what, _) in found.items() if what == WRONG}
 
     assert not failing()
-    take, resume, fill, load = close.take, layer.resume, fill_module.fill, PeftModel.from_pretrained
+    take, resume, write, load = forward.take, layer.resume, forward.write, PeftModel.from_pretrained
     with monkeypatch.context() as patch:  # each token gets the state of the next
-        patch.setattr(close, "take", lambda states, *args, **kw: take(states.roll(-1, dims=1), *args, **kw))
+        patch.setattr(forward, "take", lambda states, *args, **kw: take(states.roll(-1, dims=1), *args, **kw))
         assert {"rows", "leak", "prompt"} <= failing()
     with monkeypatch.context() as patch:  # a step of generation stands in the wrong place
         patch.setattr(
@@ -120,7 +118,9 @@ def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert failing() == {"cache"}
     with monkeypatch.context() as patch:  # the prompt is cut off from what it was made of
-        patch.setattr(fill_module, "fill", lambda states, prompts, *args: fill(states, prompts.detach(), *args))
+        patch.setattr(
+            forward, "write", lambda states, rows, values, *args: write(states, rows, values.detach(), *args)
+        )
         assert failing() == {"gradient"}
     with monkeypatch.context() as patch:  # what is loaded is not what was saved
         patch.setattr(PeftModel, "from_pretrained", lambda *args: perturb(load(*args), 5, "default"))

@@ -106,7 +106,7 @@ def _preft(r: int) -> Callable[[Setting], PeftConfig]:
 
 
 # IAPT as release 0.2.0 had it.
-IAPT_0_2: dict[str, Any] = {"slot_vectors": False, "accumulate": False, "down_factor": 1.0}
+IAPT_0_2: dict[str, Any] = {"activation": "rational", "slot_vectors": False, "accumulate": False, "down_factor": 1.0}
 
 OURS: dict[str, Callable[..., PeftConfig]] = {
     "iapt": IAPTConfig,
@@ -118,7 +118,7 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "dp": DynamicPromptConfig,
     "idspam": IDSPAMConfig,
     "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
-    "iapt-0.2-slow-down": lambda **kw: IAPTConfig(activation="gelu", **IAPT_0_2, **kw),
+    "iapt-0.2-slow-down": lambda **kw: IAPTConfig(**{**IAPT_0_2, "activation": "gelu"}, **kw),
     # In all-MiniLM-L6-v2 the state of the first token, which IDPG and LPT read, hardly depends on the text below the last layer.
     "m-idpg-mean": lambda **kw: IDPGConfig.preset("m-phm", instance_pooling="mean", **kw),
     "lpt-appg": lambda **kw: LPTConfig(generator_type="appg", **kw),
@@ -141,10 +141,10 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-no-factor": lambda **kw: IAPTConfig(down_factor=1.0, **kw),
     "iapt-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **kw),
     "iapt-end": lambda **kw: IAPTConfig(prompt_position="end", **kw),
-    "iapt-gelu": lambda **kw: IAPTConfig(activation="gelu", **kw),
+    "iapt-rational": lambda **kw: IAPTConfig(activation="rational", **kw),
     "iapt-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **kw),
     "iapt-0.2-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **IAPT_0_2, **kw),
-    "iapt-0.2-gelu": lambda **kw: IAPTConfig(activation="gelu", **IAPT_0_2, **kw),
+    "iapt-0.2-gelu": lambda **kw: IAPTConfig(**{**IAPT_0_2, "activation": "gelu"}, **kw),
     "iapt-0.2-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **IAPT_0_2, **kw),
 }
 

@@ -20,7 +20,7 @@ from ..generator import InstanceGenerator, Instances, stack_weights
 from ..nn.pooling import last_index
 from .intercept import intercepted
 from .request import Request
-from .slots import Layout, Seats, arrange
+from .slots import Layout, SlotRows, arrange
 from .stack import StackInfo
 from .tokens import InstanceTokens, Packing, Text
 
@@ -39,6 +39,7 @@ class Group:
         by_row (`torch.LongTensor`, *optional*): Shape (G,). The index that sorts values made adapter by adapter into the order of the
             rows. None: they are in that order.
         selection (`InstanceTokens`, *optional*): The instances' tokens among the positions of the stack.
+        slots (`SlotRows`, *optional*): Their slots among these positions.
         edited (`torch.BoolTensor`, *optional*): Shape (rows, N). The positions of the rows whose states the adapters edit.
         vector (`torch.Tensor`, *optional*): Shape (G, ...). The output of the adapters' `encode`.
         unbound (`dict`): By the index of an adapter, once per pass: whether gradients were on, and its parameters, unbound by depth.
@@ -50,6 +51,7 @@ class Group:
     adapter_of: list[int] = field(default_factory=list)
     by_row: torch.Tensor | None = None
     selection: InstanceTokens | None = None
+    slots: SlotRows | None = None
     edited: torch.Tensor | None = None
     vector: torch.Tensor | None = None
     unbound: dict[int, tuple[bool, dict]] = field(default_factory=dict)
@@ -98,47 +100,37 @@ class Group:
             selection (`InstanceTokens`): The group's instances among the columns of `states`.
             layout (`Layout`, *optional*): Where slots and tokens of the batch stand; only tools look at it.
         """
-        model = self.model
-        weights = None if any(map(managed, self.generators)) else self.weights(depth)
-        device = self._device(weights, states.device)
-        base = selection.last if model.copies_last else selection.first  # (G,)
-        instances = Instances(
-            selection.take(states).to(device),  # (G, n, w)
-            selection.mask.to(device),
-            selection.state_at(states, base).to(device),  # (G, 1, w)
-            None if self.vector is None else self.vector.to(device),
-        )
-        prompts = self._call(instances, depth, weights).to(states.device, states.dtype)  # (G, l, w)
+        base = selection.last if self.model.copies_last else selection.first  # (G,)
+        taken, base_state = selection.take(states), selection.state_at(states, base)  # (G, n, w), (G, 1, w)
+        instances, prompts = self._call(
+            Instances(taken, selection.mask, base_state, self.vector), depth, states
+        )  # (G, l, w)
         fields = {"instances": instances, "selection": selection, "layout": layout, "rows": self.rows}
         return intercepted(prompts, depth=depth, generators=self.generators, **fields)
 
     def edit(self, states: torch.Tensor, depth: int) -> torch.Tensor:
         """The states (B, N, d) of a layer's input with the adapters' edits at the positions that are `edited`."""
         assert self.edited is not None  # the pass has found them
-        weights = None if any(map(managed, self.generators)) else self.weights(depth)
-        device = self._device(weights, states.device)
-        own, mask = pick(states, self.rows).to(device), self.edited.to(device)  # (rows, N, d), (rows, N)
-        instances = Instances(own, mask, own[:, :0].detach(), None if self.vector is None else self.vector.to(device))
-        edits = self._call(instances, depth, weights).to(states.device, states.dtype)  # (rows, N, d)
-        shown = mask.to(states.device, states.dtype)[..., None]  # (rows, N, 1)
+        own = pick(states, self.rows)  # (rows, N, d)
+        _, edits = self._call(
+            Instances(own, self.edited, own[:, :0].detach(), self.vector), depth, states
+        )  # (rows, N, d)
+        shown = self.edited.to(states.device, states.dtype)[..., None]  # (rows, N, 1)
         if self.rows is None:
             return torch.addcmul(states, edits, shown)  # (B, N, d)
         return states.index_add(0, self.rows.to(states.device), edits * shown)  # (B, N, d)
 
-    def _call(self, instances: Instances, depth: int, weights: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """The output of the adapters for their instances."""
-        if weights is None and len(self.generators) > 1:
-            return self._one_by_one(instances, depth)
-        return self.model(instances, depth, weights)
-
-    def _device(self, weights: Mapping[str, torch.Tensor] | None, default: torch.device) -> torch.device:
-        """The device of the adapters, which may differ from the layer's.
-
-        A managed module loads its parameters only when it is called, and a `DataParallel` replica has none: `vector` or the layer
-        decides for them.
-        """
-        known = [self.vector] if weights is None else [*weights.values(), self.vector]
-        return next((tensor.device for tensor in known if tensor is not None), default)
+    def _call(self, instances: Instances, depth: int, states: torch.Tensor) -> tuple[Instances, torch.Tensor]:
+        """The instances on the adapters' device, which may differ from that of the states; and the adapters' output for them, as the
+        states are."""
+        weights = None if any(map(managed, self.generators)) else self.weights(depth)
+        # A managed module loads its parameters only when it is called, and a `DataParallel` replica has none.
+        known = [*(weights or {}).values(), self.vector, states]
+        device = next(tensor.device for tensor in known if tensor is not None)
+        instances = Instances._make(None if one is None else one.to(device) for one in instances)
+        one_by_one = weights is None and len(self.generators) > 1
+        made = self._one_by_one(instances, depth) if one_by_one else self.model(instances, depth, weights)
+        return instances, made.to(states.device, states.dtype)
 
     def _one_by_one(self, instances: Instances, depth: int) -> torch.Tensor:
         """The output of managed adapters. Each loads its parameters only when it is called, so they cannot be stacked."""
@@ -193,15 +185,8 @@ def pick(values: Values, rows: torch.Tensor | None) -> Values:
     return values if values is None or rows is None else values[rows.to(values.device)]
 
 
-def put(
-    whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor, seats: Seats | None = None
-) -> torch.Tensor:
-    """Write `values` (G, l, ...) into these instances' slots in `whole` (B, L, ...); unused slots stay in front.
-
-    `rows` are the instances; None for all of them. `seats` say which slots are theirs in packed rows.
-    """
-    if seats is not None:
-        return seats.put(whole, rows, values)
+def put(whole: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """Write `values` (G, l) into the last columns of these `rows` (G,) of `whole` (B, L); None for all rows and columns."""
     if rows is None:
         return values.to(whole.dtype)
     columns = torch.arange(whole.shape[1] - values.shape[1], whole.shape[1], device=whole.device)
@@ -260,11 +245,13 @@ class Places(NamedTuple):
         start (`torch.LongTensor`): Shape (G,). The token before which the slots before the instruction stand.
         stop (`torch.LongTensor`): Shape (G,). The token before which the slots behind it stand; S puts them behind the last token.
         before_token (`torch.LongTensor`): Shape (G, l). The token before which each slot stands, one of the two.
+        position (`torch.LongTensor`): Shape (G, l). The position of each slot in its row of the stack; in packed rows, N for unused ones.
     """
 
     start: torch.Tensor
     stop: torch.Tensor
     before_token: torch.Tensor
+    position: torch.Tensor
 
 
 def place_slots(
@@ -292,7 +279,7 @@ def place_slots(
     front = selection.first[:, None].expand(-1, L)  # (G, L)
     before_token, since = front, torch.zeros_like(front)  # (G, L) each
     used, known = torch.full_like(front, everywhere, dtype=torch.bool), everywhere  # (G, L); are all known to be used
-    each: list[Places] = []
+    places = []
     for group in groups:
         model, own = group.model, selection.pick(group.rows)
         behind, own_used = model.place(own.mask, group.vector)  # (G, l) each
@@ -302,26 +289,28 @@ def place_slots(
             # Late slots have no position of their own. Where positions go by column, they stand behind the last token, where they
             # move no token.
             start = stop = torch.full_like(start, S)  # (G,)
-        each.append(Places(start, stop, torch.where(behind, stop[:, None], start[:, None])))
-        before_token = put(before_token, group.rows, each[-1].before_token)
+        places.append((start, stop, torch.where(behind, stop[:, None], start[:, None])))
+        before_token = put(before_token, group.rows, places[-1][2])
         used = put(used, group.rows, torch.ones_like(behind) if own_used is None else own_used.to(front.device))
         since = put(since, group.rows, torch.full(behind.shape, model.first_visible_layer, device=front.device))
     if info.causal and info.absolute_column_positions and not everywhere:
         check_equal_numbers(groups, L, B, info)
     predicts = before_token == selection.last[:, None] + 1  # (G, L), whether `start` or `stop` put them there
     late = tuple(sorted({group.model.first_visible_layer for group in groups} - {0}))
-    seats = None
+    tables = [before_token, since, front, used, predicts]  # (G, L) each
     if packing is not None:
-        seats = Seats.of_used(used, packing.rows, B)
-        empty = front.new_zeros(B, seats.num_slots)  # (B, L)
-        tables = (before_token, since, front, used, predicts)
-        before_token, since, front, used, predicts = (
-            seats.put(empty.to(table.dtype), None, table) for table in tables
-        )
+        column, L = packing.columns_of(used)  # (G, L before)
+        tables = [packing.spread(table, column, L) for table in tables]  # (B, L) each
+    before_token, since, front, used, predicts = tables
     answers = predicts if info.causal else None
     told = None if known and packing is None else used
-    layout = arrange(before_token, S, told, answers, since, late, not info.causal, front, seats)  # B rows
-    return layout if packing is None else replace(layout, segment_ids=packing.widen(layout)), each
+    layout = arrange(before_token, S, told, answers, since, late, not info.causal, front)  # B rows
+    position = layout.slot_index  # (B, L)
+    if packing is not None:
+        layout = replace(layout, segment_ids=packing.widen(layout))
+        position = packing.positions_of(layout, column)  # (G, L)
+    own_positions = (pick(position, group.rows)[:, -group.model.num_slots :] for group in groups)  # (G, l) each
+    return layout, [Places(*place, own) for place, own in zip(places, own_positions)]
 
 
 def check_equal_numbers(groups: list[Group], num_slots: int, num_rows: int, info: StackInfo) -> None:

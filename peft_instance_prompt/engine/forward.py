@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .adapters import Group, put
+from .adapters import Group
 from .cache import SlotCache, length
 from .calls import LayerCall, by_name, cache_of
 from .request import current_request, note_encoder_slots
-from .slots import CachedText, Layout, SlotTable, fill, take
+from .slots import CachedText, Layout, SlotTable, take, write
 from .stack import StackInfo, tree_of
 from .widen import hide, padding_mask
 
@@ -149,13 +149,11 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
         if group.model.edits:
             states = group.edit(states, depth)  # (B, N, d)
             continue
-        assert layout is not None and group.selection is not None  # the pass has opened its groups' slots
+        assert group.slots is not None and group.selection is not None  # the pass has opened its groups' slots
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)
-        if group.rows is not None or layout.seats is not None:
-            standing = take(states, layout.slot_index)  # (B, L, d)
-            standing = torch.zeros_like(standing) if group.model.adds_at(depth) else standing
-            prompts = put(standing, group.rows, prompts, layout.seats)  # (B, L, d)
-        states = fill(states, prompts, layout, group.model.adds_at(depth), in_place)  # (B, N, d)
+        states = write(
+            states, group.slots.rows, group.slots.pick(prompts), group.model.adds_at(depth), in_place
+        )  # (B, N, d)
     return call.with_states(states)
 
 

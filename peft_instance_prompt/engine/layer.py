@@ -36,86 +36,6 @@ from .widen import resume
 from .wrap import Generate, GenerateBatch, InitContinuousBatching, MethodWrapper, NotedForward, wrappers
 
 
-# ------------------------------------------------------------------------------------------- layers without their hooks
-
-
-def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skipped: set[tuple]) -> None:
-    """Refuse a stack that runs a layer without its hooks, as `layer.forward(...)` does: the layer's prompts would be lost silently.
-
-    A stack may also skip a layer: by layerdrop, by an early exit, or because the layer reads an image and there is none. To tell the
-    two apart, the stack runs once more in each new case, and the layer's parameters are watched: a skipped layer does not use them.
-
-    Args:
-        running (`Pass`): The pass, which opened slots.
-        info (`StackInfo`): Facts about the stack.
-        call (`dict`): Its arguments.
-        skipped (`set`): The cases in which the stack is known to skip layers. New ones are added.
-
-    Raises:
-        ValueError: A layer ran without the hook that it needs, or it cannot be seen whether it did.
-    """
-    depths = {depth for group in running.groups for depth in group.model.depths if depth != INPUT}
-    depths.update(range(max(running.late_layers, default=0)))
-    if running.segment_ids is not None and not running.attention.startswith("flash_attention"):
-        depths.update(range(info.num_layers))
-    if depths <= running.ran:
-        return
-    stack = running.stack
-    mode = (
-        stack.training,
-        any(getattr(module, "gradient_checkpointing", False) for module in tree_of(stack).values()),
-    )
-    missing = {depth for depth in depths - running.ran if (depth, *mode) not in skipped}
-    if not missing:
-        return
-    name = info.layers_name.removeprefix(f"{info.name}.")
-    layers: Any = stack.get_submodule(name)  # an `nn.ModuleList`
-    lost = missing & depths_without_hook(running, layers, info.num_layers // len(layers), call)
-    skipped.update((depth, *mode) for depth in missing - lost)
-    if lost:
-        number = min(lost) * len(layers) // info.num_layers
-        raise ValueError(
-            f"The forward hooks of '{name}.{number}' in {type(stack).__name__} did not run, so its prompts are lost: the stack "
-            "may call `layer.forward(...)` instead of `layer(...)`. Use a method that writes to the input only."
-        )
-
-
-def depths_without_hook(running: Pass, layers: nn.ModuleList, runs: int, call: dict[str, Any]) -> set[int]:
-    """The depths that run without their hook in one more run of the stack: in the same mode, without gradients and without a cache."""
-    again = plain_pass(running.stack, running.info)
-    again.states = {}
-    name, _ = cache_of(call)
-    call = {key: value for key, value in call.items() if key != name}
-    used = UsedParameters()
-    token = current_pass.set(again)
-    try:
-        with torch.no_grad(), used:
-            running.stack(**{**call, "attention_mask": None, "use_cache": False, "return_dict": True})
-    finally:
-        current_pass.reset(token)
-    seen = [used.any_of(layer) for layer in layers]
-    # Offloading and other wrappers lend a layer different parameters for its call: then nothing can be seen.
-    blind = not used.any_of(running.stack) or any(not seen[depth // runs] for depth in again.ran)
-    return {depth for depth in range(len(layers) * runs) if depth not in again.ran and (blind or seen[depth // runs])}
-
-
-class UsedParameters(TorchFunctionMode):
-    """Records which tensors torch's functions get as arguments within the context, in this thread."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids: set[int] = set()
-
-    def any_of(self, module: nn.Module) -> bool:
-        """Whether a parameter of a module was used."""
-        return any(id(parameter) in self.ids for parameter in module.parameters())
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for value in (*args, *(kwargs or {}).values()):
-            self.ids.update(map(id, value) if isinstance(value, (list, tuple)) else (id(value),))
-        return function(*args, **(kwargs or {}))
-
-
 class InstancePromptLayer(nn.Module, BaseTunerLayer):
     """Holds one generator per adapter, and inserts their prompt vectors into a transformer stack.
 
@@ -334,3 +254,83 @@ def refuse_export(stack: nn.Module) -> None:
             "Instance prompts cannot be exported with `torch.export`: where their slots stand depends on the values of masks and "
             "token ids. Use `torch.compile`, or export the base model after `unload()`."
         )
+
+
+# ------------------------------------------------------------------------------------------- layers without their hooks
+
+
+def check_hooks_ran(running: Pass, info: StackInfo, call: dict[str, Any], skipped: set[tuple]) -> None:
+    """Refuse a stack that runs a layer without its hooks, as `layer.forward(...)` does: the layer's prompts would be lost silently.
+
+    A stack may also skip a layer: by layerdrop, by an early exit, or because the layer reads an image and there is none. To tell the
+    two apart, the stack runs once more in each new case, and the layer's parameters are watched: a skipped layer does not use them.
+
+    Args:
+        running (`Pass`): The pass, which opened slots.
+        info (`StackInfo`): Facts about the stack.
+        call (`dict`): Its arguments.
+        skipped (`set`): The cases in which the stack is known to skip layers. New ones are added.
+
+    Raises:
+        ValueError: A layer ran without the hook that it needs, or it cannot be seen whether it did.
+    """
+    depths = {depth for group in running.groups for depth in group.model.depths if depth != INPUT}
+    depths.update(range(max(running.late_layers, default=0)))
+    if running.segment_ids is not None and not running.attention.startswith("flash_attention"):
+        depths.update(range(info.num_layers))
+    if depths <= running.ran:
+        return
+    stack = running.stack
+    mode = (
+        stack.training,
+        any(getattr(module, "gradient_checkpointing", False) for module in tree_of(stack).values()),
+    )
+    missing = {depth for depth in depths - running.ran if (depth, *mode) not in skipped}
+    if not missing:
+        return
+    name = info.layers_name.removeprefix(f"{info.name}.")
+    layers: Any = stack.get_submodule(name)  # an `nn.ModuleList`
+    lost = missing & depths_without_hook(running, layers, info.num_layers // len(layers), call)
+    skipped.update((depth, *mode) for depth in missing - lost)
+    if lost:
+        number = min(lost) * len(layers) // info.num_layers
+        raise ValueError(
+            f"The forward hooks of '{name}.{number}' in {type(stack).__name__} did not run, so its prompts are lost: the stack "
+            "may call `layer.forward(...)` instead of `layer(...)`. Use a method that writes to the input only."
+        )
+
+
+def depths_without_hook(running: Pass, layers: nn.ModuleList, runs: int, call: dict[str, Any]) -> set[int]:
+    """The depths that run without their hook in one more run of the stack: in the same mode, without gradients and without a cache."""
+    again = plain_pass(running.stack, running.info)
+    again.states = {}
+    name, _ = cache_of(call)
+    call = {key: value for key, value in call.items() if key != name}
+    used = UsedParameters()
+    token = current_pass.set(again)
+    try:
+        with torch.no_grad(), used:
+            running.stack(**{**call, "attention_mask": None, "use_cache": False, "return_dict": True})
+    finally:
+        current_pass.reset(token)
+    seen = [used.any_of(layer) for layer in layers]
+    # Offloading and other wrappers lend a layer different parameters for its call: then nothing can be seen.
+    blind = not used.any_of(running.stack) or any(not seen[depth // runs] for depth in again.ran)
+    return {depth for depth in range(len(layers) * runs) if depth not in again.ran and (blind or seen[depth // runs])}
+
+
+class UsedParameters(TorchFunctionMode):
+    """Records which tensors torch's functions get as arguments within the context, in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def any_of(self, module: nn.Module) -> bool:
+        """Whether a parameter of a module was used."""
+        return any(id(parameter) in self.ids for parameter in module.parameters())
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            self.ids.update(map(id, value) if isinstance(value, (list, tuple)) else (id(value),))
+        return function(*args, **(kwargs or {}))

@@ -30,7 +30,7 @@ from .forward import Pass, current_pass
 from .intercept import intercepted
 from .request import Request
 from .scope import Rules, find_scope
-from .slots import Layout, insert, take
+from .slots import Layout, SlotRows, insert, take, write
 from .stack import StackInfo, embed, embed_ids, tree_of
 from .tokens import InstanceTokens, Packing, Text, check_packable, find_packing
 from .widen import beyond_causal, full_mask, lengths_of, no_padding, padding_mask, prefix_of, widen
@@ -297,6 +297,9 @@ def open_slots(
     groups = [encode(group, text, selection, request, frozen_states) for group in groups]
     layout, places = place_slots(groups, text, selection, info)
 
+    row = selection.each_row[:, 0]  # (G,)
+    slots = (SlotRows.of(place.position, pick(row, group.rows), layout) for group, place in zip(groups, places))
+    groups = [replace(group, slots=own) for group, own in zip(groups, slots)]
     embeds = embed_slots(groups, places, text, selection, layout)  # (B, N, e)
     call = {**call, "input_ids": None, "inputs_embeds": embeds}
     call = widen(stack, info, call, text, layout, max(group.model.num_slots for group in groups))
@@ -380,12 +383,12 @@ def embed_slots(
     """The input embeddings (B, N, e) with the slots in their places, and with prompt vectors in them if a method writes there."""
     # Slots that no generator writes to begin as copies of the first token, which disturbs the model least.
     vectors = take(text.embeds.detach(), layout.first)  # (B, L, e)
-    own = None
+    embeds, own = insert(text.embeds, vectors, layout), None  # (B, N, e)
     for group in groups:
         if INPUT in group.model.depths:
+            assert group.slots is not None  # they are placed
             own = group.run(text.embeds, INPUT, selection.pick(group.rows), layout)  # (G, l, e)
-            vectors = put(vectors, group.rows, own, layout.seats)  # (B, L, e)
-    embeds = insert(text.embeds, vectors, layout)  # (B, N, e)
+            embeds = write(embeds, group.slots.rows, group.slots.pick(own))  # (B, N, e)
     if groups[0].rows_of is not None or own is None:
         return embeds
     (group,), (place,) = groups, places  # one adapter has all rows
@@ -400,10 +403,9 @@ def attach_in_rows_apart(
     group: Group, places: Places, embeds: torch.Tensor, prompts: torch.Tensor, text: Text, layout: Layout
 ) -> torch.Tensor:
     """Attach position gradients to the input embeddings (B, N, e) of packed rows, one sequence at a time."""
-    packing, seats = text.packing, layout.seats
-    assert packing is not None and seats is not None  # the rows are packed
-    used = seats.column < seats.num_slots  # (G, l)
-    alone, index = packing.apart(layout, used, places.before_token)  # index (G, n + l)
+    packing = text.packing
+    assert packing is not None  # the rows are packed
+    alone, index = packing.apart(layout, places.position, places.before_token)  # index (G, n + l)
     rows = packing.rows[:, None].expand_as(index)  # (G, n + l)
     spare = torch.cat([embeds, torch.zeros_like(embeds[:, :1])], dim=1)  # (B, N + 1, e)
     tokens = packing.unpack(text.embeds, 0.0)  # (G, n, e)

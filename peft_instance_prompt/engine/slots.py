@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -157,40 +158,41 @@ class CachedText:
         self.parts = None if (ids := self.ids) is None else [ids[rows.to(ids.device)]]
 
 
-@dataclass(frozen=True)
-class Seats:
-    """Which of a packed row's slots belong to which instance. Only used slots have a seat.
+class SlotRows(NamedTuple):
+    """Which rows of states (B, N, d), seen as (B * N, d), are the slots of G instances. Padded and packed rows have no other difference.
 
     Attributes:
-        row (`torch.LongTensor`): Shape (G,). The row of each instance.
-        column (`torch.LongTensor`): Shape (G, l). The columns of each instance's slots among the L slots of its row; L for unused slots.
-        num_slots (`int`): L, the number of slots of the fullest row.
+        rows (`torch.LongTensor`): Shape (K,).
+        instance, vector (`torch.LongTensor`, *optional*): Shape (K,) each. The instance that each slot belongs to, and the number of its
+            vector among the instance's l. None: all vectors of all instances, in order.
     """
 
-    row: torch.Tensor
-    column: torch.Tensor
-    num_slots: int
+    rows: torch.Tensor
+    instance: torch.Tensor | None = None
+    vector: torch.Tensor | None = None
 
     @classmethod
-    def of_used(cls, used: torch.Tensor, row: torch.Tensor, num_rows: int) -> Seats:
-        """Seats for the slots that are `used` (G, l), in the order of the instances; `row` (G,) does not decrease."""
-        count = used.sum(dim=1)  # (G,)
-        whole = count.new_zeros(num_rows).index_add(0, row, count)  # (B,)
-        L = max(int(whole.max()), 1)
-        before = (
-            count.cumsum(dim=0) - count - (whole.cumsum(dim=0) - whole)[row]
-        )  # (G,), slots of the row's earlier instances
-        column = (L - whole[row] + before)[:, None] + used.cumsum(dim=1) - 1  # (G, l)
-        return cls(row, torch.where(used, column, L), L)
+    def of(cls, position: torch.Tensor, row: torch.Tensor, layout: Layout) -> SlotRows:
+        """From the `position` (G, l) of each slot in its instance's `row` (G,); in packed rows N for slots that are not used."""
+        N = layout.order.shape[1]
+        rows = row[:, None] * N + position  # (G, l)
+        if layout.segment_ids is None:
+            return cls(rows.flatten())  # (G * l,)
+        there = position < N  # (G, l)
+        return cls(rows[there], *there.nonzero(as_tuple=True))
 
-    def put(self, whole: torch.Tensor, instances: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
-        """Write `values` (G, l, ...) of some instances, or of all for None, into their seats in `whole` (B, L, ...)."""
-        row, column = self.row, self.column[:, self.column.shape[1] - values.shape[1] :]  # (G,), (G, l)
-        if instances is not None:
-            row, column = row[instances], column[instances]
-        row, column = row[:, None].expand_as(column).to(whole.device), column.to(whole.device)
-        spare = torch.cat([whole, whole[:, :1]], dim=1)  # (B, L + 1, ...), the last column for unused slots
-        return spare.index_put((row, column), values.to(whole))[:, :-1]  # (B, L, ...)
+    def pick(self, prompts: torch.Tensor) -> torch.Tensor:
+        """The vectors (K, d) of these rows, out of `prompts` (G, l, d)."""
+        return prompts.flatten(0, 1) if self.instance is None else prompts[self.instance, self.vector]  # (K, d)
+
+
+def write(
+    states: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, add: bool = False, in_place: bool = False
+) -> torch.Tensor:
+    """Make `values` (K, d) the `rows` (K,) of states (..., d), seen as (T, d), or `add` them there: in a copy, or `in_place`."""
+    flat, rows, values = states.flatten(0, -2), rows.to(states.device), values.to(states.dtype)  # flat (T, d)
+    values = flat[rows] + values if add else values  # (K, d)
+    return (flat.index_copy_ if in_place else flat.index_copy)(0, rows, values).view(states.shape)
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,6 @@ class Layout:
         output_index (`torch.LongTensor`): Shape (B, S). The position at which each token's output is read: its own. If slots stand
             between the last instruction token and the response of a causal model, that token's output is read at the last slot.
         first (`torch.LongTensor`): Shape (B, L). The first token of the sequence that each slot belongs to.
-        seats (`Seats`, *optional*): Which slots belong to which instance, if rows are packed.
         segment_ids (`torch.LongTensor`, *optional*): Shape (B, N). The segment id of each position, if rows are packed.
     """
 
@@ -215,7 +216,6 @@ class Layout:
     token_index: torch.Tensor
     output_index: torch.Tensor
     first: torch.Tensor
-    seats: Seats | None = None
     segment_ids: torch.Tensor | None = None
 
     @property
@@ -238,11 +238,6 @@ class Layout:
     def num_tokens(self) -> int:
         return self.token_index.shape[1]
 
-    @cached_property  # each layer reads it
-    def each_row(self) -> torch.Tensor:
-        """The indices (B, 1) of the rows."""
-        return torch.arange(len(self.slot_index), device=self.slot_index.device)[:, None]  # (B, 1)
-
 
 def arrange(
     before_token: torch.Tensor,
@@ -253,7 +248,6 @@ def arrange(
     late_layers: tuple[int, ...] = (),
     unused_at_end: bool = False,
     first: torch.Tensor | None = None,
-    seats: Seats | None = None,
 ) -> Layout:
     """Lay out slots and tokens row by row.
 
@@ -266,7 +260,7 @@ def arrange(
         first_visible_layer, late_layers: As in [`SlotTable`]. Default: every layer sees every slot.
         unused_at_end (`bool`): Whether unused slots stand behind the last token instead of before the first. True for encoders, since
             some count positions from the left edge; False, the default, for causal models, where text may follow.
-        first, seats: As in [`Layout`]. Default: the row's first column; one instance per row.
+        first: As in [`Layout`]. Default: the row's first column.
     """
     B, L = before_token.shape
     first = torch.zeros_like(before_token) if first is None else first  # (B, L)
@@ -283,7 +277,7 @@ def arrange(
         behind = slot_index.masked_fill(~(predicts & used), 0)  # (B, L)
         output_index = token_index.scatter_reduce(1, (before_token - 1).clamp(min=0), behind, "amax")  # (B, S)
     table = SlotTable(order, used, first_visible_layer, late_layers, all_used)
-    return Layout(table, before_token, slot_index, token_index, output_index, first, seats)
+    return Layout(table, before_token, slot_index, token_index, output_index, first)
 
 
 def take(values: torch.Tensor, index: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -343,13 +337,3 @@ def insert_positions(
     elif backwards:
         before = before - layout.table.num_counted  # (B, N)
     return insert(position_ids, own, layout) + before  # (B, N)
-
-
-def fill(
-    states: torch.Tensor, prompts: torch.Tensor, layout: Layout, add: bool = False, in_place: bool = False
-) -> torch.Tensor:
-    """Write `prompts` (B, L, d) into the slots of `states` (B, N, d), or `add` them there: in a copy, or `in_place`."""
-    rows, columns = layout.each_row.to(states.device), layout.slot_index.to(states.device)  # (B, 1), (B, L)
-    prompts = prompts.to(states.dtype)
-    prompts = states[rows, columns] + prompts if add else prompts  # (B, L, d)
-    return (states.index_put_ if in_place else states.index_put)((rows, columns), prompts)  # (B, N, d)

@@ -116,21 +116,45 @@ class Packing:
         own = torch.where(layout.used, self.segment_ids.gather(1, layout.first), -1)  # (B, L)
         return insert(self.segment_ids, own, layout)  # (B, N)
 
-    def apart(self, layout: Layout, used: torch.Tensor, before_token: torch.Tensor) -> tuple[Layout, torch.Tensor]:
+    def spread(self, table: torch.Tensor, column: torch.Tensor, num_slots: int) -> torch.Tensor:
+        """A table (G, l) with a value per slot, by the [`columns_of`] (G, l) of the slots: (B, L), zero elsewhere."""
+        spare = table.new_zeros(
+            len(self.segment_ids), num_slots + 1
+        )  # (B, L + 1), the last column for slots without one
+        return spare.index_put((self.rows[:, None].expand_as(column), column), table)[:, :-1]  # (B, L)
+
+    def columns_of(self, used: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The columns (G, l) of the slots that are `used` (G, l) among the L slots of their rows, L for others; and L.
+
+        The sequences' slots stand in their order, at the right edge.
+        """
+        row, count = self.rows, used.sum(dim=1)  # (G,) each
+        whole = count.new_zeros(len(self.segment_ids)).index_add(0, row, count)  # (B,)
+        L = max(int(whole.max()), 1)
+        before = (
+            count.cumsum(dim=0) - count - (whole.cumsum(dim=0) - whole)[row]
+        )  # (G,), of earlier sequences in the row
+        column = (L - whole[row] + before)[:, None] + used.cumsum(dim=1) - 1  # (G, l)
+        return torch.where(used, column, L), L
+
+    def positions_of(self, layout: Layout, column: torch.Tensor) -> torch.Tensor:
+        """The position (G, l) of each slot in its row, by its [`columns_of`] (G, l); N for unused ones."""
+        slot_index = torch.nn.functional.pad(layout.slot_index, (0, 1), value=layout.order.shape[1])  # (B, L + 1)
+        return slot_index[self.rows[:, None], column]  # (G, l)
+
+    def apart(self, layout: Layout, slots: torch.Tensor, before_token: torch.Tensor) -> tuple[Layout, torch.Tensor]:
         """The layout with each sequence in a row of its own, and where its positions lie in the packed rows.
 
         Args:
             layout (`Layout`): The layout of the packed rows.
-            used (`torch.BoolTensor`): Shape (G, l).
+            slots (`torch.LongTensor`): Shape (G, l). The position of each slot in its row, N for unused ones.
             before_token (`torch.LongTensor`): Shape (G, l). A column of the packed rows.
 
         Returns:
             The layout of G rows of n tokens, and an index (G, l + n) of positions in the packed rows, N where these hold none.
         """
-        assert layout.seats is not None  # the layout of packed rows has them
         n, N, rows = self.columns.shape[1], layout.order.shape[1], self.rows[:, None]
-        alone = arrange(before_token - self.columns[:, :1], n, used)
-        slots = torch.nn.functional.pad(layout.slot_index, (0, 1), value=N)[rows, layout.seats.column]  # (G, l)
+        alone = arrange(before_token - self.columns[:, :1], n, slots < N)
         tokens = layout.token_index[rows, self.columns].masked_fill(~self.mask, N)  # (G, n)
         return alone, torch.cat([slots, tokens], dim=1).gather(1, alone.order)  # (G, l + n)
 

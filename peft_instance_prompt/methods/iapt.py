@@ -30,20 +30,21 @@ class IAPTConfig(BottleneckConfig):
     """Configuration of [`IAPTModel`], instruction-aware prompt tuning (https://arxiv.org/abs/2405.18203).
 
     At every layer the prompt vectors are generated anew from that layer's own input at the instruction's tokens:
-    down-projection, self-attention pooling to `num_virtual_tokens` vectors, learned activation, up-projection.
+    down-projection, self-attention pooling to `num_virtual_tokens` vectors, activation, up-projection.
 
     Deviations from the paper, none of them with `init_weights="paper"`: by default the adapter starts as a near no-op
-    (`init_weights`), each slot has a learned vector of its own (`slot_vectors`), the prompt vectors are added to the states in the
-    slots where these can read the instruction (`accumulate`), and the down-projection moves slower than the other weights
-    (`down_factor`). No public source gives `bottleneck_dim` and which layers share their projections, so both are options with
+    (`init_weights`), the activation is not learned (`activation`), each slot has a learned vector of its own (`slot_vectors`), the
+    prompt vectors are added to the states in the slots where these can read the instruction (`accumulate`), and the down-projection
+    moves slower than the other weights (`down_factor`). No public source gives `bottleneck_dim` and which layers share their projections, so both are options with
     defaults of our own.
 
     Args:
         num_virtual_tokens (`int`): The number l of prompt vectors per layer. Defaults to 4, the paper's.
         bottleneck_dim (`int`): The width m of the generator. Defaults to 16. With m = 320, 2 * d * m * L is the 84 M
             parameters that the paper reports for LLaMA-2 7B.
-        activation (`str`): `"rational"`, the default, has 12 learned coefficients per layer and starts as GELU; or a fixed
-            one: `"gelu"`, `"relu"`, `"silu"`, `"tanh"`.
+        activation (`str`, *optional*): A fixed one, `"gelu"`, `"relu"`, `"silu"` or `"tanh"`; or the paper's `"rational"`, which
+            has 12 learned coefficients per layer, starts as GELU, and wants a lower learning rate than the other weights. Defaults
+            to `"gelu"`, with `init_weights="paper"` to `"rational"`.
         activation_fit (`str`): The fit of GELU that a rational activation starts from: `"wide"`, the default, is within 4.9e-3
             of GELU on [-10, 10]; `"tight"` within 1.2e-4 on [-3, 3].
         share_layers (`int`): The number of consecutive layers that share their two projections; each layer has its own
@@ -65,10 +66,15 @@ class IAPTConfig(BottleneckConfig):
     """
 
     paper = ("IAPT: Instruction-Aware Prompt Tuning for Large Language Models", "2405.18203")
-    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"slot_vectors": False, "accumulate": False}}
+    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {
+        1: {"slot_vectors": False, "accumulate": False, "activation": "rational"}
+    }
 
-    activation: Literal["rational", "gelu", "relu", "silu", "tanh"] = field(
-        default="rational", metadata={"help": "'rational' (learned), or a fixed 'gelu', 'relu', 'silu' or 'tanh'."}
+    activation: Optional[Literal["rational", "gelu", "relu", "silu", "tanh"]] = field(
+        default=None,
+        metadata={
+            "help": "A fixed 'gelu', 'relu', 'silu' or 'tanh', or 'rational' (learned); None: 'gelu', or the paper's form."
+        },
     )
     activation_fit: Literal["wide", "tight"] = field(
         default="wide", metadata={"help": "The fit of GELU that a rational activation starts from."}
@@ -96,6 +102,8 @@ class IAPTConfig(BottleneckConfig):
         paper = self.init_weights == "paper"
         if self.slot_vectors is None:
             self.slot_vectors = not paper
+        if self.activation is None:
+            self.activation = "rational" if paper else "gelu"
         if self.accumulate is None and paper:
             self.accumulate = False
         check_choice(self, "slot_vectors", (True, False))
@@ -125,7 +133,7 @@ class IAPTGenerator(PromptGenerator):
 
     With H (n, d) the input of a layer at the instruction's tokens and s (l, m) the vectors of the slots: `z = H W_down`,
     `A = softmax over tokens (z W_pool)`, `p = g(A^T z + s) W_up`. It has 2*d*m*L weights in its projections, l*m*L each in its pools
-    and in the slots' vectors, and 12*L in its activations.
+    and in the slots' vectors, and 12*L in rational activations.
 
     Attributes:
         down, up (`nn.Parameter`): Shapes (Lg, d, m) and (Lg, m, d), with a row for each group of layers that share them.

@@ -57,6 +57,7 @@ def learn_activations(
     Example:
 
     ```py
+    >>> model = get_peft_model(model, IAPTConfig(task_type="CAUSAL_LM", activation="rational"))
     >>> trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset={"held_out": held_out, "test": test})
     >>> learn_activations(trainer, "held_out")
     >>> trainer.train()

@@ -295,7 +295,7 @@ def placements(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[
 
 def check_rows(made: Generated) -> None:
     """Raise a ValueError if rows of a batch hold several sequences: a row would then be several instances."""
-    if made.layout is not None and made.layout.seats is not None:
+    if made.layout is not None and made.layout.segment_ids is not None:
         raise ValueError("The rows of this batch hold several sequences: give it padded, with a row per sequence.")
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from .adapters import no_pass
 from .package import INPUT, Source, forward_args
+from .package import write as write_rows
 from .plan import Plan, Rows
 
 
@@ -100,6 +101,6 @@ def put(
 ) -> None:
     """Make `values` (K, d) the input of a layer at `rows` (K,), or what is added to the states `onto` (T, d) there."""
     # The whole input stands in `hidden`: added to a residual in half precision, it would be rounded twice.
-    hidden.index_copy_(0, rows, values if onto is None else onto[rows] + values)
+    write_rows(hidden, rows, values if onto is None else onto[rows] + values, in_place=True)
     if residual is not None:
         residual.index_fill_(0, rows, 0)

@@ -18,7 +18,7 @@ from ..engine.adapters import Group, at_separator
 from ..engine.calls import SWITCH, forward_args
 from ..engine.request import Request
 from ..engine.scope import Rules, find_scope
-from ..engine.slots import arrange
+from ..engine.slots import arrange, write
 from ..engine.stack import StackInfo, describe
 from ..engine.tokens import InstanceTokens
 from ..generator import INPUT, PromptGenerator, Source
@@ -52,4 +52,5 @@ __all__ = [
     "make_generator",
     "read_kind",
     "read_weights",
+    "write",
 ]

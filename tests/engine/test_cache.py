@@ -15,7 +15,7 @@ from peft import PeftModel
 from tiny import adapted, assert_same, batch, causal_lm
 from transformers import DynamicCache, StaticCache
 
-from peft_instance_prompt.engine import slots as slots
+from peft_instance_prompt.engine import slots
 from peft_instance_prompt.engine.cache import SlotCache, make_room
 from peft_instance_prompt.engine.slots import SlotTable
 

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from peft_instance_prompt.engine import slots as slots
+from peft_instance_prompt.engine import slots
 
 
 def merged(before_token: list[int], used: list[bool], num_tokens: int) -> list[str]:
@@ -90,19 +92,39 @@ def test_take_along_each_dimension(dim: int) -> None:
     assert taken.is_contiguous()
 
 
+def fill(states: torch.Tensor, prompts: torch.Tensor, layout: slots.Layout, **how: bool) -> torch.Tensor:
+    at = slots.SlotRows.of(layout.slot_index, torch.arange(len(states)), layout)
+    return slots.write(states, at.rows, at.pick(prompts), **how)
+
+
 def test_fill_replaces_or_adds_in_the_slots_only() -> None:
     states, prompts = torch.randn(2, 7, 3), torch.randn(2, 2, 3)
     layout = slots.arrange(torch.tensor([[0, 5], [3, 1]]), 5)
-    written, added = slots.fill(states, prompts, layout), slots.fill(states, prompts, layout, add=True)
+    written, added = fill(states, prompts, layout), fill(states, prompts, layout, add=True)
     for out, expected in ((written, prompts), (added, slots.take(states, layout.slot_index) + prompts)):
         assert torch.allclose(slots.take(out, layout.slot_index), expected)
         assert torch.equal(slots.take(out, layout.token_index), slots.take(states, layout.token_index))
-    assert slots.fill(states.half(), prompts, layout).dtype == torch.half
+    assert fill(states.half(), prompts, layout).dtype == torch.half
+
+
+def test_rows_of_packed_instances() -> None:
+    """Three instances of up to two slots in two rows, the second of which has one of its own, and instance 1 has none of its second."""
+    states, prompts = torch.zeros(2, 5, 1), torch.arange(1.0, 7.0).reshape(3, 2, 1)
+    layout = slots.arrange(torch.tensor([[0, 2, 2], [3, 3, 3]]), 2, torch.tensor([[1, 1, 1], [0, 0, 1]]).bool())
+    layout = replace(layout, segment_ids=torch.zeros(2, 5))
+    position = torch.tensor([[0, 2], [3, 5], [5, 4]])  # N = 5: there is no such slot
+    at = slots.SlotRows.of(position, torch.tensor([0, 0, 1]), layout)
+    for in_place in (False, True):
+        written = slots.write(states, at.rows, at.pick(prompts), in_place=in_place)
+        assert written[..., 0].tolist() == [[1, 0, 2, 3, 0], [0, 0, 0, 0, 6]]
+        assert bool(states.any()) == in_place
+    added = slots.write(states, at.rows, at.pick(prompts), add=True)
+    assert torch.equal(added, 2 * states)
 
 
 def test_fill_passes_gradients_to_prompts_and_tokens() -> None:
     states, prompts = torch.randn(1, 4, 3, requires_grad=True), torch.randn(1, 1, 3, requires_grad=True)
-    slots.fill(states, prompts, slots.arrange(torch.tensor([[1]]), 3)).sum().backward()
+    fill(states, prompts, slots.arrange(torch.tensor([[1]]), 3)).sum().backward()
     assert prompts.grad.eq(1).all()
     assert states.grad[0, :, 0].tolist() == [1, 0, 1, 1]
 
@@ -128,7 +150,7 @@ def test_positions_need_not_start_at_zero() -> None:
     assert out.tolist() == [[5, 6, 7, 8], [5, 6, 7, 8]]
 
 
-def test_dead_slots_at_the_end() -> None:
+def test_unused_slots_at_the_end() -> None:
     used = torch.tensor([[False, True], [True, True], [False, False]])
     layout = slots.arrange(torch.tensor([[0, 0], [1, 3], [0, 2]]), 3, used, unused_at_end=True)
     # Slots are 0 and 1, tokens 2, 3 and 4.
@@ -171,6 +193,6 @@ def test_a_flat_batch_is_one_packed_row() -> None:
     assert ids == [*range(5), *range(3), *range(4)]
     tokens = torch.randn(1, 9, 2)
     states = slots.insert(tokens, torch.zeros(1, 3, 2), layout)
-    written = slots.fill(states, torch.ones(1, 3, 2), layout)
+    written = fill(states, torch.ones(1, 3, 2), layout)
     assert torch.equal(slots.take(written, layout.token_index), tokens)
     assert written[0, layout.slot_index[0]].eq(1).all()

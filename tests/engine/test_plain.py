@@ -16,7 +16,6 @@ from tiny import PAIRS, adapted, assert_same, batch, causal_lm, encoder, generat
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_instance_prompt.engine import layer as layer_module
-from peft_instance_prompt.engine import open as plain
 from peft_instance_prompt.engine.layer import InstancePromptLayer
 
 
@@ -93,21 +92,21 @@ def test_hidden_prompts_and_those_at_the_input_need_other_layers() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_layer_that_is_left_out(training: bool, monkeypatch) -> None:
     """It is told once from one that lost its hooks, and costs nothing more."""
-    runs, made = [], plain.depths_without_hook
-    monkeypatch.setattr(plain, "depths_without_hook", lambda *args: runs.append(1) or made(*args))
+    runs, made = [], layer_module.depths_without_hook
+    monkeypatch.setattr(layer_module, "depths_without_hook", lambda *args: runs.append(1) or made(*args))
     model = prompted(LeftOut, 1).train(training)
     first = model(**INPUTS, labels=LABELS).logits
     assert_same(model(**INPUTS, labels=LABELS).logits, first, 1e-6)
     assert len(runs) == 1
     # Where whether it ran cannot be seen, as with offloaded parameters, prompts could be lost.
-    monkeypatch.setattr(plain.UsedParameters, "any_of", lambda self, module: False)
+    monkeypatch.setattr(layer_module.UsedParameters, "any_of", lambda self, module: False)
     with pytest.raises(ValueError, match=r"hooks of 'layers.1'"):
         prompted(LeftOut, 1)(**INPUTS)
 
 
 @torch.no_grad()
 def test_prefill_is_looked_at_and_decoding_is_not(monkeypatch) -> None:
-    runs, made = [], plain.check_hooks_ran
+    runs, made = [], layer_module.check_hooks_ran
     monkeypatch.setattr(layer_module, "check_hooks_ran", lambda *args: runs.append(1) or made(*args))
     for method in ("iapt", "lpt"):
         runs.clear()

@@ -25,7 +25,7 @@ def sft(base: Path, out: Path, *options: str | Path, adapter: str = "iapt", fail
     settings = yaml.safe_load((ROOT / "examples/ms_swift/sft.yaml").read_text())
     assert settings["ENV"] == {"PEFT_INSTANCE_PROMPT_CONFIG": "examples/ms_swift/iapt.yaml"}
     settings["ENV"]["PEFT_INSTANCE_PROMPT_CONFIG"] = f"examples/ms_swift/{adapter}.yaml"
-    file = out / "sft.yaml"
+    file = out.with_suffix(".yaml")  # ms-swift copies it into its output folder
     file.write_text(yaml.safe_dump(settings))
     own = ["--model", base, "--model_type", "llama", "--template", "chatml", "--output_dir", out]
     brief = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--learning_rate", "0.05"]

@@ -24,7 +24,7 @@ d, L = 32, 3
 
 
 def config(**fields) -> IAPTConfig:
-    return IAPTConfig(**{"task_type": "CAUSAL_LM", "bottleneck_dim": 8, **fields})
+    return IAPTConfig(**{"task_type": "CAUSAL_LM", "bottleneck_dim": 8, "activation": "rational", **fields})
 
 
 def count(model: nn.Module, *parts: str) -> int:
@@ -92,6 +92,7 @@ def test_fixed_activation(activation: str, monkeypatch) -> None:
     model = adapted(causal_lm(), config(activation=activation))
     assert count(model, "activation") == 0
     assert count(model) == 2 * d * 8 * L + 2 * 4 * 8 * L
+    assert count(get_peft_model(causal_lm(), IAPTConfig(bottleneck_dim=8))) == count(model)  # the default is GELU
     twin = adapted(causal_lm(), config())
     own = dict(generator_of(model).named_parameters())
     fixed = getattr(nn.functional, activation)
@@ -244,7 +245,6 @@ def test_base_state_gets_no_gradient() -> None:
     ("name", "value", "error", "says"),
     [
         ("activation", "swish", ValueError, "'rational', 'gelu', 'relu', 'silu', 'tanh'.*'swish'"),
-        ("activation", None, ValueError, "got None"),
         ("activation_fit", "narrow", ValueError, "'wide', 'tight'.*'narrow'"),
         ("share_layers", 0, ValueError, "at least 1, got 0"),
         ("share_layers", 1.5, TypeError, "integer, got 1.5"),
@@ -257,12 +257,13 @@ def test_bad_field(name: str, value, error: type, says: str) -> None:
         config(**{name: value})
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults() -> None:
     fresh = IAPTConfig()
     assert (fresh.num_virtual_tokens, fresh.activation, fresh.share_layers, fresh.condition) == (
         4,
-        "rational",
+        "gelu",
         1,
         "instance",
     )
     assert (fresh.bottleneck_dim, fresh.init_weights, fresh.prompt_position) == (16, True, "before")
+    assert IAPTConfig(init_weights="paper").activation == "rational"

@@ -18,7 +18,7 @@ from tiny import ENCODERS, adapted, assert_same, batch, causal_lm, encoder, gene
 from transformers import DynamicCache, StaticCache
 
 from peft_instance_prompt import IAPTConfig, PreFTConfig
-from peft_instance_prompt.engine import scope as complaints
+from peft_instance_prompt.engine import edits
 
 
 ASK, END = [40, 41], [42]  # what stands before an answer, and what ends it
@@ -517,4 +517,4 @@ def test_iapt_after_preft_in_one_model() -> None:
     base = first.unload()
     assert_same(base(ids).logits, causal_lm()(ids).logits)
     assert not torch.equal(adapted(base, IAPTConfig(task_type="CAUSAL_LM"))(ids).logits, want)
-    assert complaints.SHOWN > 0 and tf.__version__
+    assert edits.SHOWN > 0 and tf.__version__

@@ -40,7 +40,7 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 def adapted(**changes):
     # A fresh adapter's up-projection is zero, through which nothing reaches the activation.
     fields = {"task_type": "CAUSAL_LM", "bottleneck_dim": 8, "init_weights": False, **changes}
-    return get_peft_model(tiny.causal_lm(), IAPTConfig(**fields))
+    return get_peft_model(tiny.causal_lm(), IAPTConfig(**{"activation": "rational", **fields}))
 
 
 def make_trainer(model, folder, **changes) -> Trainer:

@@ -17,7 +17,7 @@ from peft import mapping
 
 from peft_instance_prompt import IAPTConfig, InstancePromptConfig, registry
 from peft_instance_prompt.__main__ import main
-from peft_instance_prompt.engine import calls, layer, place, scope, widen
+from peft_instance_prompt.engine import adapters, calls, layer, scope, widen
 from peft_instance_prompt.engine.slots import SlotTable
 from peft_instance_prompt.methods.iapt import IAPTGenerator
 from peft_instance_prompt.model import InstancePromptModel
@@ -75,24 +75,24 @@ def slots_are_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def slots_are_not_stripped(patch: pytest.MonkeyPatch) -> None:
-    real = place.arrange
+    real = adapters.arrange
 
     def arrange(*args, **kwargs):
         layout = real(*args, **kwargs)
         return replace(layout, output_index=torch.arange(layout.order.shape[1]).expand(layout.order.shape))
 
-    patch.setattr(place, "arrange", arrange)
+    patch.setattr(adapters, "arrange", arrange)
 
 
 def another_output_is_read(patch: pytest.MonkeyPatch) -> None:
     """As many positions as there are tokens are left, but the wrong ones."""
-    real = place.arrange
+    real = adapters.arrange
 
     def arrange(*args, **kwargs):
         layout = real(*args, **kwargs)
         return replace(layout, output_index=torch.arange(layout.num_tokens).expand(layout.token_index.shape))
 
-    patch.setattr(place, "arrange", arrange)
+    patch.setattr(adapters, "arrange", arrange)
 
 
 def columns_are_counted(patch: pytest.MonkeyPatch) -> None:
