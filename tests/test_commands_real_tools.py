@@ -65,6 +65,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_accelerate_launch_and_its_workers(base: str, tmp_path: Path) -> None:
     """A launcher starts a script, which starts workers anew: no line of them knows of this package."""
     model = adapted(causal_lm(), METHODS["iapt"](task_type="CAUSAL_LM"))
@@ -87,6 +88,7 @@ MESSAGES = [
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_trl_sft(base: str, tmp_path: Path) -> None:
     """`trl sft` goes through accelerate to a script of TRL's, on chat data, with a YAML that chooses the method."""
     (tmp_path / "data").mkdir()

@@ -28,6 +28,7 @@ from tiny import assert_same, causal_lm
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="`make test-machines` has DeepSpeed"),
 ]
 TESTS = Path(__file__).parent

@@ -101,9 +101,9 @@ def test_overview(results: Path) -> None:
     assert "lora-r16" not in made["quality.scores"]  # it lacks a task: no mean
     assert "| iapt | 90.0 | - |" in made["quality.scores"]
     assert made["quality.constant"].splitlines()[2].startswith("| iapt | **+15.0 [")
-    write(results, "iapt-gelu", 0, "1" * 95 + "0" * 5, task="tweet")
+    write(results, "iapt-rational", 0, "1" * 95 + "0" * 5, task="tweet")
     other = report.blocks(results)["quality.default"].splitlines()[2]
-    assert other.startswith("| iapt-gelu | **+5.0 [") and "(1 of 2 tasks)" in other
+    assert other.startswith("| iapt-rational | **+5.0 [") and "(1 of 2 tasks)" in other
     assert "| iapt | 0.500 | - |" in made["quality.scores-loss"]
     assert "| iapt | +0.000 [+0.000, +0.000] | - |" in made["quality.constant-loss"]
     assert "tasks)" not in made["quality.constant"] and "(1 of 2 tasks)" in made["quality.lora"]
@@ -132,7 +132,7 @@ def test_a_mixture_is_compared_part_by_part(tmp_path: Path) -> None:
 
 
 def test_summary_has_a_row_for_each_method_of_a_mixture(tmp_path: Path) -> None:
-    for method, right in (("iapt", 70), ("iapt-constant", 50), ("iapt-gelu", 90), ("lora-r16", 80)):
+    for method, right in (("iapt", 70), ("iapt-constant", 50), ("iapt-rational", 90), ("lora-r16", 80)):
         write(tmp_path, method, 0, "1" * right + "0" * (100 - right), task="movie+tweet")
         write(tmp_path, method, 0, "1" * 100)
     head, _, *rows = report.blocks(tmp_path)["quality.summary"].splitlines()

@@ -82,6 +82,7 @@ def test_finetune(run: Run, tmp_path: Path) -> None:
     assert moved(tmp_path / "outputs/iapt")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "args", "said"),
     [
@@ -106,6 +107,7 @@ def test_methods(run: Run, tmp_path: Path, method: str, args: list[str], said: s
     trained(tmp_path / "outputs" / method)
 
 
+@pytest.mark.long
 def test_methods_start_from_a_file(run: Run, tmp_path: Path) -> None:
     out = run("methods/pretrain_ipt.py", "--encoder", "mlp", "--short")
     assert re.search(r"[\d,]+ parameters in outputs/ipt-pretrained/mlp.safetensors", out)
@@ -122,6 +124,7 @@ def test_methods_start_from_a_file(run: Run, tmp_path: Path) -> None:
         assert torch.allclose(same, value, atol=1e-6), name
 
 
+@pytest.mark.long
 def test_chat_sft(run: Run, tmp_path: Path) -> None:
     out = run("chat_sft/chat_sft.py", "--short")
     assert "right answers on 3 held-out sentences without an adapter: " in out
@@ -140,6 +143,7 @@ def test_encoder(run: Run, tmp_path: Path) -> None:
     assert any("classifier" in key for key in trained(tmp_path / "outputs/encoder"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("documents", ["adapter", "base"])
 def test_retrieval(run: Run, tmp_path: Path, documents: str) -> None:
     pytest.importorskip("sentence_transformers")
@@ -157,6 +161,7 @@ def test_retrieval(run: Run, tmp_path: Path, documents: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_seq2seq(run: Run, tmp_path: Path) -> None:
     out = run("seq2seq/train.py", "--short")
     assert "making a base model: a random T5 learns to copy and to reverse, 20 steps" in out
@@ -166,6 +171,7 @@ def test_seq2seq(run: Run, tmp_path: Path) -> None:
     assert moved(tmp_path / "outputs/seq2seq")
 
 
+@pytest.mark.long
 def test_multitask(run: Run, tmp_path: Path) -> None:
     out = run("multitask/train.py", "--short")
     first, second = re.findall(
@@ -186,6 +192,7 @@ def test_tenants(run: Run) -> None:
     assert "while another thread loads a tenant and deletes it: True" in out
 
 
+@pytest.mark.long
 def test_stored_vectors(run: Run, tmp_path: Path) -> None:
     args = ["--short", "--n-test", "4", "--steps", "2", "--vectors"]
     out = run("stored_vectors/train.py", *args, "model")
@@ -200,6 +207,7 @@ def test_stored_vectors(run: Run, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_instance_report(run: Run, tmp_path: Path) -> None:
     out = run("instance_report/report.py", "--short")
     assert "16 instances, 95% intervals of 1000 bootstrap resamples" in out
@@ -218,6 +226,7 @@ def test_instance_report(run: Run, tmp_path: Path) -> None:
     assert "<html" in (tmp_path / "outputs/report.html").read_text()
 
 
+@pytest.mark.long
 def test_launch_configs(tmp_path: Path) -> None:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

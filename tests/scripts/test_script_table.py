@@ -52,6 +52,7 @@ def test_cell(name: str, method: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "method"), [cell for cell in CELLS if cell not in SPOTS])
 def test_other_cell(name: str, method: str) -> None:
     assert script_table.run(name, method) == CELLS[name, method]

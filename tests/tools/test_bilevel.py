@@ -248,6 +248,7 @@ def _learn_in_process(rank: int, world: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_learn_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
