@@ -78,6 +78,16 @@ def register_method(
     >>> @dataclass
     ... class MeanPromptConfig(InstancePromptConfig):
     ...     pass
+    >>> class MeanPromptGenerator(PromptGenerator):
+    ...     # Each prompt vector is the mean of the instruction's states, projected.
+    ...     def __init__(self, config, info):
+    ...         super().__init__(config, info)
+    ...         L, d = len(self.depths), info.hidden_size
+    ...         self.up = nn.Parameter(torch.zeros(L, d, self.num_slots * d))  # the first dimension is the layer's
+    ...
+    ...     def generate(self, instances, depth, weights):
+    ...         mean = mean_pool(instances.states, instances.mask)  # (G, d)
+    ...         return (mean @ weights["up"]).view(len(mean), self.num_slots, -1)  # (G, l, d)
     >>> MeanPromptModel = register_method("mean_prompt", MeanPromptConfig, MeanPromptGenerator)
     ```
     """

@@ -107,7 +107,7 @@ class Group:
         fields = {"instances": instances, "selection": selection, "layout": layout, "rows": self.rows}
         return intercepted(prompts, depth=depth, generators=self.generators, **fields)
 
-    def edit(self, states: torch.Tensor, depth: int) -> torch.Tensor:
+    def add_edits(self, states: torch.Tensor, depth: int) -> torch.Tensor:
         """The states (B, N, d) of a layer's input with the adapters' edits at the positions that are `edited`."""
         assert self.edited is not None  # the pass has found them
         own = pick(states, self.rows)  # (rows, N, d)
@@ -243,13 +243,13 @@ class Places(NamedTuple):
         start (`torch.LongTensor`): Shape (G,). The token before which the slots before the instruction stand.
         stop (`torch.LongTensor`): Shape (G,). The token before which the slots behind it stand; S puts them behind the last token.
         before_token (`torch.LongTensor`): Shape (G, l). The token before which each slot stands, one of the two.
-        position (`torch.LongTensor`): Shape (G, l). The position of each slot in its row of the stack; in packed rows, N for unused ones.
+        slot_index (`torch.LongTensor`): Shape (G, l). The index of each slot in its row of the stack; in packed rows, N for unused ones.
     """
 
     start: torch.Tensor
     stop: torch.Tensor
     before_token: torch.Tensor
-    position: torch.Tensor
+    slot_index: torch.Tensor
 
 
 def place_slots(

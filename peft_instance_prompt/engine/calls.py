@@ -6,7 +6,7 @@
 Adapt this file to a new release of transformers, and raise the range of tested releases here, in `pyproject.toml` and in
 `constraints/`. Other files read a call of a stack only after [`by_name`] has named its arguments. They use the names that all public
 models of transformers have had since 4.0: `input_ids`, `inputs_embeds`, `attention_mask`, `position_ids`. If a release renames one of
-these, translate it in `by_name`, as the cache is. What changed so far:
+these, translate it in `by_name`, as the cache is. The arguments of a layer are read in [`LayerCall`]. What changed so far:
 
 - 5.23 checkpoints a layer's forward without its hooks.
 - 5.24 calls the cache `cache`, in every forward, layer and output; it was `past_key_values` before.

@@ -117,8 +117,8 @@ def release_context(stack: nn.Module) -> None:
             module._gradient_checkpointing_func = checkpoint.checkpoint
 
 
-def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -> LayerCall:
-    """The call of a layer with the slots filled.
+def before_layer(running: Pass, info: StackInfo, depths: range, call: LayerCall) -> LayerCall:
+    """The call of a layer with slots hidden and filled, and with edits added.
 
     Args:
         running (`Pass`): The pass.
@@ -147,7 +147,7 @@ def fill_slots(running: Pass, info: StackInfo, depths: range, call: LayerCall) -
     in_place = may_overwrite(running, info, depth)
     for group in groups:
         if group.model.edits:
-            states = group.edit(states, depth)  # (B, N, d)
+            states = group.add_edits(states, depth)  # (B, N, d)
             continue
         assert group.slots is not None and group.selection is not None  # the pass has opened its groups' slots
         prompts = group.run(states, depth, group.selection, layout)  # (G, l, d)

@@ -28,7 +28,7 @@ from .adapters import Group, group_rows, names_of_rows
 from .cache import SlotCache
 from .calls import CHECKPOINTS_HOOKS, LayerCall, by_name, cache_of, inputs_of
 from .edits import begin_text, resume_edits
-from .forward import Pass, attend_to_slots, close_slots, current_pass, fill_slots, keep_context, release_context
+from .forward import Pass, attend_to_slots, before_layer, close_slots, current_pass, keep_context, release_context
 from .open import in_plain_pass, open_slots, plain_pass, read_text
 from .request import CALLERS, LAYERS, Request, check_kinds, current_request, forget, running_call
 from .stack import StackInfo, callers, tree_of
@@ -130,7 +130,11 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def open(self, stack: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Before the stack runs: begin a pass, make it the current one, and return the arguments for the stack."""
+        """Before the stack runs: begin a pass, make it the current one, and return the arguments for the stack.
+
+        A cache that was filled with slots or edits is gone on from: in a decoding step [`_go_on`] moves positions and masks, and no layer
+        has anything to do but hide late slots (`Pass.concerns_layers`). Any other call begins a text.
+        """
         call = by_name(stack, args, kwargs)
         (name, given), as_dict = cache_of(call), call.get("return_dict")
         running = Pass(
@@ -144,34 +148,45 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         if name is not None and isinstance(given, SlotCache):
             call[name] = given.inner
         if running.cache is not None:
-            running.table = running.cache.table
-            if running.table.text is not None:
-                running.groups = resume_edits(self.groups_now, current_request(), call, running.cache)
-            call = resume(self.info, call, running.cache, counts_slots=given is not running.cache)
+            call = self._go_on(running, running.cache, call, counts_slots=given is not running.cache)
         else:
-            request, tokens = current_request(), inputs_of(call)  # (B, S, ...)
-            groups, names = self.groups_now(request, tokens)
+            groups, names = self.groups_now(current_request(), inputs_of(call))
             if not groups:
                 return call
-            check_kinds(vars(request))
-            if not self.info.decoder_of_pair:
-                request = request.of_tokens(call.get("input_ids"), call.get("inputs_embeds"))
-            text = read_text(stack, self.info, groups, call, request)
-            call, running.groups, running.layout = open_slots(stack, self.info, groups, text, request, call)
-            running.text = begin_text(groups, names, text, request, self.info)
-            filled = cache_of(call)[1]
-            if running.layout is not None:
-                running.table, running.segment_ids = running.layout.table, running.layout.segment_ids
-                running.table.text = running.text
-            elif running.text is not None and filled is not None:
-                running.table = running.text.table(tokens.shape[1], tokens.device)
-            if running.table is not None and filled is not None:
-                SlotCache(filled, running.table)  # RecurrentGemma does not return it: the caller's own comes back
-            if request.opened is not None:
-                request.opened(call)
-            if CHECKPOINTS_HOOKS and torch.is_grad_enabled() and stack.training:
-                keep_context(stack)
+            call = self._begin(running, groups, names, call)
         return {**call, "return_dict": True} if running.as_tuple else call
+
+    def _go_on(self, running: Pass, cache: SlotCache, call: dict[str, Any], counts_slots: bool) -> dict[str, Any]:
+        """The arguments for the stack of a pass that goes on from a cache, as every decoding step does."""
+        running.table = cache.table
+        if running.table.text is not None:
+            running.groups = resume_edits(self.groups_now, current_request(), call, cache)
+        return resume(self.info, call, cache, counts_slots=counts_slots)
+
+    def _begin(
+        self, running: Pass, groups: list[Group], names: list[str | None], call: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments for the stack of a pass that begins a text: find its scope, encode it, and open its slots."""
+        stack, request, tokens = running.stack, current_request(), inputs_of(call)  # (B, S, ...)
+        check_kinds(vars(request))
+        if not self.info.decoder_of_pair:
+            request = request.of_tokens(call.get("input_ids"), call.get("inputs_embeds"))
+        text = read_text(stack, self.info, groups, call, request)
+        call, running.groups, running.layout = open_slots(stack, self.info, groups, text, request, call)
+        running.text = begin_text(groups, names, text, request, self.info)
+        filled = cache_of(call)[1]
+        if running.layout is not None:
+            running.table, running.segment_ids = running.layout.table, running.layout.segment_ids
+            running.table.text = running.text
+        elif running.text is not None and filled is not None:
+            running.table = running.text.table(tokens.shape[1], tokens.device)
+        if running.table is not None and filled is not None:
+            SlotCache(filled, running.table)  # RecurrentGemma does not return it: the caller's own comes back
+        if request.opened is not None:
+            request.opened(call)
+        if CHECKPOINTS_HOOKS and torch.is_grad_enabled() and stack.training:
+            keep_context(stack)
+        return call
 
     def groups_now(self, request: Request, tokens: torch.Tensor) -> tuple[list[Group], list[str | None]]:
         """The adapter groups of a batch `tokens` (B, S, ...), and the names of its rows' adapters."""
@@ -190,7 +205,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         running = current_pass.get()
         if running is None or running.info is not info or not running.concerns_layers:
             return None
-        call = fill_uncompiled(running, info, depths, LayerCall(layer, args, kwargs))
+        call = before_layer_uncompiled(running, info, depths, LayerCall(layer, args, kwargs))
         return call.args, call.kwargs
 
     @torch.compiler.disable
@@ -203,7 +218,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         return close_slots(running, self.info, output)
 
 
-fill_uncompiled = torch.compiler.disable(fill_slots)
+before_layer_uncompiled = torch.compiler.disable(before_layer)
 
 
 class StackForward(MethodWrapper):

@@ -298,7 +298,7 @@ def open_slots(
     layout, places = place_slots(groups, text, selection, info)
 
     row = selection.each_row[:, 0]  # (G,)
-    slots = (SlotRows.of(place.position, pick(row, group.rows), layout) for group, place in zip(groups, places))
+    slots = (SlotRows.of(place.slot_index, pick(row, group.rows), layout) for group, place in zip(groups, places))
     groups = [replace(group, slots=own) for group, own in zip(groups, slots)]
     embeds = embed_slots(groups, places, text, selection, layout)  # (B, N, e)
     call = {**call, "input_ids": None, "inputs_embeds": embeds}
@@ -317,7 +317,7 @@ def prepare(call: dict[str, Any], text: Text, groups: list[Group], info: StackIn
     if packing is not None:
         call["use_cache"] = False
     if "position_ids" in info.forward_args and call.get("position_ids") is None:
-        positions = None if packing is None else packing.position + info.position_offset  # (B, S)
+        positions = None if packing is None else packing.place_in_segment + info.position_offset  # (B, S)
         call["position_ids"] = count_positions(text, groups, info) if positions is None else positions
     return call
 
@@ -405,7 +405,7 @@ def attach_in_rows_apart(
     """Attach position gradients to the input embeddings (B, N, e) of packed rows, one sequence at a time."""
     packing = text.packing
     assert packing is not None  # the rows are packed
-    alone, index = packing.apart(layout, places.position, places.before_token)  # index (G, n + l)
+    alone, index = packing.apart(layout, places.slot_index, places.before_token)  # index (G, n + l)
     rows = packing.rows[:, None].expand_as(index)  # (G, n + l)
     spare = torch.cat([embeds, torch.zeros_like(embeds[:, :1])], dim=1)  # (B, N + 1, e)
     tokens = packing.unpack(text.embeds, 0.0)  # (G, n, e)

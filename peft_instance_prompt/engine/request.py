@@ -1,7 +1,12 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Arguments of the running call that the stack does not receive. One context variable holds them."""
+"""Arguments of the running call that the stack does not receive. One context variable holds them.
+
+The way of an argument, such as the `instruction_mask` of `generate`: `Generate.run` (`wrap`) takes it out of the call and notes it
+([`note`]); the base model's hook begins a call with what is noted ([`begin_call`]); the stack's hook (`layer`) asks for the
+[`current_request`]; [`Request.of_rows`] gives each row of the batch its own; `find_scope` (`scope`) reads it.
+"""
 
 from __future__ import annotations
 

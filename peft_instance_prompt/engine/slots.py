@@ -298,7 +298,7 @@ def insert_positions(
     position_ids: torch.Tensor,
     first: torch.Tensor,
     layout: Layout,
-    sequence: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
     backwards: bool = False,
 ) -> torch.Tensor:
     """Position ids inside the stack. A token has its own, plus the number of counted slots before it in its sequence.
@@ -307,7 +307,7 @@ def insert_positions(
         position_ids (`torch.LongTensor`): Shape (B, S), or (R, B, S) for models with R rows of position ids.
         first (`torch.LongTensor`): Shape (B, 1) or (B, L). The first token of the sequence that each slot belongs to.
         layout (`Layout`): The layout.
-        sequence (`torch.LongTensor`, *optional*): Shape (B, S). The segment ids of packed rows. Default: one sequence per row.
+        segment_ids (`torch.LongTensor`, *optional*): Shape (B, S). The segment ids of packed rows. Default: one sequence per row.
         backwards (`bool`): Whether to subtract the number of counted slots behind a token instead: the last token keeps its position
             id, and the first ones may get negative ids. Defaults to False.
 
@@ -316,7 +316,7 @@ def insert_positions(
     """
     if position_ids.dim() == 3:
         return torch.stack(
-            [insert_positions(row, first, layout, sequence, backwards) for row in position_ids]
+            [insert_positions(row, first, layout, segment_ids, backwards) for row in position_ids]
         )  # (R, B, N)
     first = first.expand(-1, layout.num_slots)  # (B, L)
     # A slot counts on from the token before it. Before the first token of its sequence, it counts from that token's position.
@@ -327,8 +327,8 @@ def insert_positions(
     own = torch.where(leads, position_ids.gather(1, first), position_ids.gather(1, follows) + step)  # (B, L)
     counted = insert(torch.zeros_like(position_ids), layout.table.counted.long(), layout)  # (B, N)
     before = counted.cumsum(dim=1) - counted  # (B, N)
-    if sequence is not None:
-        number = insert(sequence, sequence.gather(1, first), layout)  # (B, N)
+    if segment_ids is not None:
+        number = insert(segment_ids, segment_ids.gather(1, first), layout)  # (B, N)
         within = counted.new_zeros(len(counted), int(number.max()) + 1).scatter_add(
             1, number, counted
         )  # (B, sequences)

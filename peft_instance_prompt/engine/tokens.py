@@ -55,7 +55,7 @@ class Packing:
 
     Attributes:
         segment_ids (`torch.LongTensor`): Shape (B, S). The number of each token's segment in its row, from 0, not decreasing.
-        position (`torch.LongTensor`): Shape (B, S). The place of each token in its segment, from 0.
+        place_in_segment (`torch.LongTensor`): Shape (B, S). The place of each token in its segment, from 0.
         sequence (`torch.LongTensor`): Shape (B, S). The number of each token's sequence in its row, from 0; -1 for a segment of one.
         rows (`torch.LongTensor`): Shape (G,). The row of each sequence.
         columns (`torch.LongTensor`): Shape (G, n). The columns of its tokens; arbitrary where `mask` is False.
@@ -63,7 +63,7 @@ class Packing:
     """
 
     segment_ids: torch.Tensor
-    position: torch.Tensor
+    place_in_segment: torch.Tensor
     sequence: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
@@ -209,7 +209,7 @@ def find_packing(
     if bool((segments == 1).all()):
         return None
     packing = Packing.of_segments(begins.to(device))
-    longest = int(packing.position.max()) + 1
+    longest = int(packing.place_in_segment.max()) + 1
     for name in ("max_length_q", "max_length_k"):
         if call.get(name) is not None and int(call[name]) < longest:
             raise ValueError(f"`{name}` is {int(call[name])}, but a sequence has {longest} tokens.")
@@ -324,7 +324,7 @@ class InstanceTokens:
 
         Args:
             scope (`torch.BoolTensor`): Shape (B, S). The instruction tokens.
-            sequence (`torch.LongTensor`): Shape (B, S). The segment ids of each row: from 0, not decreasing; -1 for padding.
+            sequence (`torch.LongTensor`): Shape (B, S). [`Packing.sequence`]: in each row from 0, not decreasing; -1 for padding.
 
         Raises:
             ValueError: A sequence has no instruction token.
