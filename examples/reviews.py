@@ -88,7 +88,8 @@ def load_examples(name, seed, n_test=N_TEST):
 
 
 def make_prompt(example):
-    return f"Review: {example['text']}\nSentiment:"
+    """The example's own prompt if it has one."""
+    return example.get("prompt", f"Review: {example['text']}\nSentiment:")
 
 
 class Collator:

@@ -184,6 +184,21 @@ def test_multitask(run: Run, tmp_path: Path) -> None:
     assert logits.shape == (2, 4) and not torch.equal(*logits), "each task has a mixture of its own"
 
 
+def test_adapters(run: Run, tmp_path: Path) -> None:
+    """What the folder holds is looked at in test_adapters.py."""
+    out = run("adapters/make.py", "source", "--short", "--steps", "2", "--n-test", "4")
+    assert re.search(r"^source: accuracy on 4 held-out texts: \S+ with the adapter, \S+ without, ", out, re.MULTILINE)
+    assert moved(tmp_path / "outputs/adapters/source")
+    card = (tmp_path / "outputs/adapters/source/README.md").read_text()
+    assert (
+        "examples/adapters/make.py --steps 2 --lr 0.003 --seed 0`" in card and "[More Information Needed]" not in card
+    )
+    out = run("adapters/load_both.py", "A tender, funny film.")
+    assert re.fullmatch(
+        r"A tender, funny film\.\n    sentiment  'positive'\n    source     'movie'\n    __base__   '.+'\n", out
+    )
+
+
 def test_tenants(run: Run) -> None:
     out = run("tenants/tenants.py", "--short", "--steps", "2", "--tenants", "4")
     assert re.search(r"4 tenants of \d\.\d MB beside one base model", out)
