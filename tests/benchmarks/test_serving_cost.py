@@ -61,7 +61,7 @@ def test_tables(tmp_path: Path) -> None:
         (folder / f"serving-{tenants}-32.json").write_text(json.dumps(group))
     made = serving_tables.blocks(tmp_path)
     assert made["serving_cost.m-cpu-float32.first_token"].splitlines() == [
-        "|  | 32 tokens, 1 tenant | 32 tokens, 8 tenants |",
+        "| method | 32 tokens, 1 tenant | 32 tokens, 8 tenants |",
         "|---|---|---|",
         "| bare | 1,234 ms | 1,234 ms |",
         "| prompt-tuning | refused | refused |",
