@@ -76,10 +76,8 @@ def register_method(
 
     ```py
     >>> @dataclass
-    ... class MeanPromptConfig(InstancePromptConfig):
-    ...     pass
+    ... class MeanPromptConfig(InstancePromptConfig): ...
     >>> class MeanPromptGenerator(PromptGenerator):
-    ...     # Each prompt vector is the mean of the instruction's states, projected.
     ...     def __init__(self, config, info):
     ...         super().__init__(config, info)
     ...         L, d = len(self.depths), info.hidden_size

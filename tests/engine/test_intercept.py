@@ -71,7 +71,9 @@ def test_replacing(kind):
 def test_mixed_batch():
     """Rows with adapters of one signature are generated together and seen together; rows without are not seen."""
     model = adapted()
-    model.add_adapter("other", IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8, init_weights=False))
+    model.add_adapter(
+        "other", IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8, activation="rational", init_weights=False)
+    )
     seen = []
     with intercept(seen.append):
         model(batch(), adapter_names=["other", "__base__", "default"])

@@ -131,7 +131,7 @@ def test_another_wrapper(order: str) -> None:
     else:
         base = BASES["stack"]()
         double(base)
-        peft_model = adapted(base, IAPTConfig(bottleneck_dim=8))
+        peft_model = adapted(base, IAPTConfig(bottleneck_dim=8, activation="rational"))
         model = peft_model.base_model.model
         expected = 2 * called(on("stack")[0], **inputs)
     assert_same(direct(model, **inputs), expected)
