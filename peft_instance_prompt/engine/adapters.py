@@ -90,7 +90,7 @@ class Group:
         return iter(zip(self.generators, rows_of))
 
     def run(self, states: torch.Tensor, depth: int, selection: InstanceTokens, layout: Layout | None) -> torch.Tensor:
-        """The prompt vectors (G, l, w) of one depth.
+        """The prompt vectors (G, l, w) of one depth, or the edits (G, n, w) of the instances' tokens.
 
         Args:
             states (`torch.Tensor`): Shape (B, N, w). The layer's input for the whole batch, or the input embeddings.
@@ -101,11 +101,16 @@ class Group:
         model = self.model
         weights = None if any(map(managed, self.generators)) else self.weights(depth)
         device = self._device(weights, states.device)
-        base = selection.last if model.copies_last else selection.first  # (G,)
+        own = selection.take(states).to(device)  # (G, n, w)
+        if model.edits:
+            base = own[:, :0].detach()  # (G, 0, w)
+        else:
+            column = selection.last if model.copies_last else selection.first  # (G,)
+            base = selection.state_at(states, column).to(device)  # (G, 1, w)
         instances = Instances(
-            selection.take(states).to(device),  # (G, n, w)
+            own,
             selection.mask.to(device),
-            selection.state_at(states, base).to(device),  # (G, 1, w)
+            base,
             None if self.vector is None else self.vector.to(device),
         )
         prompts = self._call(instances, depth, weights).to(states.device, states.dtype)  # (G, l, w)
