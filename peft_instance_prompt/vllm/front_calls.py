@@ -218,7 +218,8 @@ def maybe_get_adapters(original: Callable, serving: Any, request: Any, *args: An
             raise internals.VLLMValidationError(BEAMS, parameter="use_beam_search")
         if getattr(request, "echo", False):
             raise internals.VLLMValidationError(
-                "`echo` is not served with an instance-prompt adapter, whose slots are no text: leave it out.", parameter="echo"
+                "`echo` is not served with an instance-prompt adapter, whose slots are no text: leave it out.",
+                parameter="echo",
             )
     return named
 

@@ -78,7 +78,9 @@ def step(lengths: dict[str, int], done: list[int], *new):
     """A step of requests with so many tokens each behind `done` ones; those that are not `new` are known to the runner."""
     going = [(name, at) for name, at in zip(lengths, done) if name not in [one.req_id for one in new]]
     known = SimpleNamespace(req_ids=[name for name, _ in going], num_computed_tokens=[at for _, at in going])
-    return SimpleNamespace(num_scheduled_tokens=lengths, scheduled_new_reqs=new, scheduled_cached_reqs=known, done=done)
+    return SimpleNamespace(
+        num_scheduled_tokens=lengths, scheduled_new_reqs=new, scheduled_cached_reqs=known, done=done
+    )
 
 
 @pytest.fixture
@@ -121,19 +123,24 @@ def test_second_runner_runs_chunks_with_edits_eagerly(second_runner) -> None:
     assert run({"base": 1, "r": 2}, [5, 7]) == (True, True)
     for done in (9, 10):  # what is generated
         assert run({"r": 1}, [done]) == (False, False)
-    assert run({"r": 8}, [3], request("r", 3, EDITED)) == (True, True)  # preempted, and computed again from a cached block on
+    assert run({"r": 8}, [3], request("r", 3, EDITED)) == (
+        True,
+        True,
+    )  # preempted, and computed again from a cached block on
     assert store.seen[0].placed.positions(3, 8) == [7, 8]
 
 
 # ---------------------------------------------------------------------------------------------------------- the prefix cache
 
 
-def hashed(prompt: list[int], ranges: list[list[int]] | None, generated: list[int] = [], block: int = 4) -> list[bytes]:
+def hashed(
+    prompt: list[int], ranges: list[list[int]] | None, generated: list[int] = [], block: int = 4
+) -> list[bytes]:
     """The hashes of a request's blocks, which has generated some tokens one by one."""
     from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
     from vllm.v1.request import Request
-    from vllm.utils.hashing import sha256
 
     init_none_hash(sha256)
     params, hasher = SamplingParams(), get_request_block_hasher(block, sha256)

@@ -115,9 +115,16 @@ def test_rows_of_edits_beside_slots() -> None:
     assert (edits.requests, alone.requests) == (["r1", "r4", "r3"], ["r2"])
     assert edits.group.generators == [a, b] and edits.group.adapter_of == [0, 0, 1, 1, 1]  # 150 tokens are three tiles
     assert edits.selection.mask.sum(dim=1).tolist() == [4, 1, 64, 64, 22]
-    assert edits.selection.columns[0, :4].tolist() == [2, 3, 4, 5] and edits.token_ids[0, :4].tolist() == [106, 107, 108, 109]
+    assert edits.selection.columns[0, :4].tolist() == [2, 3, 4, 5] and edits.token_ids[0, :4].tolist() == [
+        106,
+        107,
+        108,
+        109,
+    ]
     assert edits.rows.tolist() == [2, 3, 4, 5, 182, *range(12, 162)]
-    own = edits.selection.columns[edits.instance, edits.vector]  # each row that is written is one that its instance reads
+    own = edits.selection.columns[
+        edits.instance, edits.vector
+    ]  # each row that is written is one that its instance reads
     assert torch.equal(own, edits.rows) and edits.selection.mask[edits.instance, edits.vector].all()
 
 
