@@ -21,7 +21,7 @@ from ..engine.scope import Rules, find_scope
 from ..engine.slots import arrange
 from ..engine.stack import StackInfo, describe
 from ..engine.tokens import InstanceTokens
-from ..generator import INPUT, InstanceGenerator, Source
+from ..generator import INPUT, InstanceGenerator, PromptGenerator, Source
 
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "InstanceConfig",
     "InstanceGenerator",
     "InstanceTokens",
+    "PromptGenerator",
     "Request",
     "Rules",
     "Source",

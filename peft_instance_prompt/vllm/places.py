@@ -16,7 +16,17 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from . import internals
 from .adapters import Adapter, make_base, no_pass
-from .package import PAIR_POSITIONS, Request, Rules, Source, arrange, at_separator, embedding_names, find_scope
+from .package import (
+    PAIR_POSITIONS,
+    PromptGenerator,
+    Request,
+    Rules,
+    Source,
+    arrange,
+    at_separator,
+    embedding_names,
+    find_scope,
+)
 from .plan import Edited, Placed
 
 
@@ -37,6 +47,7 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
     scope = find_scope(tokens, Request(prompt_length=S), rules, input_ids)  # (1, S)
     if generator.edits:
         return Edited(adapter.key, ranges(scope[0].tolist()))
+    assert isinstance(generator, PromptGenerator)  # there are two kinds
     n = int(scope.sum())
     mask, vector = scope[:, :n], None  # (1, n)
     if generator.places_by_vector:

@@ -43,7 +43,7 @@ def models(tmp_path_factory):
     """The adapters in transformers by name, and what is served."""
     folder = tmp_path_factory.mktemp("edits")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
-    changes = {**sizes, "head_dim": 32, "eos_token_id": None}
+    changes = {**sizes, "head_dim": 32, "eos_token_id": None, "max_position_embeddings": 256}
     base = tiny.causal_lm(**changes).float()
     base.save_pretrained(folder / "base")
     made, adapted = Served(folder / "base"), {BASE: base}
