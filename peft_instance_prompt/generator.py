@@ -109,6 +109,7 @@ class InstanceGenerator(nn.Module):
         edits (`bool`): Whether the adapter adds to the states of the instruction's tokens.
         first_visible_layer (`int`): The first layer that sees the slots. Defaults to 0. Layers below it run as if there were no slots:
             their attention does not see the slots, and the slots move no position ids.
+        places_by_vector (`bool`): Whether `place` reads the output of `encode`. Defaults to False.
         from_text (`bool`): Whether the prompt begins as a text, `init_text`.
         defines (`str`): The name of the method that a subclass defines.
     """
@@ -116,6 +117,7 @@ class InstanceGenerator(nn.Module):
     num_slots = 0
     edits = False
     first_visible_layer = 0
+    places_by_vector = False
     from_text = False
     defines = "forward"
 
@@ -236,7 +238,6 @@ class PromptGenerator(TextStart, InstanceGenerator):
         constant_condition (`bool`): Whether all instances get the same prompts: `condition="constant"`.
         feeds_constant (`bool`): Whether the base class provides the constant: l learned states (D, l, w), which `generate` gets in place
             of the instance's. Defaults to True. A method with `encode`, or with a cheaper constant, sets it to False and provides its own.
-        places_by_vector (`bool`): Whether `place` reads the output of `encode`. Defaults to False.
 
     Raises:
         TypeError: With `feeds_constant`, the class defines `encode` or reads states of several widths.
@@ -244,7 +245,6 @@ class PromptGenerator(TextStart, InstanceGenerator):
 
     adds = False
     feeds_constant = True
-    places_by_vector = False
     defines = "generate"
 
     def __init__(self, config: Any, info: StackInfo, depths: Iterable[int] | None = None):
@@ -381,6 +381,10 @@ class EditGenerator(InstanceGenerator):
             weights (`Mapping[str, torch.Tensor]`): The parameters of this depth, by name.
         """
         raise NotImplementedError
+
+    def adds_at(self, depth: int) -> bool:
+        """True: edits are added to the states."""
+        return True
 
     def forward(self, instances: Instances, depth: int, weights: Weights | None = None) -> torch.Tensor:
         return self.edit(instances, depth, self.weights(depth) if weights is None else weights)  # (G, n, w)

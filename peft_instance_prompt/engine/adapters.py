@@ -92,7 +92,7 @@ class Group:
         return iter(zip(self.generators, rows_of))
 
     def run(self, states: torch.Tensor, depth: int, selection: InstanceTokens, layout: Layout | None) -> torch.Tensor:
-        """The prompt vectors (G, l, w) of one depth.
+        """The prompt vectors (G, l, w) of one depth, or the edits (G, n, w) of the instances' tokens.
 
         Args:
             states (`torch.Tensor`): Shape (B, N, w). The layer's input for the whole batch, or the input embeddings.
@@ -100,9 +100,13 @@ class Group:
             selection (`InstanceTokens`): The group's instances among the columns of `states`.
             layout (`Layout`, *optional*): Where slots and tokens of the batch stand; only tools look at it.
         """
-        base = selection.last if self.model.copies_last else selection.first  # (G,)
-        taken, base_state = selection.take(states), selection.state_at(states, base)  # (G, n, w), (G, 1, w)
-        instances = Instances(taken, selection.mask, base_state, self.vector)
+        model, taken = self.model, selection.take(states)  # (G, n, w)
+        if model.edits:
+            base = taken[:, :0].detach()  # (G, 0, w)
+        else:
+            column = selection.last if model.copies_last else selection.first  # (G,)
+            base = selection.state_at(states, column)  # (G, 1, w)
+        instances = Instances(taken, selection.mask, base, self.vector)
         instances, prompts = self._call(instances, depth, states)  # (G, l, w)
         fields = {"instances": instances, "selection": selection, "layout": layout, "rows": self.rows}
         return intercepted(prompts, depth=depth, generators=self.generators, **fields)

@@ -6,13 +6,14 @@
     registration   the doors: looks whether a folder of ours is named, and prepares the engine's configuration
     complaints     which settings serve instance prompts, and which are refused before anything is loaded
     front_calls    extensions of the front end's calls
-    front_end      the adapters that requests can name; gives a request its slots, or refuses it
-    places         where the instruction and the slots of a prompt stand
+    front_end      the adapters that requests can name; gives a request its slots or edits, or refuses it
+    places         where the instruction and the slots of a prompt stand, or which of its tokens are edited
     adapters       reads a generator from an adapter's folder, and packs it for the workers
-    scheduler      keeps an instruction and its slots in one step; fails requests whose prompt was not written
+    scheduler      keeps an instruction and its slots in one step, tells edited tokens apart in the prefix cache, and fails requests
+                   whose prompt was not written
     worker         holds the adapters; makes and runs each step's plan
-    plan           says which rows of a step's flat batch are whose instruction and slots
-    hooks          reads the instruction's rows of a layer's input and writes the slots' rows
+    plan           says which rows of a step's flat batch are whose instruction and slots, and which are edited
+    hooks          reads the instruction's rows of a layer's input, writes the slots' rows and edits others
     points         vLLM's methods that are extended or called, and their parameters
     internals      vLLM's names, by release
     release        the tested releases of vLLM

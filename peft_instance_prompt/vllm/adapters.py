@@ -21,7 +21,7 @@ from .package import (
     INPUT,
     PREFIX,
     InstanceConfig,
-    PromptGenerator,
+    InstanceGenerator,
     Source,
     StackInfo,
     check_sizes,
@@ -45,13 +45,13 @@ class Adapter:
         key (`str`): The digest of its config and weights. Adapters with the same key are the same.
         folder (`Path`): Where it was read from.
         config (`InstanceConfig`): Its config.
-        generator (`PromptGenerator`): On the CPU, in evaluation mode, without gradients.
+        generator (`InstanceGenerator`): On the CPU, in evaluation mode, without gradients.
     """
 
     key: str
     folder: Path
     config: InstanceConfig
-    generator: PromptGenerator
+    generator: InstanceGenerator
 
 
 def is_own(kind: str | None) -> bool:
@@ -138,13 +138,8 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     return Adapter(key, folder, config, generator)
 
 
-def check_servable(generator: Any) -> PromptGenerator:
-    """The generator. A ValueError if it has no slots, or hides them from some layers: vLLM's attention has one mask for all of them."""
-    if not isinstance(generator, PromptGenerator):
-        raise ValueError(
-            f"{type(generator).__name__} edits the instruction's own states, which cannot be served with vLLM yet: its prefix cache does not "
-            "tell edited tokens from others. Serve the adapter with transformers."
-        )
+def check_servable(generator: InstanceGenerator) -> InstanceGenerator:
+    """The generator. A ValueError if it hides slots from some layers: vLLM's attention has one mask for all of them."""
     if (first := generator.first_visible_layer) > 0:
         raise ValueError(
             f"{type(generator).__name__} shows its slots from layer {first} on, but vLLM cannot hide them from the layers below. Train "
@@ -162,19 +157,25 @@ def no_pass() -> torch.Tensor:
     raise NeedsPass
 
 
-def check_encoding(generator: PromptGenerator, info: StackInfo) -> None:
+def check_encoding(generator: InstanceGenerator, info: StackInfo) -> None:
     """Raise a ValueError if `encode` reads more than the tokens: vLLM runs the stack once, and requests carry no vectors.
 
-    `encode` runs on an instance of one token.
+    `encode` runs on an instance of one token. Of a method that edits it must return None: steps have parts of the instruction.
     """
     ids, embeds = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, info.embedding_size)  # (1, 1), (1, 1, e)
     try:
-        generator.encode(Source(ids, embeds, torch.ones_like(ids, dtype=torch.bool), None, no_pass))
-        return
+        vector = generator.encode(Source(ids, embeds, torch.ones_like(ids, dtype=torch.bool), None, no_pass))
     except NeedsPass:
         reads = "a pass of the base model without prompts"
     except ValueError as error:
         reads = f"a vector or task that the caller gives ({error})"
+    else:
+        if vector is None or not generator.edits:
+            return
+        raise ValueError(
+            f"{type(generator).__name__} edits tokens by a vector of the whole instruction, but a step of vLLM may have a part of it only: "
+            "serve the adapter with transformers."
+        )
     cure = (
         "Make the prompt on the client with `to_prompt_embeds` and send `prompt_embeds` to the base model"
         if generator.depths == (INPUT,)
@@ -195,7 +196,7 @@ def pack(adapter: Adapter) -> tuple[str, bytes]:
     return json.dumps(fields), save({name: t.clone() for name, t in adapter.generator.state_dict().items()})
 
 
-def unpack(fields: str, weights: bytes, info: StackInfo) -> PromptGenerator:
+def unpack(fields: str, weights: bytes, info: StackInfo) -> InstanceGenerator:
     """The generator that [`pack`] packed, on the CPU, in evaluation mode."""
     config = PeftConfig.from_peft_type(**json.loads(fields))
     generator = check_servable(make_generator(config, info))

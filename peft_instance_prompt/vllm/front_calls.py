@@ -203,8 +203,8 @@ async def unload_lora_adapter(original: Callable, models: Any, request: Any) -> 
 
 
 BEAMS = (
-    "Beam search sends the text so far as the prompt, from which an adapter would make a different prompt at each step: leave it out, "
-    "or use transformers' `generate`."
+    "Beam search sends the text so far as the prompt, which an adapter would read as the instruction at each step: leave it out, or use "
+    "transformers' `generate`."
 )
 
 
@@ -218,7 +218,8 @@ def maybe_get_adapters(original: Callable, serving: Any, request: Any, *args: An
             raise internals.VLLMValidationError(BEAMS, parameter="use_beam_search")
         if getattr(request, "echo", False):
             raise internals.VLLMValidationError(
-                "`echo` would show the slots, which are no text: leave it out.", parameter="echo"
+                "`echo` is not served with an instance-prompt adapter, whose slots are no text: leave it out.",
+                parameter="echo",
             )
     return named
 

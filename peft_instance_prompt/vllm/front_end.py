@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The front end: knows the adapters that requests can name, places their slots, and makes every refusal.
+"""The front end: knows the adapters that requests can name, places their slots and edits, and makes every refusal.
 
 Whatever reaches the engine can be served: all is checked here.
 """
@@ -22,6 +22,7 @@ from .adapters import Adapter, describe_base, is_own, pack, read_adapter
 from .complaints import serves_lora, settings
 from .package import StackInfo, read_kind
 from .places import BaseEmbeddings, place, widen
+from .plan import Edited
 
 
 # Calls of the workers, each its method and arguments: a generator, since asynchronous and synchronous code makes them.
@@ -200,7 +201,7 @@ class FrontEnd:
         self._many = max(1000, 2 * len(self._requests))
 
     def widen(self, request: Any) -> None:
-        """Give an `EngineCoreRequest` the slots of its adapter. One that names none of our adapters stays as it is.
+        """Give an `EngineCoreRequest` the slots or edits of its adapter. One that names none of our adapters stays as it is.
 
         Raises:
             VLLMValidationError: The request cannot be served with its adapter.
@@ -226,6 +227,9 @@ class FrontEnd:
         ids = list(request.prompt_token_ids)
         placed = place(adapter, ids, lambda some: self.embeddings.rows(some))
         limit = self.vllm_config.model_config.max_model_len
+        if isinstance(placed, Edited):
+            internals.put_placed(request, ids, placed, adapter.key, limit)
+            return
         if len(ids) + len(placed.slots) >= limit:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens and needs {len(placed.slots)} slots and one new token, but the model takes {limit} "
@@ -243,7 +247,7 @@ class FrontEnd:
         block = min(self.vllm_config.cache_config.block_size or SMALLEST_BLOCK, SMALLEST_BLOCK)
         # Slots depend on text behind them, so only equal instructions of the same adapter share blocks. A slot behind a cached block
         # would lack the states of the text in that block.
-        internals.put_slots(
+        internals.put_placed(
             request,
             widen(ids, placed.slots),
             placed,

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Write a plan's prompt vectors into the inputs of an engine's layers.
+"""Write a plan's prompt vectors and edits into the inputs of an engine's layers.
 
 A [`Writer`] hooks the layers for as long as adapters are loaded. In a step without a plan, such as one that only decodes, its hooks
 return at once; compiled code and CUDA graphs hold none of them.
 
-Shapes: T rows of the flat batch, d the width of the layers, G instances, l prompt vectors each, K slots in all.
+Shapes: T rows of the flat batch, d the width of the layers, G instances, l prompt vectors each (edits: n), K rows to write.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def encode(rows: Rows, embeds: torch.Tensor) -> None:
 
 
 def write(rows: Rows, depth: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-    """Write the vectors of one depth into a layer's input (T, d), which is `hidden + residual` where there is a residual."""
+    """Write the vectors or edits of one depth into a layer's input (T, d), which is `hidden + residual` where there is a residual."""
     model = rows.group.model
     if depth not in model.depths:
         return
     states = hidden if residual is None else hidden + residual  # (T, d)
-    prompts = rows.group.run(states[None], depth, rows.selection, None)  # (G, l, d)
-    prompts = prompts[rows.instance, rows.vector].to(hidden.dtype)  # (K, d)
-    put(hidden, residual, rows.rows, prompts, states if model.adds_at(depth) else None)
+    values = rows.group.run(states[None], depth, rows.selection, None)  # (G, l, d)
+    values = values[rows.instance, rows.vector].to(hidden.dtype)  # (K, d)
+    put(hidden, residual, rows.rows, values, states if model.adds_at(depth) else None)
     rows.written.append(depth)
 
 

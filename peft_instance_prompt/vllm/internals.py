@@ -6,7 +6,8 @@
 Tested: 0.32 and 0.33, with both model runners. The plugin uses:
 
 - the front end: `InputProcessor.process_inputs` makes an `EngineCoreRequest`; `AsyncLLM` and `LLMEngine` add requests;
-- the engine core: the configuration names the scheduler's class, and the class that vLLM adds to its worker;
+- the engine core: the configuration names the scheduler's class, and the class that vLLM adds to its worker; a request has the function
+  that hashes its blocks for the prefix cache;
 - the V1 runner: `_model_forward` runs the model on a step's flat batch;
 - the V2 runner: `model_state` hears of requests and prepares the model's inputs; `execute_model` chooses between graphs and eager;
 - the decoder's layers, which take `(hidden_states, residual)`, whose sum is the layer's input, or `hidden_states` alone.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -28,7 +30,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
 from .package import forward_args
-from .plan import Placed, Prefill
+from .plan import Edited, Placed, Prefill
 
 
 __all__ = ["VLLMNotFoundError", "VLLMValidationError"]
@@ -63,8 +65,8 @@ def refuse_content(request: Any) -> str | None:
         return "Requests with images or audio are not supported by instance-prompt adapters."
     if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
         return (
-            "`prompt_logprobs` (and `echo` with `logprobs`) cannot be given for a prompt with slots: leave them out, or score with "
-            "transformers."
+            "`prompt_logprobs` (and `echo` with `logprobs`) are not served with an instance-prompt adapter: leave them out, or score "
+            "with transformers."
         )
     if request.resumable:
         return "Streamed input is not supported by instance-prompt adapters: send the whole prompt."
@@ -81,33 +83,38 @@ def longest_step(vllm_config: Any) -> tuple[int, str]:
     return limits[option], option
 
 
-def put_slots(
-    request: Any, token_ids: list[int], placed: Placed, salt: str, max_model_len: int, reads_cache: bool
+def put_placed(
+    request: Any,
+    token_ids: list[int],
+    placed: Placed | Edited,
+    salt: str,
+    max_model_len: int,
+    reads_cache: bool = True,
 ) -> None:
-    """Give a request its slots.
+    """Give a request its slots, or its edits.
 
     Args:
         request: The `EngineCoreRequest`. Its parameters are changed, so they must be its own.
         token_ids (`list[int]`): Its prompt, with the slots.
-        placed (`Placed`): Where instruction and slots stand.
+        placed (`Placed` or `Edited`): Where instruction and slots stand, or which tokens are edited.
         salt (`str`): Keeps its blocks in the prefix cache apart from others with the same token ids.
         max_model_len (`int`): The model's limit, in tokens.
-        reads_cache (`bool`): Whether it may take blocks from the prefix cache.
+        reads_cache (`bool`): Whether it may take blocks from the prefix cache. Defaults to True.
     """
     params = request.sampling_params
     request.prompt_token_ids = token_ids
     params.max_tokens = min(params.max_tokens, max_model_len - len(token_ids))
-    params.extra_args = {**(params.extra_args or {}), KEY: placed.to_dict()}
+    params.extra_args = {**(params.extra_args or {}), KEY: asdict(placed)}
     request.cache_salt = f"{request.cache_salt or ''}|{salt}"
     if not reads_cache:
         params.skip_reading_prefix_cache = True
 
 
-def placed_of(request: Any) -> Placed | None:
-    """The instruction and slots of a request in the scheduler or a worker; None for a request without an adapter."""
+def placed_of(request: Any) -> Placed | Edited | None:
+    """The slots or edits of a request in the scheduler or a worker; None for a request without an adapter."""
     params = request.sampling_params
     given = (params.extra_args or {}).get(KEY) if params is not None else None
-    return None if given is None else Placed(**given)
+    return None if given is None else Edited(**given) if "ranges" in given else Placed(**given)
 
 
 def has_request(engine: Any, name: str) -> bool:
@@ -141,6 +148,45 @@ def add_gauge(logger: Any, most: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the scheduler
+
+
+def hash_edits(request: Any, edited: Edited) -> None:
+    """Let the hashes of a request's blocks tell which of their tokens are edited.
+
+    What was generated in one turn, and is not edited, comes back in the prompt of the next, where a role may say otherwise: the two must not
+    share blocks.
+    """
+    if (hasher := request._block_hasher) is not None:
+        request._block_hasher = lambda request: hasher(Hashed(request, edited))
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+
+class Hashed:
+    """A request as vLLM's function that hashes blocks reads it, in which the ids of tokens that are not edited are negative.
+
+    So whatever blocks that function makes, they have the same hash only if the same tokens are edited.
+    """
+
+    def __init__(self, request: Any, edited: Edited):
+        self._request, self.all_token_ids = request, MarkedIds(request.all_token_ids, edited)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+class MarkedIds:
+    """Token ids, of which those of tokens that are not edited read as `~id`."""
+
+    def __init__(self, ids: Sequence[int], edited: Edited):
+        self._ids, self._edited = ids, edited
+
+    def __getitem__(self, at: int | slice) -> int | list[int]:
+        if not isinstance(at, slice):
+            return self[at : at + 1][0]  # type: ignore[index]
+        start, stop, _ = at.indices(len(self._ids))
+        edited = set(self._edited.positions(start, stop - start))
+        return [number if at in edited else ~number for at, number in enumerate(self._ids[start:stop], start)]
 
 
 def report(output: Any, failures: Mapping[str, str]) -> None:
@@ -219,7 +265,7 @@ def extend_v1(runner: Any, store: Any) -> None:
 
 
 def prefills(runner: Any) -> Iterator[Prefill]:
-    """The current step's requests in prefill that have slots."""
+    """The current step's requests in prefill that have an adapter."""
     batch = runner.input_batch
     num = batch.num_reqs
     done, prompt = batch.num_computed_tokens_cpu[:num], batch.num_prompt_tokens[:num]
@@ -247,7 +293,7 @@ def eagerly() -> Iterator[None]:
 
 
 def extend_v2(runner: Any, store: Any) -> None:
-    """As [`extend_v1`], for a V2 runner. Whether a step writes slots is known before it chooses a graph, from the scheduler's output."""
+    """As [`extend_v1`], for a V2 runner. Whether a step writes is known before it chooses a graph, from the scheduler's output."""
     state, requests = runner.model_state, store.requests
     add, remove, prepare = state.add_request, state.remove_request, state.prepare_inputs
     execute, sample = runner.execute_model, runner.sample_tokens
@@ -268,9 +314,8 @@ def extend_v2(runner: Any, store: Any) -> None:
 
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # Of a step with real requests, `is_profile` says no more than that it runs without a graph.
-        return execute(
-            scheduler_output, *args, **(kwargs | ({"is_profile": True} if writes(scheduler_output) else {}))
-        )
+        eager = {"is_profile": True} if writes(scheduler_output, requests) else {}
+        return execute(scheduler_output, *args, **(kwargs | eager))
 
     def before_forward(*_: Any) -> None:
         if store.writer.plan.rows:
@@ -282,17 +327,25 @@ def extend_v2(runner: Any, store: Any) -> None:
     runner.get_model().register_forward_pre_hook(before_forward)
 
 
-def writes(scheduler_output: Any) -> bool:
-    """Whether a step writes slots. They are in the first step of a request, and in that after it was preempted."""
-    lengths = scheduler_output.num_scheduled_tokens
-    return any(
-        placed.writes(new.num_computed_tokens, lengths[new.req_id])
-        for new in scheduler_output.scheduled_new_reqs
-        if (placed := placed_of(new)) is not None
-    )
+def writes(scheduler_output: Any, requests: Mapping[str, tuple[Placed | Edited, list[int]]]) -> bool:
+    """Whether a step writes slots or edits tokens.
+
+    Slots are in the first step of a request, and in that after it was preempted, in both of which it is a new one. Edited tokens are in
+    later chunks of its prompt, too; `requests` has those that the runner knows, with their prompts.
+    """
+    lengths, going = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_cached_reqs
+    for new in scheduler_output.scheduled_new_reqs:
+        placed = placed_of(new)
+        if placed is not None and placed.writes(new.num_computed_tokens, lengths[new.req_id]):
+            return True
+    for name, done in zip(going.req_ids, going.num_computed_tokens) if requests else ():
+        placed, ids = requests.get(name, (None, ()))
+        if placed is not None and done < len(ids) and placed.writes(done, lengths[name]):
+            return True
+    return False
 
 
-def prefills_v2(batch: Any, requests: Mapping[str, tuple[Placed, list[int]]]) -> Iterator[Prefill]:
+def prefills_v2(batch: Any, requests: Mapping[str, tuple[Placed | Edited, list[int]]]) -> Iterator[Prefill]:
     """As [`prefills`], of the V2 runner's `InputBatch`."""
     for i, name in enumerate(batch.req_ids):
         if name in requests:

@@ -21,7 +21,7 @@ from ..engine.scope import Rules, find_scope
 from ..engine.slots import arrange, write
 from ..engine.stack import StackInfo, describe
 from ..engine.tokens import InstanceTokens
-from ..generator import INPUT, PromptGenerator, Source
+from ..generator import INPUT, InstanceGenerator, PromptGenerator, Source
 
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "SWITCH",
     "Group",
     "InstanceConfig",
+    "InstanceGenerator",
     "InstanceTokens",
     "PromptGenerator",
     "Request",

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where the instruction and the slots of a prompt stand."""
+"""Where the instruction and the slots of a prompt stand, or which of its tokens are edited."""
 
 from __future__ import annotations
 
@@ -16,12 +16,22 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from . import internals
 from .adapters import Adapter, make_base, no_pass
-from .package import PAIR_POSITIONS, Request, Rules, Source, arrange, at_separator, embedding_names, find_scope
-from .plan import Placed
+from .package import (
+    PAIR_POSITIONS,
+    PromptGenerator,
+    Request,
+    Rules,
+    Source,
+    arrange,
+    at_separator,
+    embedding_names,
+    find_scope,
+)
+from .plan import Edited, Placed
 
 
-def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.Tensor]) -> Placed:
-    """Where the instruction and the slots of a prompt stand.
+def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.Tensor]) -> Placed | Edited:
+    """Where the instruction and the slots of a prompt stand, or which of its tokens are edited.
 
     Args:
         adapter (`Adapter`): The adapter.
@@ -33,7 +43,11 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
     """
     config, generator, S = adapter.config, adapter.generator, len(ids)
     tokens, input_ids = torch.ones(1, S, dtype=torch.bool), torch.tensor([ids])  # (1, S) each
-    scope = find_scope(tokens, Request(prompt_length=S), Rules.of(config), input_ids)  # (1, S)
+    rules = Rules.of(config, edits=generator.edits)
+    scope = find_scope(tokens, Request(prompt_length=S), rules, input_ids)  # (1, S)
+    if generator.edits:
+        return Edited(adapter.key, ranges(scope[0].tolist()))
+    assert isinstance(generator, PromptGenerator)  # there are two kinds
     n = int(scope.sum())
     mask, vector = scope[:, :n], None  # (1, n)
     if generator.places_by_vector:
@@ -47,6 +61,17 @@ def place(adapter: Adapter, ids: list[int], embed: Callable[[list[int]], torch.T
         start = int(at_separator(config, input_ids, tokens, torch.tensor([0]), torch.tensor([n - 1])))
     before_token = torch.where(behind[:, vectors], max(start, n), start)  # (1, L)
     return Placed(adapter.key, n, arrange(before_token, S).slot_index[0].tolist(), vectors.tolist())
+
+
+def ranges(chosen: list[bool]) -> list[list[int]]:
+    """The places that are True, as ranges `[start, stop]` in order."""
+    found: list[list[int]] = []
+    for at in (at for at, one in enumerate(chosen) if one):
+        if found and found[-1][1] == at:
+            found[-1][1] += 1
+        else:
+            found.append([at, at + 1])
+    return found
 
 
 def widen(ids: list[int], slots: list[int]) -> list[int]:

@@ -1,23 +1,30 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The plan of one step: which rows of the flat batch are whose instruction and slots.
+"""The plan of one step: which rows of the flat batch are whose instruction and slots, and which are edited.
 
 The flat batch of a step holds the tokens of all its requests one behind the other, without padding: new prompts, and one token of each
-request in decoding. The plan holds the requests with slots to write in this step. It is made on the host and copied to the device once.
+request in decoding. The plan holds the requests with slots to write or tokens to edit in this step. It is made on the host and copied to
+the device once.
 
-Shapes: T rows of the flat batch, G instances of up to n instruction tokens, l prompt vectors each, K slots in all.
+An instance of a method that edits is a *tile*: up to 64 edited tokens of one request in this step. An edit reads its own token only, so
+that it does not matter where tiles are cut, and padding stays small if a long prompt shares a step with short ones.
+
+Shapes: T rows of the flat batch, G instances of up to n instruction tokens, l prompt vectors each (n edits of a tile), K rows to write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from .package import Group, InstanceTokens, PromptGenerator
+from .package import Group, InstanceGenerator, InstanceTokens
+
+
+TILE = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,6 @@ class Placed:
     slots: list[int]
     vectors: list[int]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"key": self.key, "num_read": self.num_read, "slots": self.slots, "vectors": self.vectors}
-
     @property
     def text(self) -> list[int]:
         """The positions of the instruction's tokens."""
@@ -54,9 +58,83 @@ class Placed:
         """Whether there are slots to write in a step that computes `length` tokens behind `done` computed ones."""
         return any(done <= at < done + length for at in self.slots)
 
+    def is_due(self, done: int, length: int) -> bool:
+        """Whether the plan of such a step has the request: not all of its slots are in the cache."""
+        return done <= max(self.slots)
+
     def is_torn(self, done: int, length: int) -> bool:
         """Whether such a step would end between the tokens that must be computed at once. Slots that are in the cache need none."""
-        return done <= max(self.slots) and done + length < self.end
+        return self.is_due(done, length) and done + length < self.end
+
+    def complaint(self, done: int, length: int) -> str | None:
+        """Why such a step cannot write the slots; None if it can."""
+        if done == 0 and length >= self.end:
+            return None
+        return (
+            f"Its instruction and slots are among the first {self.end} tokens of its prompt, but {done} of them are in the cache and "
+            f"{length} are computed now: instance prompts need all of them at once."
+        )
+
+    def parts(self, token_ids: list[int], row: int, done: int, length: int) -> list[Part]:
+        """The request's instance in such a step, whose first token is at `row` of the flat batch."""
+        text = self.text
+        writes = [(row + at, vector) for at, vector in zip(self.slots, self.vectors)]
+        return [Part([row + at for at in text], [token_ids[at] for at in text], writes)]
+
+
+@dataclass(frozen=True)
+class Edited:
+    """Which tokens of a request's prompt are edited; of those that the engine generates, none is. The front end decides it.
+
+    Attributes:
+        key (`str`): The adapter's key.
+        ranges (`list[list[int]]`): The positions that are edited, as ranges `[start, stop]` in order.
+    """
+
+    key: str
+    ranges: list[list[int]]
+
+    def positions(self, done: int, length: int) -> list[int]:
+        """The edited positions among `length` tokens behind the first `done`."""
+        return [at for start, stop in self.ranges for at in range(max(start, done), min(stop, done + length))]
+
+    def writes(self, done: int, length: int) -> bool:
+        """Whether there are tokens to edit in a step that computes `length` tokens behind `done` computed ones."""
+        return any(start < done + length and done < stop for start, stop in self.ranges)
+
+    is_due = writes
+
+    def is_torn(self, done: int, length: int) -> bool:
+        """False: edits are causal, so that a prompt may be cut anywhere."""
+        return False
+
+    def complaint(self, done: int, length: int) -> str | None:
+        """None: every step can edit its tokens."""
+        return None
+
+    def parts(self, token_ids: list[int], row: int, done: int, length: int) -> list[Part]:
+        """The request's tiles in such a step, whose first token is at `row` of the flat batch."""
+        edited = self.positions(done, length)
+        tiles = [edited[at : at + TILE] for at in range(0, len(edited), TILE)]
+        rows = [[row + at - done for at in tile] for tile in tiles]
+        return [
+            Part(own, [token_ids[at] for at in tile], [(one, number) for number, one in enumerate(own)])
+            for tile, own in zip(tiles, rows)
+        ]
+
+
+class Part(NamedTuple):
+    """An instance of a step.
+
+    Attributes:
+        rows (`list[int]`): The rows of the flat batch that it reads.
+        token_ids (`list[int]`): Their tokens.
+        writes (`list[tuple[int, int]]`): The rows that it writes, each with the number of its vector.
+    """
+
+    rows: list[int]
+    token_ids: list[int]
+    writes: list[tuple[int, int]]
 
 
 class Prefill(NamedTuple):
@@ -64,7 +142,7 @@ class Prefill(NamedTuple):
 
     Attributes:
         name (`str`): The request's id, for messages.
-        placed (`Placed`): Its instruction and its slots.
+        placed (`Placed` or `Edited`): Its instruction and its slots, or the tokens that are edited.
         token_ids (`list[int]`): Its prompt, with the slots.
         row (`int`): The row of its first token in this step.
         done (`int`): The number of its tokens in the cache.
@@ -72,11 +150,15 @@ class Prefill(NamedTuple):
     """
 
     name: str
-    placed: Placed
+    placed: Placed | Edited
     token_ids: list[int]
     row: int
     done: int
     length: int
+
+    def parts(self) -> list[Part]:
+        """Its instances in this step."""
+        return self.placed.parts(self.token_ids, self.row, self.done, self.length)
 
 
 @dataclass
@@ -88,9 +170,9 @@ class Rows:
         group (`Group`): The adapters.
         selection (`InstanceTokens`): The instances among the rows of the flat batch.
         token_ids (`torch.LongTensor`): Shape (G, n). The instruction's tokens.
-        rows (`torch.LongTensor`): Shape (K,). The slots' rows.
-        instance (`torch.LongTensor`): Shape (K,). The instance of each slot.
-        vector (`torch.LongTensor`): Shape (K,). The number of each slot's vector among the l.
+        rows (`torch.LongTensor`): Shape (K,). The rows that are written: those of slots, or of edited tokens.
+        instance (`torch.LongTensor`): Shape (K,). The instance of each.
+        vector (`torch.LongTensor`): Shape (K,). The number of each one's vector among its instance's.
         written (`list[int]`): The depths at which vectors were written.
     """
 
@@ -126,62 +208,57 @@ class Plan:
         return self.failures
 
 
-def make_plan(prefills: Iterable[Prefill], generators: Mapping[str, PromptGenerator], device: torch.device) -> Plan:
+def make_plan(prefills: Iterable[Prefill], generators: Mapping[str, InstanceGenerator], device: torch.device) -> Plan:
     """The plan of a step.
 
     Args:
-        prefills (`Iterable[Prefill]`): The requests with slots.
-        generators (`Mapping[str, PromptGenerator]`): The adapters by key.
+        prefills (`Iterable[Prefill]`): The requests with adapters.
+        generators (`Mapping[str, InstanceGenerator]`): The adapters by key.
         device (`torch.device`): The device of the flat batch.
     """
     plan = Plan()
     alike: dict[tuple, dict[str, list[Prefill]]] = {}
     for request in prefills:
         placed = request.placed
-        if request.done > max(placed.slots):
-            continue  # the slots are in the cache
+        if not placed.is_due(request.done, request.length):
+            continue
         if complaint := check(request, generators):
             plan.failures[request.name] = complaint
             continue
         signature = generators[placed.key].signature
         alike.setdefault(signature, {}).setdefault(placed.key, []).append(request)
-    groups = list(alike.values())
+    groups = [
+        {key: [part for request in each for part in request.parts()] for key, each in of_adapters.items()}
+        for of_adapters in alike.values()
+    ]
     numbers = iter(copy_once([tensor for of_adapters in groups for tensor in gather(of_adapters)], device))
-    plan.rows = [arrange_rows(of_adapters, generators, numbers) for of_adapters in groups]
+    for requests, of_adapters in zip(alike.values(), groups):
+        names = [request.name for each in requests.values() for request in each]
+        plan.rows.append(arrange_rows(names, of_adapters, generators, numbers))
     return plan
 
 
-def check(request: Prefill, generators: Mapping[str, PromptGenerator]) -> str | None:
+def check(request: Prefill, generators: Mapping[str, InstanceGenerator]) -> str | None:
     """A complaint if the adapter is not loaded, or the instruction and the slots are not all in this step."""
-    placed = request.placed
-    if placed.key not in generators:
+    if request.placed.key not in generators:
         return f"The adapter of request {request.name} is not loaded: it was unloaded before the request came."
-    if request.done > 0 or request.length < placed.end:
-        return (
-            f"Request {request.name} has its instruction and slots among the first {placed.end} tokens of its prompt, but {request.done} "
-            f"of them are in the cache and {request.length} are computed now: instance prompts need all of them at once."
-        )
-    return None
+    return request.placed.complaint(request.done, request.length)
 
 
-def gather(of_adapters: Mapping[str, list[Prefill]]) -> list[torch.Tensor]:
+def gather(of_adapters: Mapping[str, list[Part]]) -> list[torch.Tensor]:
     """The numbers of [`arrange_rows`], on the host."""
-    requests = [request for each in of_adapters.values() for request in each]
-    n = max(request.placed.num_read for request in requests)
-    texts = [request.placed.text for request in requests]
-    padded = [text + text[:1] * (n - len(text)) for text in texts]
-    columns = [[request.row + at for at in text] for request, text in zip(requests, padded)]
-    ids = [[request.token_ids[at] for at in text] for request, text in zip(requests, padded)]
-    slots = [
-        (request.row + at, number, vector)
-        for number, request in enumerate(requests)
-        for at, vector in zip(request.placed.slots, request.placed.vectors)
-    ]
+    parts = [part for each in of_adapters.values() for part in each]
+    n = max(len(part.rows) for part in parts)
+    columns, ids = (
+        [values + values[:1] * (n - len(values)) for values in each]
+        for each in ([part.rows for part in parts], [part.token_ids for part in parts])
+    )
+    writes = [(row, number, vector) for number, part in enumerate(parts) for row, vector in part.writes]
     return [
         torch.tensor([columns, ids]),  # (2, G, n)
-        torch.tensor([len(text) for text in texts]),  # (G,)
-        torch.tensor(slots).T,  # (3, K)
-        torch.arange(len(requests)),  # (G,)
+        torch.tensor([len(part.rows) for part in parts]),  # (G,)
+        torch.tensor(writes).T,  # (3, K)
+        torch.arange(len(parts)),  # (G,)
     ]
 
 
@@ -196,8 +273,9 @@ def copy_once(tensors: list[torch.Tensor], device: torch.device) -> list[torch.T
 
 
 def arrange_rows(
-    of_adapters: Mapping[str, list[Prefill]],
-    generators: Mapping[str, PromptGenerator],
+    names: list[str],
+    of_adapters: Mapping[str, list[Part]],
+    generators: Mapping[str, InstanceGenerator],
     numbers: Iterator[torch.Tensor],
 ) -> Rows:
     """The rows of requests whose adapters have the same signature, adapter by adapter."""
@@ -209,5 +287,4 @@ def arrange_rows(
     sizes = [len(each) for each in of_adapters.values()]
     adapter_of = [number for number, size in enumerate(sizes) for _ in range(size)]
     group = Group(own) if len(own) == 1 else Group(own, None, list(order.split(sizes)), adapter_of)
-    names = [request.name for each in of_adapters.values() for request in each]
     return Rows(names, group, selection, ids, rows, instance, vector)

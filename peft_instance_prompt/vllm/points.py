@@ -52,6 +52,8 @@ CORE = {
     "add_request": (f"{SCHEDULER}.add_request", "self request"),
     "chunk": (f"{SCHEDULER}._reserve_prefill_lookahead", "self request num_computed_tokens num_new_tokens"),
     "update": (f"{SCHEDULER}.update_from_output", "self scheduler_output model_runner_output"),
+    "hashes": ("vllm.v1.request:Request.update_block_hashes", "self"),
+    "hasher": ("vllm.v1.request:Request.__init__", "self request_id ... block_hasher ..."),
     "finish": (f"{SCHEDULER}.finish_requests", "self request_ids finished_status"),
     "evict": ("vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks", "self block_ids"),
     "rpc": (f"{ENGINES['']}.collective_rpc", "self method timeout args kwargs"),

@@ -15,8 +15,8 @@ from typing import Any
 from . import internals, points
 from .adapters import describe_base, unpack
 from .hooks import Writer
-from .package import PromptGenerator
-from .plan import Placed, Prefill, make_plan
+from .package import InstanceGenerator
+from .plan import Edited, Placed, Prefill, make_plan
 
 
 class WorkerExtension:
@@ -48,7 +48,7 @@ class Store:
         runner: The model runner, of either generation (V1 or V2).
 
     Attributes:
-        generators (`dict[str, PromptGenerator]`): By key.
+        generators (`dict[str, InstanceGenerator]`): By key.
 
     Raises:
         ValueError: The model's layers are not understood, or the runner has other methods than those of the tested releases.
@@ -56,10 +56,10 @@ class Store:
 
     def __init__(self, runner: Any):
         self.runner = runner
-        self.generators: dict[str, PromptGenerator] = {}
+        self.generators: dict[str, InstanceGenerator] = {}
         with internals.known_to_models(runner.vllm_config):
             self.info = describe_base(runner.model_config.hf_config)
-        self.requests: dict[str, tuple[Placed, list[int]]] = {}  # V2's, which keeps no prompts on the host
+        self.requests: dict[str, tuple[Placed | Edited, list[int]]] = {}  # V2's, which keeps no prompts on the host
         layers = internals.find_layers(runner, self.info.num_layers)
         extend = internals.extend_v2 if internals.is_v2(runner) else internals.extend_v1
         if found := points.changed(points.of_runner(runner)):

@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).parent))  # for served.py
 if find_spec("vllm") is None:
     collect_ignore = [
         "test_complaints.py",
+        "test_edits.py",
         "test_front_calls.py",
         "test_internals.py",
         "test_points.py",

@@ -27,7 +27,14 @@ if __name__ == "__main__":
 
 from tiny import perturb  # noqa: E402
 
-from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IPTConfig, LPTConfig  # noqa: E402
+from peft_instance_prompt import (  # noqa: E402
+    DynamicPromptConfig,
+    IAPTConfig,
+    IDPGConfig,
+    IPTConfig,
+    LPTConfig,
+    PreFTConfig,
+)
 from pypi_assets import asset_folder  # noqa: E402
 from smollm2 import load_smollm2  # noqa: E402
 
@@ -62,7 +69,10 @@ CONFIGS = {
         DynamicPromptConfig(num_virtual_tokens=6, length="instance", representation="instance", **EMBEDS),
         0.5,
     ),
+    "preft": (PreFTConfig(), 0.05),
+    "preft_template": (PreFTConfig(response_template="chat"), 0.05),
 }
+CHATS = ("iapt_template", "preft_template")  # whose prompts are chats
 # What is not served by the layers; the first two are as prompt embeddings.
 OTHERS = {
     "idpg_frozen": (IDPGConfig(multi_layer=False, **PHM), 0.1),

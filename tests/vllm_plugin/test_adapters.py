@@ -15,6 +15,7 @@ from methods import METHODS
 from peft import LoraConfig, get_peft_model
 
 from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, LPTConfig, PreFTConfig
+from peft_instance_prompt.methods.preft import PreFTGenerator
 from peft_instance_prompt.vllm.adapters import describe_base, is_own, read_adapter
 
 
@@ -30,7 +31,6 @@ def save(config, folder, family: str = "llama", seed: int = 0, **changes):
     return model
 
 
-@pytest.mark.slots  # the others are refused: see below
 def test_weights_are_those_that_were_saved(method, info, tmp_path) -> None:
     config = METHODS[method](task_type="CAUSAL_LM")
     if getattr(config, "instance_source", None) == "frozen":
@@ -62,7 +62,6 @@ def test_kinds() -> None:
 
 
 REFUSED = {
-    "edits": (lambda: PreFTConfig(r=4), "edits the instruction's own states.*Serve the adapter with transformers"),
     "late slots": (lambda: LPTConfig(bottleneck_dim=8, insertion_layer=2), "shows its slots from layer 2 on"),
     "frozen pass": (
         lambda: IDPGConfig(multi_layer=False, phm_n=4, bottleneck_dim=8),
@@ -89,6 +88,13 @@ def test_what_cannot_be_served_is_refused(what, info, tmp_path) -> None:
     config.task_type = "CAUSAL_LM"
     get_peft_model(tiny.causal_lm(), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=words):
+        read_adapter(tmp_path, info)
+
+
+def test_edits_by_a_vector_of_the_whole_instruction_are_refused(info, tmp_path, monkeypatch) -> None:
+    save(PreFTConfig(r=4), tmp_path)
+    monkeypatch.setattr(PreFTGenerator, "encode", lambda self, source: source.embeds.mean(dim=1))
+    with pytest.raises(ValueError, match="PreFTGenerator edits tokens by a vector of the whole instruction"):
         read_adapter(tmp_path, info)
 
 

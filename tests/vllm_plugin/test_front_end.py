@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The front end: where slots stand, and what is refused. After each refusal the engine answers as before."""
+"""The front end: where slots stand, what is edited, and what is refused. After each refusal the engine answers as before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tiny
 from peft import LoraConfig, get_peft_model
 from served import BASE, LORA, OTHERS
 
-from peft_instance_prompt import IAPTConfig, IPTConfig
+from peft_instance_prompt import IAPTConfig, IPTConfig, PreFTConfig
 from peft_instance_prompt.vllm.adapters import describe_base, read_adapter
 from peft_instance_prompt.vllm.places import place, widen
 
@@ -41,6 +41,26 @@ def test_places(fields, ids, num_read, slots, tmp_path) -> None:
 def test_only_as_many_slots_as_are_used(tmp_path) -> None:
     placed = place(adapter(IPTConfig(num_virtual_tokens=4, table_rank=4), tmp_path), [5, 6], None)
     assert (placed.slots, placed.vectors) == ([0, 1], [0, 1])
+
+
+@pytest.mark.parametrize(
+    "fields, ids, wanted",
+    [
+        ({}, [5, 6, 7], [[0, 3]]),
+        ({"instruction_length": 2}, [5, 6, 7], [[0, 2]]),
+        ({"response_template": [8, 9]}, [5, 8, 9], [[0, 3]]),
+        ({"response_template": [8, 9]}, [5, 8, 9, 6, 7], [[0, 3]]),
+        ({"response_template": [8, 9], "response_end": [4]}, [5, 8, 9, 6, 4, 7, 8, 9, 6], [[0, 3], [5, 8]]),
+        ({"response_template": [8, 9], "missing_template": "all"}, [5, 6, 7], [[0, 3]]),
+    ],
+)
+def test_edits(fields, ids, wanted, tmp_path) -> None:
+    assert place(adapter(PreFTConfig(r=4, **fields), tmp_path), ids, None).ranges == wanted
+
+
+def test_prompts_without_what_is_edited_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="does not occur"):
+        place(adapter(PreFTConfig(r=4, response_template=[8, 9]), tmp_path), [5, 6], None)
 
 
 def adapter(config, folder):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_plan import generator, plan, prefill
+from test_plan import editing, editor, generator, plan, prefill
 from torch import nn
 
 from peft_instance_prompt.generator import Instances
@@ -50,6 +50,34 @@ def test_vectors_stand_in_the_slots(split) -> None:
     torch.testing.assert_close(got[:4], wanted)
     torch.testing.assert_close(got[4:], before[4:])
     assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_edits_of_two_adapters_beside_slots(split) -> None:
+    a, b, slots, layers = editor(), editor(), generator(init_weights=False), [Layer() for _ in range(3)]
+    states = torch.randn(120, 32, generator=torch.Generator().manual_seed(0))
+    before = states.clone()
+    hidden, residual = (states / 4, states * 3 / 4) if split else (states, None)
+    found = plan(
+        editing("r1", "a", [[0, 3], [5, 90]], row=1, done=2, length=80),  # its tokens 2 and 5 to 81
+        editing("r2", "b", [[0, 9]], row=81, done=0, length=10),
+        editing("r3", "a", [[0, 4]], row=91, done=3, length=5),
+        prefill("r4", "c", 4, [0, 1, 2, 3], total=8, row=96),
+        **{"a": a, "b": b, "c": slots},
+    )
+    assert run(layers, found, hidden, residual) == {}
+    edited = {"a": [1, *range(4, 81), 91], "b": list(range(81, 90))}
+    wanted = before.clone()
+    for depth in range(3):  # the layers hand on what they get
+        for key, rows in edited.items():
+            adapter = {"a": a, "b": b}[key]
+            down, bias, up = adapter.down[depth] * adapter.down_factor, adapter.bias[depth], adapter.up[depth]
+            wanted[rows] += ((wanted[rows] @ down + bias) @ up).detach()
+        got, rest = layers[depth].got
+        got = got if rest is None else got + rest
+        others = [row for row in range(120) if row not in range(96, 100)]  # but the slots
+        torch.testing.assert_close(got[others], wanted[others])
+    assert not torch.allclose(wanted[edited["a"]], before[edited["a"]], atol=0.1)
 
 
 def test_answers_without_their_prompt_are_told() -> None:

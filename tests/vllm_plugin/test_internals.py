@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +13,15 @@ import pytest
 from torch import nn
 
 from peft_instance_prompt.vllm import internals
-from peft_instance_prompt.vllm.plan import Placed
+from peft_instance_prompt.vllm.plan import Edited, Placed
 
 
 PLACED = Placed("a", 3, [0, 1], [0, 1])
+EDITED = Edited("b", [[0, 3], [7, 9]])
 
 
-def request(name: str, done: int, placed: Placed | None = PLACED):
-    params = SimpleNamespace(extra_args={internals.KEY: placed.to_dict()} if placed else None)
+def request(name: str, done: int, placed: Placed | Edited | None = PLACED):
+    params = SimpleNamespace(extra_args={internals.KEY: asdict(placed)} if placed else None)
     return SimpleNamespace(
         req_id=name, sampling_params=params, num_computed_tokens=done, prompt_token_ids=list(range(9))
     )
@@ -33,7 +35,7 @@ class Store:
         self.writer = SimpleNamespace(plan=SimpleNamespace(rows=[]))
 
     def plan(self, prefills):
-        self.seen = [prefill for prefill in prefills if prefill.done <= max(prefill.placed.slots)]
+        self.seen = [prefill for prefill in prefills if prefill.placed.is_due(prefill.done, prefill.length)]
         self.writer.plan.rows = self.seen
         return bool(self.seen)
 
@@ -73,10 +75,17 @@ class Runner:
 
 
 def step(lengths: dict[str, int], done: list[int], *new):
-    return SimpleNamespace(num_scheduled_tokens=lengths, scheduled_new_reqs=new, done=done)
+    """A step of requests with so many tokens each behind `done` ones; those that are not `new` are known to the runner."""
+    going = [(name, at) for name, at in zip(lengths, done) if name not in [one.req_id for one in new]]
+    known = SimpleNamespace(req_ids=[name for name, _ in going], num_computed_tokens=[at for _, at in going])
+    return SimpleNamespace(
+        num_scheduled_tokens=lengths, scheduled_new_reqs=new, scheduled_cached_reqs=known, done=done
+    )
 
 
-def test_second_runner_runs_steps_with_slots_eagerly(monkeypatch) -> None:
+@pytest.fixture
+def second_runner(monkeypatch):
+    """A runner's store, and what runs a step and tells whether it ran without graphs, and without compiled code."""
     context = SimpleNamespace(skip_compiled=False)
     monkeypatch.setattr(internals, "get_forward_context", lambda: context)
     runner, store = Runner(), Store()
@@ -87,6 +96,11 @@ def test_second_runner_runs_steps_with_slots_eagerly(monkeypatch) -> None:
         runner.execute_model(step(*args))
         return runner.profiles[-1], context.skip_compiled
 
+    return runner, store, run
+
+
+def test_second_runner_runs_steps_with_slots_eagerly(second_runner) -> None:
+    runner, store, run = second_runner
     assert run({"base": 5}, [0], request("base", 0, None)) == (False, False)
     assert run({"base": 1, "r": 6}, [5, 0], request("r", 0)) == (True, True)
     ((name, placed, ids, row, done, length),) = store.seen
@@ -97,6 +111,62 @@ def test_second_runner_runs_steps_with_slots_eagerly(monkeypatch) -> None:
     runner.model_state.remove_request("r")
     assert list(store.requests) == ["cached"]
     assert runner.sample_tokens(None) == "sampled"
+
+
+def test_second_runner_runs_chunks_with_edits_eagerly(second_runner) -> None:
+    runner, store, run = second_runner
+    assert run({"r": 2}, [0], request("r", 0, EDITED)) == (True, True)
+    assert run({"r": 2}, [2]) == (True, True)
+    ((name, placed, ids, row, done, length),) = store.seen
+    assert (name, placed, row, done, length) == ("r", EDITED, 0, 2, 2) and ids == list(range(9))
+    assert run({"r": 3}, [4]) == (False, False)  # an answer of an earlier turn
+    assert run({"base": 1, "r": 2}, [5, 7]) == (True, True)
+    for done in (9, 10):  # what is generated
+        assert run({"r": 1}, [done]) == (False, False)
+    assert run({"r": 8}, [3], request("r", 3, EDITED)) == (
+        True,
+        True,
+    )  # preempted, and computed again from a cached block on
+    assert store.seen[0].placed.positions(3, 8) == [7, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------- the prefix cache
+
+
+def hashed(
+    prompt: list[int], ranges: list[list[int]] | None, generated: list[int] = [], block: int = 4
+) -> list[bytes]:
+    """The hashes of a request's blocks, which has generated some tokens one by one."""
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    init_none_hash(sha256)
+    params, hasher = SamplingParams(), get_request_block_hasher(block, sha256)
+    made = Request("r", prompt, params, None, cache_salt="a", block_hasher=hasher)
+    if ranges is not None:
+        internals.hash_edits(made, Edited("a", ranges))
+    for token in generated:
+        made.append_output_token_ids(token)
+    return made.block_hashes
+
+
+def test_blocks_are_told_apart_by_what_is_edited() -> None:
+    ids, whole = list(range(16)), [[0, 16]]
+    turn = hashed(ids[:6], [[0, 6]], ids[6:])
+    assert len(turn) == 4
+    # The next turn's prompt holds what was generated. By its role it is an answer, or is not.
+    assert hashed(ids, [[0, 6]]) == turn
+    assert hashed(ids, whole)[0] == turn[0] and not set(hashed(ids, whole)[1:]) & set(turn)
+    assert not set(hashed(ids, [[0, 5], [6, 16]])[1:]) & {*turn, *hashed(ids, whole)}
+    # A token has the hash of its block on its conscience, and of all behind it.
+    later = hashed(ids, [[0, 6], [10, 11]])
+    assert later[:2] == turn[:2] and later[2] != turn[2] and later[3] != turn[3]
+    # Without a cache there is nothing to hash.
+    bare = SimpleNamespace(_block_hasher=None)
+    internals.hash_edits(bare, Edited("a", whole))
+    assert bare._block_hasher is None
 
 
 @pytest.mark.parametrize("name", ["", "model_runner_output", "_model_runner_output"])

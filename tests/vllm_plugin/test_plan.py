@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The plan: which rows of a flat batch are whose instruction and slots."""
+"""The plan: which rows of a flat batch are whose instruction and slots, and which are edited."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ import torch
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_instance_prompt import IAPTConfig
-from peft_instance_prompt.vllm.plan import Placed, Prefill, make_plan
+from peft_instance_prompt import IAPTConfig, PreFTConfig
+from peft_instance_prompt.vllm.plan import Edited, Placed, Prefill, make_plan
 
 
 def generator(**fields):
-    model = get_peft_model(tiny.causal_lm(), IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8, **fields))
-    return next(m for name, m in model.named_modules() if name.endswith("iapt_generator.default"))
+    return of_config(IAPTConfig(bottleneck_dim=8, **fields))
+
+
+def editor(**fields):
+    return of_config(PreFTConfig(r=4, init_weights=False, **fields))
+
+
+def of_config(config):
+    config.task_type = "CAUSAL_LM"
+    model = get_peft_model(tiny.causal_lm(), config)
+    return next(m for name, m in model.named_modules() if name.endswith("_generator.default"))
 
 
 def prefill(
@@ -32,6 +41,10 @@ def prefill(
 ):
     placed = Placed(key, num_read, slots, list(range(len(slots))))
     return Prefill(name, placed, list(range(100, 100 + total)), row, done, total - done if length is None else length)
+
+
+def editing(name: str, key: str, ranges: list[list[int]], row: int, done: int, length: int):
+    return Prefill(name, Edited(key, ranges), list(range(100, 400)), row, done, length)
 
 
 def plan(*prefills: Prefill, **generators):
@@ -78,6 +91,41 @@ def test_rows_of_the_flat_batch() -> None:
 def test_slots_in_the_cache_are_not_written() -> None:
     assert plan(prefill("r", "a", 4, [0, 1], total=6, row=0, done=2)).rows == []
     assert len(plan(prefill("r", "a", 4, [0, 1], total=6, row=0)).rows) == 1
+
+
+def test_tokens_that_are_edited_in_a_step() -> None:
+    ranges = [[0, 3], [6, 200]]
+    edited = Edited("a", ranges)
+    assert edited.positions(0, 10) == [0, 1, 2, 6, 7, 8, 9]
+    assert edited.positions(4, 4) == [6, 7] and edited.positions(198, 9) == [198, 199]
+    for done, length in ((3, 3), (200, 1), (250, 7)):  # an answer of an earlier turn, and what is generated
+        assert edited.positions(done, length) == [] and not edited.writes(done, length)
+        assert plan(editing("r", "a", ranges, 0, done, length), a=editor()).rows == []
+    assert edited.writes(5, 2) and edited.writes(0, 1) and not edited.is_torn(0, 1)
+
+
+def test_rows_of_edits_beside_slots() -> None:
+    a, b, slots = editor(), editor(), generator()
+    # Rows: 0-5 are the first request's, a chunk that begins at its token 4; 6-11 have slots, 12-181 are the third's, 182 the fourth's.
+    first = editing("r1", "a", [[0, 3], [6, 20]], row=0, done=4, length=6)
+    second = prefill("r2", "c", 4, [0, 1], total=6, row=6)
+    third = editing("r3", "b", [[0, 150]], row=12, done=0, length=170)
+    fourth = editing("r4", "a", [[0, 9]], row=182, done=8, length=1)
+    edits, alone = plan(first, second, third, fourth, a=a, b=b, c=slots).rows
+    assert (edits.requests, alone.requests) == (["r1", "r4", "r3"], ["r2"])
+    assert edits.group.generators == [a, b] and edits.group.adapter_of == [0, 0, 1, 1, 1]  # 150 tokens are three tiles
+    assert edits.selection.mask.sum(dim=1).tolist() == [4, 1, 64, 64, 22]
+    assert edits.selection.columns[0, :4].tolist() == [2, 3, 4, 5] and edits.token_ids[0, :4].tolist() == [
+        106,
+        107,
+        108,
+        109,
+    ]
+    assert edits.rows.tolist() == [2, 3, 4, 5, 182, *range(12, 162)]
+    own = edits.selection.columns[
+        edits.instance, edits.vector
+    ]  # each row that is written is one that its instance reads
+    assert torch.equal(own, edits.rows) and edits.selection.mask[edits.instance, edits.vector].all()
 
 
 def test_one_copy_to_the_device() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from served import BASE, CHAT, CONFIGS, NEW_TOKENS
+from served import BASE, CHAT, CHATS, CONFIGS, NEW_TOKENS
 
 from peft_instance_prompt.vllm import front_calls, points, registration, worker
 
@@ -35,7 +35,7 @@ def plans(monkeypatch):
 
 def test_all_adapters_in_one_batch(engine, served, plans) -> None:
     for name in CONFIGS:
-        plain = served.answers[CHAT if name == "iapt_template" else BASE]
+        plain = served.answers[CHAT if name in CHATS else BASE]
         assert served.answers[name] != plain, f"{name} changes nothing, so that nothing would be tested"
     assert engine.llm.llm_engine.vllm_config.lora_config is None
     assert engine.answers(NAMES) == served.answers_of(NAMES)

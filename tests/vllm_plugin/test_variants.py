@@ -17,10 +17,10 @@ import served as module
 import tiny
 import torch
 from peft import get_peft_model
-from served import BASE, CHAT, CONFIGS, LORA, NEW_TOKENS, OVERLAY, Engine, Served, continuations
+from served import BASE, CHAT, CHATS, CONFIGS, LORA, NEW_TOKENS, OVERLAY, Engine, Served, continuations
 from vllm.config import CompilationMode
 
-from peft_instance_prompt import IAPTConfig, IDPGConfig, IPTConfig
+from peft_instance_prompt import IAPTConfig, IDPGConfig, IPTConfig, PreFTConfig
 from peft_instance_prompt.vllm.package import SWITCH
 
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 ALL = [BASE, CHAT, *CONFIGS]
 EAGER = {"enforce_eager": True}
 CHUNKS = {"max_num_batched_tokens": 96, "max_num_seqs": 16}  # fewer tokens in a step than all prompts have
-FEW = [[BASE, "iapt"]]  # six prompts: Triton's interpreter is slow
+FEW = [[BASE, "iapt", "preft"]]  # nine prompts: Triton's interpreter is slow
 HERE = Path(__file__).parent
 V2 = [str(HERE / "interpreter")]
 
@@ -102,7 +102,7 @@ def test_answers_are_those_of_transformers(served, variant, tmp_path) -> None:
 
 def test_half_precision(served, tmp_path) -> None:
     """In bfloat16, adapters are as near to transformers in float32 as the base model is."""
-    names = [BASE, *(name for name in CONFIGS if name != "iapt_template")]
+    names = [BASE, *(name for name in CONFIGS if name not in CHATS)]
     found = compare(served, tmp_path, {**EAGER, "dtype": "bfloat16"}, [], differences=names)
     differences = found["differences"]
     print(differences)
@@ -125,6 +125,7 @@ def test_families(family, tmp_path) -> None:
         "iapt": IAPTConfig(bottleneck_dim=8),
         "idpg": IDPGConfig(**fields, phm_n=4, instance_source="embeddings"),
         "ipt": IPTConfig(num_virtual_tokens=4, table_rank=4),
+        "preft": PreFTConfig(r=8),
     }
     for seed, (name, config) in enumerate(configs.items()):
         config.task_type = "CAUSAL_LM"
