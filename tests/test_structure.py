@@ -272,3 +272,9 @@ def test_a_call_leaves_nothing_on_the_modules(kind: str) -> None:
         }
         changed = {key for key in changed if before[name].get(key) != after[name].get(key)}
         assert not changed, (name, changed)
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """pytest imports test files by their bare names: of two with one name, the second cannot be collected."""
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -185,7 +185,7 @@ def test_multitask(run: Run, tmp_path: Path) -> None:
 
 
 def test_adapters(run: Run, tmp_path: Path) -> None:
-    """What the folder holds is looked at in test_adapters.py."""
+    """What the folder holds is looked at in test_trained_adapters.py."""
     out = run("adapters/make.py", "source", "--short", "--steps", "2", "--n-test", "4")
     assert re.search(r"^source: accuracy on 4 held-out texts: \S+ with the adapter, \S+ without, ", out, re.MULTILINE)
     assert moved(tmp_path / "outputs/adapters/source")
