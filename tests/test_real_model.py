@@ -40,6 +40,7 @@ def per_token_loss(model, batch) -> float:
     return model(**batch).loss.item()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_fresh_adapter_is_nearly_a_no_op(reviews, kind) -> None:
     model, batch = reviews
