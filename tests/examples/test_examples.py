@@ -190,9 +190,8 @@ def test_adapters(run: Run, tmp_path: Path) -> None:
     assert re.search(r"^source: accuracy on 4 held-out texts: \S+ with the adapter, \S+ without, ", out, re.MULTILINE)
     assert moved(tmp_path / "outputs/adapters/source")
     card = (tmp_path / "outputs/adapters/source/README.md").read_text()
-    assert (
-        "examples/adapters/make.py --steps 2 --lr 0.003 --seed 0`" in card and "[More Information Needed]" not in card
-    )
+    assert re.search(r"examples/adapters/make\.py source --steps 2 .*--seed 0 --n-test 4`", card)
+    assert "[More Information Needed]" not in card
     out = run("adapters/load_both.py", "A tender, funny film.")
     assert re.fullmatch(
         r"A tender, funny film\.\n    sentiment  'positive'\n    source     'movie'\n    __base__   '.+'\n", out
