@@ -294,6 +294,7 @@ def test_numbers_of_a_result() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("suite", ["quality_encoder", "quality_causal"])
 def test_smoke_run_can_be_resumed(suite: str, tmp_path: Path) -> None:
     try:
