@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -73,6 +75,7 @@ def test_tables(tmp_path: Path) -> None:
     assert serving_tables.blocks(tmp_path / "nothing") == {}
 
 
+@pytest.mark.slow
 def test_smoke_run_can_be_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "serving_cost" / "tiny"
     command = [sys.executable, str(ROOT / "benchmarks" / "serving_cost.py"), "--smoke", "--results", str(folder)]
