@@ -68,7 +68,7 @@ def cells(milliseconds: float, ratios: dict[str, dict | None]) -> list[str]:
     others = [ratios[name] for name in METHODS if name != "bare"]
     return [
         f"{milliseconds:.1f} ms",
-        *(f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "not served" for r in others),
+        *(f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "not measured" for r in others),
     ]
 
 

@@ -165,15 +165,17 @@ def check_modules_to_save(config: PeftConfig, tree: Tree, layers: nn.Module, add
             of the stack the adapters in it.
         added (`Collection[str]`): The names of the modules that the adapter adds.
     """
+    if not config.modules_to_save:
+        return
     written = set(layers.children())
-    for wanted in config.modules_to_save or ():
-        parts = [
-            f"{name}.{part}"
-            for name, module in tree.items()
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-            for part, _ in module.named_modules()
-            if part
-        ]
+    parts = [
+        f"{name}.{part}"
+        for name, module in tree.items()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for part, _ in module.named_modules()
+        if part
+    ]
+    for wanted in config.modules_to_save:
         if any(name.endswith(wanted) for name in (*added, *parts)):
             raise ValueError(
                 f"`modules_to_save` must name modules of the base model; {wanted!r} names a part of an adapter."

@@ -35,16 +35,16 @@ class IAPTConfig(BottleneckConfig):
     Deviations from the paper, none of them with `init_weights="paper"`: by default the adapter starts as a near no-op
     (`init_weights`), the activation is not learned (`activation`), each slot has a learned vector of its own (`slot_vectors`), the
     prompt vectors are added to the states in the slots where these can read the instruction (`accumulate`), and the down-projection
-    moves slower than the other weights (`down_factor`). No public source gives `bottleneck_dim` and which layers share their projections, so both are options with
-    defaults of our own.
+    moves slower than the other weights (`down_factor`). No public source gives `bottleneck_dim` and which layers share their
+    projections, so both are options with defaults of our own.
 
     Args:
         num_virtual_tokens (`int`): The number l of prompt vectors per layer. Defaults to 4, the paper's.
         bottleneck_dim (`int`): The width m of the generator. Defaults to 16. With m = 320, 2 * d * m * L is the 84 M
             parameters that the paper reports for LLaMA-2 7B.
         activation (`str`, *optional*): A fixed one, `"gelu"`, `"relu"`, `"silu"` or `"tanh"`; or the paper's `"rational"`, which
-            has 12 learned coefficients per layer, starts as GELU, and wants a lower learning rate than the other weights. Defaults
-            to `"gelu"`, with `init_weights="paper"` to `"rational"`.
+            has 12 learned coefficients per layer, starts as GELU, and trains far worse if these have the learning rate of the other
+            weights. Defaults to `"gelu"`, with `init_weights="paper"` to `"rational"`.
         activation_fit (`str`): The fit of GELU that a rational activation starts from: `"wide"`, the default, is within 4.9e-3
             of GELU on [-10, 10]; `"tight"` within 1.2e-4 on [-3, 3].
         share_layers (`int`): The number of consecutive layers that share their two projections; each layer has its own

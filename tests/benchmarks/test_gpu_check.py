@@ -57,10 +57,10 @@ def test_rows_of_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_check, "Remote", Engine)
     args = argparse.Namespace(tenants=(1, 8), rounds=3, new_tokens=11, dtype="float32", tiny=True)
     assert list(gpu_check.vllm_rows(tmp_path, args)) == [
-        ["vLLM: decoding, a step, 1 tenant", "100.0 ms", "3.00 [3.00, 3.00]", "1.50 [1.50, 1.50]", "not served"],
-        ["vLLM: first step, 1 tenant", "250.0 ms", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]", "not served"],
-        ["vLLM: decoding, a step, 8 tenants", "800.0 ms", "3.00 [3.00, 3.00]", "1.50 [1.50, 1.50]", "not served"],
-        ["vLLM: first step, 8 tenants", "250.0 ms", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]", "not served"],
+        ["vLLM: decoding, a step, 1 tenant", "100.0 ms", "3.00 [3.00, 3.00]", "1.50 [1.50, 1.50]", "not measured"],
+        ["vLLM: first step, 1 tenant", "250.0 ms", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]", "not measured"],
+        ["vLLM: decoding, a step, 8 tenants", "800.0 ms", "3.00 [3.00, 3.00]", "1.50 [1.50, 1.50]", "not measured"],
+        ["vLLM: first step, 8 tenants", "250.0 ms", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]", "not measured"],
     ]
     assert [kind for kind, *_ in started] == ["bare", "lora", "prompt"] and len(closed) == 3
     assert {(tenants, model) for _, tenants, model in started} == {(8, str(tmp_path / "model"))}
