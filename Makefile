@@ -3,7 +3,7 @@
 # make lint       ruff
 # make types      mypy over the package
 # make docs       the documentation, in site/; a warning is an error
-# make demo       train an IAPT adapter on a small language model and generate with it, in a few minutes on a CPU
+# make demo       train an IAPT adapter on a small language model and generate with it, in minutes on a CPU
 # make bench      time decoding, prefill, training and import against the bare model and against LoRA
 # make bench-serving  what serving and training cost by tenants, prompt and length, each as a ratio to the bare model
 # make bench-quality  the quality suites, cell by cell (hours; PLAN=--plan says how many), and then the page of evidence
