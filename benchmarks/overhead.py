@@ -1,11 +1,12 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What IAPT costs above the bare model on as many positions: training step, first token, decoding; and 1,000 resident adapters.
+What an adapter costs above the bare model on as many positions: training step, first token, decoding; and 1,000 resident adapters.
 
     python benchmarks/overhead.py --pairs 20 --json overhead.json
+    python benchmarks/overhead.py --method preft --parts train,first,decode
 
-The limit of a method with l slots is the bare model on S + l tokens, so every ratio is to that. Each pair runs the bare model and the
+The limit of a method with l slots is the bare model on S + l tokens, so every ratio is to that; PreFT has no slots. Each pair runs the bare model and the
 adapter one after the other, in turns which of them is first; reported are the median of the pairs' ratios and the interval of 95 %
 that a bootstrap gives it. float32, CPU, batch of 8. The script starts itself anew with an allocator that keeps its blocks, see
 bench.py.
@@ -33,7 +34,7 @@ from many_adapters import _share_weights, add_and_switch, with_adapters
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
-from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt import IAPTConfig, PreFTConfig
 
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "realdata"))
@@ -41,15 +42,17 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "realdata"))
 from smollm2 import load_smollm2
 
 
-BATCH, SLOTS, PROMPT = 8, 4, 96
+BATCH, PROMPT = 8, 96
+CONFIGS = {"iapt": IAPTConfig, "preft": PreFTConfig}
+SLOTS = {"iapt": 4, "preft": 0}  # of the default config
 
 
-def tenants(base: torch.nn.Module, count: int) -> PeftModel:
+def tenants(base: torch.nn.Module, count: int, method: str) -> PeftModel:
     """A model with `count` adapters of the default shape."""
-    config = IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS)
-    model = get_peft_model(base, config, adapter_name="tenant0").eval()
+    make = CONFIGS[method]
+    model = get_peft_model(base, make(task_type="CAUSAL_LM"), adapter_name="tenant0").eval()
     for number in range(1, count):
-        model.add_adapter(f"tenant{number}", IAPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS))
+        model.add_adapter(f"tenant{number}", make(task_type="CAUSAL_LM"))
     return model
 
 
@@ -140,10 +143,10 @@ def resident(base: torch.nn.Module, count: int, repeats: int) -> dict[str, float
     return {**found, "save_s": statistics.median(saves), "load_s": statistics.median(loads)}
 
 
-def memory_of_training(base: torch.nn.Module, kind: str, length: int) -> float:
+def memory_of_training(base: torch.nn.Module, kind: str, length: int, method: str) -> float:
     """MB that three training steps take above the loaded model. For a process that has done nothing else."""
-    model = base if kind == "bare" else tenants(base, 1)
-    rows = ids(BATCH, length + SLOTS if kind == "bare" else length)
+    model = base if kind == "bare" else tenants(base, 1, method)
+    rows = ids(BATCH, length + SLOTS[method] if kind == "bare" else length)
     step = train_step(model.train(), rows, length // 2)
     for parameter in base.parameters():
         parameter.sum()  # weights are mapped from the file, and resident only once they are read
@@ -154,11 +157,11 @@ def memory_of_training(base: torch.nn.Module, kind: str, length: int) -> float:
     return peak_mb() - loaded
 
 
-def compare_memory(length: int) -> dict[str, float]:
+def compare_memory(length: int, method: str) -> dict[str, float]:
     """Runs the bare model and the adapter in a process each."""
     found = {}
     for kind in ("bare", "adapter"):
-        command = [sys.executable, __file__, "--memory", kind, str(length)]
+        command = [sys.executable, __file__, "--method", method, "--memory", kind, str(length)]
         found[f"{kind}_mb"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {**found, "ratio": found["adapter_mb"] / found["bare_mb"]}
 
@@ -201,44 +204,47 @@ def begin() -> tuple[torch.nn.Module, dict, Callable[[str, dict], None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--method", choices=CONFIGS, default="iapt")
     parser.add_argument("--parts", default="train,memory,first,decode,resident,import")
+    parser.add_argument("--lengths", default="64,256", help="tokens of a training row (default: %(default)s)")
     parser.add_argument("--memory", nargs=2, metavar=("KIND", "LENGTH"), help="used by the part `memory`")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     base, results, show = begin()
     if args.memory:
-        print(memory_of_training(base, args.memory[0], int(args.memory[1])))
+        print(memory_of_training(base, args.memory[0], int(args.memory[1]), args.method))
         return
-    parts = args.parts.split(",")
+    parts, slots = args.parts.split(","), SLOTS[args.method]
+    lengths = [int(length) for length in args.lengths.split(",")]
     if "memory" in parts:
-        for length in (64, 256):
-            show(f"memory of training, {length} tokens", compare_memory(length))
+        for length in lengths:
+            show(f"memory of training, {length} tokens", compare_memory(length, args.method))
     if "import" in parts:
         show("import above peft's", import_seconds(5))
 
-    one = tenants(_share_weights(base), 1)
+    one = tenants(_share_weights(base), 1, args.method)
     if "train" in parts:
-        trained = tenants(_share_weights(base), 1).train()
-        for length in (64, 256):
-            longer = train_step(base.train(), ids(BATCH, length + SLOTS), length // 2)
+        trained = tenants(_share_weights(base), 1, args.method).train()
+        for length in lengths:
+            longer = train_step(base.train(), ids(BATCH, length + slots), length // 2)
             show(
                 f"train, {length} tokens",
                 compare(timed(longer), timed(train_step(trained, ids(BATCH, length), length // 2)), args.pairs),
             )
         base.eval()
     if "first" in parts:
-        bare = timed(first_token(base, ids(BATCH, PROMPT + SLOTS), {}))
+        bare = timed(first_token(base, ids(BATCH, PROMPT + slots), {}))
         show("first token, 1 adapter", compare(bare, timed(first_token(one, ids(BATCH, PROMPT), {})), args.pairs))
-        eight = tenants(_share_weights(base), 8)
+        eight = tenants(_share_weights(base), 8, args.method)
         names = {"adapter_names": [f"tenant{n}" for n in range(8)]}
         show(
             "first token, 8 adapters", compare(bare, timed(first_token(eight, ids(BATCH, PROMPT), names)), args.pairs)
         )
     if "decode" in parts:
         for count, rows in ((1, 8), (8, 8), (32, 32)):
-            many = one if count == 1 else tenants(_share_weights(base), count)
+            many = one if count == 1 else tenants(_share_weights(base), count, args.method)
             names = {} if count == 1 else {"adapter_names": [f"tenant{n}" for n in range(count)]}
-            bare, ours = decoding(base, ids(rows, PROMPT + SLOTS), {}), decoding(many, ids(rows, PROMPT), names)
+            bare, ours = decoding(base, ids(rows, PROMPT + slots), {}), decoding(many, ids(rows, PROMPT), names)
             show(f"decoding, {count} tenants", compare(bare, ours, args.pairs))
     if "resident" in parts:
         for count in (8, 1000):
