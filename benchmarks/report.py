@@ -13,13 +13,16 @@ What stands between `<!-- generated: NAME -->` and `<!-- end -->` is generated; 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 
+from charts import bars, intervals
 from machine import RESULTS, ROOT
-from quality.methods import CONTROLS, OURS
+from quality.methods import CONTROLS, EDITS, METHODS, OURS, SETTING_OF
 from quality.tables import (
+    LORA,
     NOTHING,
     Results,
     against_lora,
@@ -37,6 +40,7 @@ from serving_tables import blocks as serving_blocks
 
 
 PAGES = [ROOT / "docs" / name for name in ("evidence.md", "evidence/detail.md", "evidence/tables.md", "speed.md")]
+SERVED = "serving_cost/smollm2-135m-instruct-cpu-float32-preft"  # the run that the first page's chart is of
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -119,6 +123,33 @@ def picture(results: Results, size: str, file: Path) -> None:
     plt.close(figure)
 
 
+def charts(folder: Path) -> dict[str, str]:
+    """The charts that are text, by the name of their file: a decoding step of eight tenants, and each mixture's scores beside LoRA's."""
+    made = {}
+    served = folder / SERVED / "serving-8-32.json"
+    if served.is_file():
+        group = json.loads(served.read_text())
+        ratios = {"bare model": 1.0}
+        for name, label in (("iapt", "IAPT x 8"), ("preft", "PreFT x 8"), ("lora-r16", "LoRA x 8 (r = 16)")):
+            ratios[label] = group["methods"][name]["per_token"]["ratio"]
+        note = "8 adapters in 8 rows, times the bare model's; SmolLM2-135M, float32, one CPU thread, no GPU"
+        made["decoding.svg"] = bars(ratios, {"IAPT x 8", "PreFT x 8"}, note)
+    for path in sorted(p for p in folder.glob("quality_*/*") if p.is_dir()):
+        results = Results(path)
+        mixtures = [task for task in results.tasks if is_mixture(task)]
+        lora = next((name for name in LORA if name in results.methods), None)
+        controls = {*CONTROLS.values(), *SETTING_OF, "zero-shot", "head", lora}
+        found = {}
+        for name in (name for name in METHODS if name not in controls):
+            if beside := difference(results, "full", (name, "own"), (lora, "own"), results.score, mixtures):
+                found[name] = tuple(100 * value for value in beside[0])
+        if found:
+            suite = path.parent.name.removeprefix("quality_")
+            note = f"points of accuracy, minus {lora}; 95 % intervals; {suite}, mixture"
+            made[f"against-lora-{suite}-{path.name}.svg"] = intervals(found, {*OURS, *EDITS}, note)
+    return made
+
+
 def fill(text: str, made: dict[str, str]) -> str:
     """The page with each block replaced; a block that no results belong to says so."""
     return BLOCK.sub(lambda m: f"{m[1]}\n{made.get(m[2], NOTHING)}\n{m[3]}", text)
@@ -137,17 +168,21 @@ def main() -> None:
         return
     texts = {page: page.read_text() for page in args.page}
     stale = [str(page) for page, text in texts.items() if fill(text, made) != text]
+    images = args.page[0].parent / "images"
+    drawn = {images / name: text for name, text in charts(args.results).items()}
+    stale += [str(file) for file, text in drawn.items() if not file.is_file() or file.read_text() != text]
     if args.check:
         sys.exit(f"{', '.join(stale)}: not what the results give, run python benchmarks/report.py" if stale else 0)
     for page, text in texts.items():
         page.write_text(fill(text, made))
         print(f"{page}: {len(BLOCK.findall(text))} blocks; {len(made)} can be made")
+    images.mkdir(exist_ok=True)
+    for file, text in drawn.items():
+        file.write_text(text)
     for path in sorted(p for p in args.results.glob("quality_*/*") if p.is_dir()):
         results = Results(path)
         for size in sorted({key[1] for key in results.cells}):
-            folder = args.page[0].parent / "images"
-            folder.mkdir(exist_ok=True)
-            picture(results, size, folder / f"{path.parent.name}-{path.name}-{size}.svg")
+            picture(results, size, images / f"{path.parent.name}-{path.name}-{size}.svg")
 
 
 if __name__ == "__main__":

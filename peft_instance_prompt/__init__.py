@@ -36,7 +36,7 @@ from .registry import register_method
 from .task_ids import carry_task_ids
 
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Tools are imported when they are asked for: they need the Trainer's module, which takes long and itself imports PEFT.
 _TOOLS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -15,7 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import charts  # noqa: E402
 import report  # noqa: E402
+
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def write(
@@ -178,3 +183,28 @@ def test_page_in_the_repository_is_up_to_date(page: Path, made: dict[str, str]) 
 @pytest.fixture(scope="module")
 def made() -> dict[str, str]:
     return report.blocks(report.RESULTS)
+
+
+def test_bars_are_as_long_as_their_ratios() -> None:
+    picture = ElementTree.fromstring(charts.bars({"bare": 1.0, "x < 8": 2.5}, {"x < 8"}, "on a CPU"))
+    widths = [float(bar.get("width")) for bar in picture.iter(SVG + "rect")]
+    assert widths[1] / widths[0] == pytest.approx(2.5, rel=0.01)
+    assert {text.text for text in picture.iter(SVG + "text")} >= {"bare", "x < 8", "2.50 x", "on a CPU"}
+
+
+def test_dots_lie_in_their_intervals_and_beside_zero() -> None:
+    found = {"full": (2.0, 1.0, 4.0), "prompt": (-8.0, -9.0, -7.0)}
+    picture = ElementTree.fromstring(charts.intervals(found, {"prompt"}, "points"))
+    zero, *whiskers = ([float(line.get(end)) for end in ("x1", "x2")] for line in picture.iter(SVG + "line"))
+    dots = [float(dot.get("cx")) for dot in picture.iter(SVG + "circle")]
+    for dot, (low, high), (mean, least, most) in zip(dots, whiskers, found.values(), strict=True):
+        assert low < dot < high and (dot > zero[0]) == (mean > 0)
+        assert (dot - low) / (high - low) == pytest.approx((mean - least) / (most - least), abs=0.02)
+
+
+def test_the_chart_of_decoding_is_of_the_committed_run() -> None:
+    drawn = report.charts(ROOT / "benchmarks" / "results")["decoding.svg"]
+    run = json.loads((ROOT / "benchmarks" / "results" / report.SERVED / "serving-8-32.json").read_text())
+    for name in ("iapt", "preft", "lora-r16"):
+        assert f"{run['methods'][name]['per_token']['ratio']:.2f} x" in drawn
+    assert drawn == (ROOT / "docs" / "images" / "decoding.svg").read_text()
