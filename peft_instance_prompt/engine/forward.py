@@ -258,10 +258,8 @@ def close_slots(running: Pass, info: StackInfo, output: Any) -> Any:
         for key in ROUTER_OUTPUTS:
             if output.get(key) is not None:
                 output[key] = tree_map(partial(_strip_router, layout=layout), output[key])
-        if (
-            output.get("cross_attentions") is not None
-        ):  # their keys belong to the encoder's text, which keeps its slots
-            maps = output.cross_attentions
+        if output.get("cross_attentions") is not None:
+            maps = output.cross_attentions  # their keys belong to the encoder's text, which keeps its slots
             output.cross_attentions = tuple(m if m is None else take(m, layout.token_index, dim=2) for m in maps)
         if info.encoder_of_pair:  # the decoder attends to the slots, so they stay
             kind: Any = type(output)  # no `type[...]`, which mypy does not take for hashable
@@ -342,9 +340,8 @@ def check_outputs(output: ModelOutput, layout: Layout) -> None:
             continue
         for one in tree_leaves(value):
             shape = tuple(one.shape) if isinstance(one, torch.Tensor) else ()
-            several = (
-                len(shape) > 2 and shape[0] == B and shape[1] % N == 0
-            )  # ProphetNet predicts several tokens at each position
+            # ProphetNet predicts several tokens at each position.
+            several = len(shape) > 2 and shape[0] == B and shape[1] % N == 0
             if shape[:1] == (B * N,) or (shape[:1] == (B,) and N in shape[1:]) or shape[:2] == (N, B) or several:
                 raise ValueError(
                     f"Instance prompts do not know how to take their slots out of the output `{name}` {shape}, which has a row for "

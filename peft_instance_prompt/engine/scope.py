@@ -303,9 +303,8 @@ def from_labels(
             both are the same token.
     """
     asked, mask = labels != -100, before_labels(labels, tokens, shifted)  # (B, S) each
-    words = {
-        "": tokens
-    }  # by what else a complaint must name: the tokens (B, S) of which an instruction has one at least
+    # By what else a complaint must name: the tokens (B, S) of which an instruction has one at least.
+    words = {"": tokens}
     if input_ids is not None and special_ids:
         special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device)).to(tokens.device)  # (B, S)
         alone = packed & (mask.sum(dim=1, keepdim=True) == 1)  # (B, 1)

@@ -118,9 +118,8 @@ class Packing:
 
     def spread(self, table: torch.Tensor, column: torch.Tensor, num_slots: int) -> torch.Tensor:
         """A table (G, l) with a value per slot, by the [`columns_of`] (G, l) of the slots: (B, L), zero elsewhere."""
-        spare = table.new_zeros(
-            len(self.segment_ids), num_slots + 1
-        )  # (B, L + 1), the last column for slots without one
+        # The last column is for slots without one.
+        spare = table.new_zeros(len(self.segment_ids), num_slots + 1)  # (B, L + 1)
         return spare.index_put((self.rows[:, None].expand_as(column), column), table)[:, :-1]  # (B, L)
 
     def columns_of(self, used: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -131,9 +130,8 @@ class Packing:
         row, count = self.rows, used.sum(dim=1)  # (G,) each
         whole = count.new_zeros(len(self.segment_ids)).index_add(0, row, count)  # (B,)
         L = max(int(whole.max()), 1)
-        before = (
-            count.cumsum(dim=0) - count - (whole.cumsum(dim=0) - whole)[row]
-        )  # (G,), of earlier sequences in the row
+        # Of earlier sequences in the row.
+        before = count.cumsum(dim=0) - count - (whole.cumsum(dim=0) - whole)[row]  # (G,)
         column = (L - whole[row] + before)[:, None] + used.cumsum(dim=1) - 1  # (G, l)
         return torch.where(used, column, L), L
 
@@ -332,9 +330,8 @@ class InstanceTokens:
         begins = (sequence >= 0) & (sequence != torch.nn.functional.pad(sequence[:, :-1], (1, 0), value=-1))  # (B, S)
         row, first = begins.nonzero(as_tuple=True)  # (G,) each
         instance = begins.flatten().cumsum(dim=0).view_as(sequence) - 1  # (B, S), counted over all rows
-        place = (scope & (sequence >= 0)).nonzero(
-            as_tuple=True
-        )  # (T,) each: rows and columns of the instruction tokens
+        # Rows and columns of the instruction tokens.
+        place = (scope & (sequence >= 0)).nonzero(as_tuple=True)  # (T,) each
         owner = instance[place]  # (T,), not decreasing
         counts = owner.bincount(minlength=len(row))  # (G,)
         if not bool(counts.all()):

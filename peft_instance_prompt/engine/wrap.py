@@ -107,9 +107,7 @@ class MethodWrapper:
         return self.method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (
-            args and args[0] is self.module
-        ):  # accelerate binds a method beneath its own wrapper to the module once more
+        if args and args[0] is self.module:  # accelerate binds a method beneath its own wrapper to the module again
             args = args[1:]
         return self.call_wrapped(*args, **kwargs) if self.removed else self.run(*args, **kwargs)
 
