@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ class Plan:
         rates: How many learning rates are tried.
         most: The most examples in dev and test, of each task.
         folder: Where the results are.
+        likely: The learning rates of methods that want others on this suite's model than `METHODS` says.
     """
 
     suite: object
@@ -57,6 +59,7 @@ class Plan:
     rates: int
     most: tuple[int, int]
     folder: Path
+    likely: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def steps_of(self, task: str) -> int:
         return self.mixture_steps if is_mixture(task) else self.steps
@@ -96,7 +99,7 @@ def run_cell(plan: Plan, cell: Cell) -> dict:
 
 def _trained(plan: Plan, cell: Cell, task: Task) -> dict:
     if cell.seed == 0:
-        rates = METHODS[cell.method].rates[: plan.rates]
+        rates = plan.likely.get(cell.method, METHODS[cell.method].rates)[: plan.rates]
     else:
         first = Cell(cell.task, cell.size, cell.method, 0).file(plan.folder)
         rates = [json.loads(first.read_text())["rate"]]

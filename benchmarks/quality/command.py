@@ -62,7 +62,8 @@ def main(name: str, description: str, make_suite, defaults: dict) -> None:
         name: Of the suite, and of its folder of results.
         make_suite: Takes folder, device and overrides of the model's config.
         defaults: `folder` (a function that gives the folder of the model), `tasks`, `methods`, `steps`, `mixture_steps`,
-            `batch_size`, `most`, `step_seconds` (a guess, on one core), `smoke` (a task, and overrides of the model's config).
+            `batch_size`, `most`, `step_seconds` (a guess, on one core), `smoke` (a task, and overrides of the model's config); if any,
+            `likely` (as in `Plan`).
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(defaults["tasks"]), help="(default: %(default)s)")
@@ -104,7 +105,8 @@ def main(name: str, description: str, make_suite, defaults: dict) -> None:
     results = args.results or RESULTS / name / Path(folder).name
     suite = make_suite(folder, args.device, defaults["smoke"][1] if args.smoke else {})
     most = tuple(int(n) for n in args.most.split(","))
-    plan = Plan(suite, args.steps, args.mixture_steps, args.batch_size, args.rates, most, results)
+    likely = defaults.get("likely", {})
+    plan = Plan(suite, args.steps, args.mixture_steps, args.batch_size, args.rates, most, results, likely)
 
     everything = cells(tasks, methods, args.sizes.split(","), [int(seed) for seed in args.seeds.split(",")])
     # The seeds of one method and task go to one process: the others wait for the learning rate of seed 0.
