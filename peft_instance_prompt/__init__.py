@@ -9,28 +9,13 @@ Importing the package registers them.
 from importlib import import_module
 from typing import Any
 
+from . import methods
 from .adapter_files import guard_loading, guard_saving
 from .attaching import guard_attaching
 from .config import InstanceConfig, InstancePromptConfig
 from .engine.calls import warn_of_untested_release
 from .engine.request import instruction_scope
-from .methods import (
-    Choices,
-    DynamicPromptConfig,
-    DynamicPromptModel,
-    IAPTConfig,
-    IAPTModel,
-    IDPGConfig,
-    IDPGModel,
-    IDSPAMConfig,
-    IDSPAMModel,
-    IPTConfig,
-    IPTModel,
-    LPTConfig,
-    LPTModel,
-    PreFTConfig,
-    PreFTModel,
-)
+from .methods import *  # noqa: F403
 from .model_card import teach_peft
 from .registry import register_method
 from .task_ids import carry_task_ids
@@ -69,24 +54,9 @@ guard_saving(InstanceConfig)
 carry_task_ids(InstanceConfig)
 
 __all__ = [
-    "Choices",
-    "DynamicPromptConfig",
-    "DynamicPromptModel",
-    "IAPTConfig",
-    "IAPTModel",
-    "IDPGConfig",
-    "IDPGModel",
-    "IDSPAMConfig",
-    "IDSPAMModel",
-    "IPTConfig",
-    "IPTModel",
     "InstanceConfig",
     "InstanceEmbedsCollator",
     "InstancePromptConfig",
-    "LPTConfig",
-    "LPTModel",
-    "PreFTConfig",
-    "PreFTModel",
     "add_instance_embeds",
     "encode_prompt_embeds",
     "instance_report",
@@ -97,3 +67,4 @@ __all__ = [
     "register_method",
     "to_prompt_embeds",
 ]
+__all__ += methods.__all__

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Optional
+from dataclasses import dataclass
+from typing import Literal, Optional
 
 import torch
 
 from ..checks import check_choice, check_int
 from ..config import InstancePromptConfig
+from ..engine.stack import StackInfo
 from ..generator import Source
 from ..nn.pooling import mean_pool
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
 
 
 @dataclass
@@ -36,15 +33,16 @@ class InstanceVectorConfig(InstancePromptConfig):
         ValueError: `instance_embeds_dim` is set without `instance_source="instance_embeds"`, or missing with it.
     """
 
-    instance_source: Literal["frozen", "embeddings", "instance_embeds"] = field(
-        default="frozen", metadata={"help": "The instance vector: 'frozen', 'embeddings' or 'instance_embeds'."}
-    )
-    instance_embeds_dim: Optional[int] = field(default=None, metadata={"help": "The width of `instance_embeds`."})
+    instance_source: Literal["frozen", "embeddings", "instance_embeds"] = "frozen"
+    instance_embeds_dim: Optional[int] = None
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check_fields(self) -> None:
+        super()._check_fields()
         check_choice(self, "instance_source", ("frozen", "embeddings", "instance_embeds"))
         check_int(self, "instance_embeds_dim", minimum=1, optional=True)
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
         if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):
             raise ValueError(
                 "`instance_embeds_dim` must be the width of the given vectors with `instance_source='instance_embeds'` and "

@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from ..checks import check_choice, check_int, check_number
 from ..config import InstanceConfig
+from ..engine.stack import StackInfo
 from ..generator import EditGenerator, Instances, Weights
 from ..nn.init import slower_down
 from ..registry import register_method
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
 
 
 @dataclass
@@ -50,11 +47,9 @@ class PreFTConfig(InstanceConfig):
     paper = ("PreFT: Prefill-only finetuning for efficient inference", "2605.14217")
     sized_by = ("r",)
 
-    r: int = field(default=16, metadata={"help": "The rank of the edit."})
-    down_factor: Optional[float] = field(
-        default=None, metadata={"help": "What the down-projection is stored divided by; None: by its width."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "True: no-op; False: random."})
+    r: int = 16
+    down_factor: Optional[float] = None
+    init_weights: bool = True
 
     def _check_fields(self) -> None:
         super()._check_fields()
