@@ -48,23 +48,16 @@ def __dir__() -> list[str]:
 
 warn_of_untested_release()
 teach_peft(InstanceConfig)
-guard_attaching(InstanceConfig)
-guard_loading(InstanceConfig)
-guard_saving(InstanceConfig)
-carry_task_ids(InstanceConfig)
+guard_attaching()
+guard_loading()
+guard_saving()
+carry_task_ids()
 
 __all__ = [
     "InstanceConfig",
-    "InstanceEmbedsCollator",
     "InstancePromptConfig",
-    "add_instance_embeds",
-    "encode_prompt_embeds",
-    "instance_report",
     "instruction_scope",
-    "learn_activations",
-    "learned_position",
-    "record_choices",
     "register_method",
-    "to_prompt_embeds",
+    *_TOOLS,
+    *methods.__all__,
 ]
-__all__ += methods.__all__

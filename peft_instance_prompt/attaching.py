@@ -19,6 +19,8 @@ import psutil
 import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mixed_model import PeftMixedModel
+from peft.peft_model import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftType, TaskType
 from torch import nn
@@ -59,9 +61,6 @@ def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | 
         adapter_name (`str`, *optional*): The new adapter's name. None: no name is free, as for a `PeftModel` around the model.
         config (`PeftConfig`, *optional*): The new adapter's config.
     """
-    from peft.mixed_model import PeftMixedModel  # not above: PEFT may be in the midst of its own import
-    from peft.peft_model import PeftModel
-
     wrapped = isinstance(model, (PeftModel, PeftMixedModel, BaseTuner))
     known = getattr(model, "peft_config", None) or {}
     if not wrapped:
@@ -103,29 +102,26 @@ def settle(config: InstanceConfig) -> None:
     config.weights_digest = config.saved_embedding_layers = None
 
 
-def guard_attaching(config_cls: type) -> None:
-    """Make the classes of `PeftModel` leave a `config_cls` that they are given as it is, and refuse a model with adapters where
+def guard_attaching() -> None:
+    """Make the classes of `PeftModel` leave a given config of this package as it is, and refuse a model with adapters where
     one of the two methods is this package's. PEFT would write the new config over the old one, in a dict that both share."""
-    from peft.mixed_model import PeftMixedModel
-    from peft.peft_model import PeftModel
-
     for cls in (PeftModel, PeftMixedModel, *PeftModel.__subclasses__()):
         for name in ("__init__", "add_adapter"):
             if name in vars(cls):
-                setattr(cls, name, _guarded(vars(cls)[name], config_cls))
+                setattr(cls, name, _guarded(vars(cls)[name]))
 
 
-def _guarded(method: Callable, config_cls: type) -> Callable:
+def _guarded(method: Callable) -> Callable:
     signature = inspect.signature(method)
 
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
         model, config = call.arguments.get("model"), call.arguments["peft_config"]
-        own = isinstance(config, config_cls)
+        own = isinstance(config, InstanceConfig)
         if model is not None:
             known = getattr(model, "peft_config", None) or {}
-            if own or any(isinstance(one, config_cls) for one in known.values()):
+            if own or any(isinstance(one, InstanceConfig) for one in known.values()):
                 check_free(model, None, config)
         if not own or is_taken(config):
             return method(*call.args, **call.kwargs)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 
+from peft.tuners.lora import LoraConfig
+
 
 WEIGHTS = "leave it out, weight matrices are not changed"
 SIZES = "leave it out, it is read off the base model"
@@ -56,8 +58,6 @@ def refuse_unknown_fields(config_cls: type, names: Iterable[str]) -> None:
     unknown = [name for name in names if name not in own]
     if not unknown:
         return
-    from peft.tuners.lora import LoraConfig  # here, since PEFT itself may still be importing when this module is read
-
     dropout = "use `dropout`" if "dropout" in own else "leave it out, the method has no dropout"
     known = {field.name: WEIGHTS for field in fields(LoraConfig)}
     known = {**known, **COUNTERPARTS, "lora_dropout": dropout, "encoder_dropout": dropout}

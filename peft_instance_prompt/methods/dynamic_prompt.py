@@ -212,7 +212,8 @@ class Choices:
 
 
 class DynamicPromptGenerator(PromptGenerator):
-    """The generator of dynamic prompting (https://arxiv.org/abs/2303.02909).
+    """Dynamic prompting (https://arxiv.org/abs/2303.02909): a soft prompt at the input. How it is split around the instance, its
+    length and its content are chosen per task or per instance.
 
     With P (l, e) a row's prompt and X (n, e) its text, the input is `[P[:l - j]; X; P[l - j:]]`, of whose l prompt vectors the first i
     are used. The prompt is `P = sum_k beta_k P_k` with `beta = softmax(head(x))`, x the instance vector.
@@ -421,10 +422,4 @@ class DynamicPromptGenerator(PromptGenerator):
         return take(attached, index.argsort(dim=1))  # (B, N, e)
 
 
-DynamicPromptModel = register_method(
-    "dynamic_prompt",
-    DynamicPromptConfig,
-    DynamicPromptGenerator,
-    doc="""Dynamic prompting (https://arxiv.org/abs/2303.02909): a soft prompt at the input. How it is split around the instance, its
-    length and its content are chosen per task or per instance.""",
-)
+DynamicPromptModel = register_method("dynamic_prompt", DynamicPromptConfig, DynamicPromptGenerator)

@@ -113,7 +113,8 @@ class IAPTConfig(BottleneckConfig):
 
 
 class IAPTGenerator(PromptGenerator):
-    """The generator of IAPT, for all layers (https://arxiv.org/abs/2405.18203).
+    """Instruction-aware prompt tuning (https://arxiv.org/abs/2405.18203): the prompt of each layer is generated from that
+    layer's own input, by self-attention pooling and a bottleneck.
 
     With H (n, d) the input of a layer at the instruction's tokens and s (l, m) the vectors of the slots: `z = H W_down`,
     `A = softmax over tokens (z W_pool)`, `p = g(A^T z + s) W_up`. It has 2*d*m*L weights in its projections, l*m*L each in its pools
@@ -190,10 +191,4 @@ class IAPTGenerator(PromptGenerator):
         return z if self.paper else z / rms(states).to(dtype)
 
 
-IAPTModel = register_method(
-    "iapt",
-    IAPTConfig,
-    IAPTGenerator,
-    doc="""Instruction-aware prompt tuning (https://arxiv.org/abs/2405.18203): the prompt of each layer is generated from that
-    layer's own input, by self-attention pooling and a bottleneck with a learned activation.""",
-)
+IAPTModel = register_method("iapt", IAPTConfig, IAPTGenerator)

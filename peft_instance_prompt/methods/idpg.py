@@ -18,10 +18,10 @@ from ..checks import check_choice, check_dropout, check_int
 from ..engine.stack import StackInfo
 from ..generator import INPUT, Instances, PromptGenerator, Source, Weights, chosen_layers
 from ..nn.phm import phm_linear
-from ..nn.pooling import first_token, last_token, mean_pool, rms_norm
+from ..nn.pooling import rms_norm
 from ..registry import register_method
 from .bottleneck import BottleneckConfig
-from .instance_vector import InstanceVectorConfig, instance_vector, vector_width
+from .instance_vector import POOLINGS, InstanceVectorConfig, find_pooling, instance_vector, vector_width
 
 
 # The five settings of the paper's tables.
@@ -123,7 +123,7 @@ class IDPGConfig(InstanceVectorConfig, BottleneckConfig):
         check_choice(self, "projection", ("phm", "dense"))
         check_choice(self, "layer_sharing", ("all", "bias", "none"))
         check_choice(self, "depth_input", ("previous", "instance"))
-        check_choice(self, "instance_pooling", ("auto", "first", "last", "mean"))
+        check_choice(self, "instance_pooling", ("auto", *POOLINGS))
         check_dropout(self)
 
     def _check_combinations(self) -> None:
@@ -170,7 +170,8 @@ class IDPGConfig(InstanceVectorConfig, BottleneckConfig):
 
 
 class IDPGGenerator(PromptGenerator):
-    """The generator of IDPG, for all depths (https://arxiv.org/abs/2204.04497).
+    """Instance-dependent prompt generation (NAACL 2022, https://arxiv.org/abs/2204.04497): a bottleneck turns a vector of the
+    instance into the prompt at the input and, in the multi-layer variant, into additions to it at the further layers.
 
     With M(x) (k) the vector of the instance: `u = dropout(gelu(M(x) W1 + b1))`, `p = u W2 + b2`, reshaped to (l, d). Over D depths
     it has, dense, `k m + m + m l d` weights and `D l d` output biases; PHM divides `k m` and `m l d` by n and adds `n^3` for each set
@@ -194,10 +195,7 @@ class IDPGGenerator(PromptGenerator):
 
     def __init__(self, config: IDPGConfig, info: StackInfo):
         super().__init__(config, info, depths=depths_of(config, info))
-        pooling = config.instance_pooling
-        if pooling == "auto":
-            pooling = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
-        self.pool = {"first": first_token, "last": last_token, "mean": mean_pool}[pooling]
+        self.pool = find_pooling(config.instance_pooling, info)
         self.dropout = nn.Dropout(config.dropout)
         self.down_factor = config.factor_of(info.hidden_size)
         self.rows: dict[int, dict[str, int]] = {depth: {} for depth in self.depths}
@@ -318,10 +316,4 @@ def widths_of(config: IDPGConfig, info: StackInfo, depth: int) -> tuple[int, int
     return read, config.num_virtual_tokens * (info.embedding_size if depth == INPUT else info.hidden_size)
 
 
-IDPGModel = register_method(
-    "idpg",
-    IDPGConfig,
-    IDPGGenerator,
-    doc="""Instance-dependent prompt generation (NAACL 2022, https://arxiv.org/abs/2204.04497): a bottleneck turns a vector of the
-    instance into the prompt at the input and, in the multi-layer variant, into additions to it at the further layers.""",
-)
+IDPGModel = register_method("idpg", IDPGConfig, IDPGGenerator)

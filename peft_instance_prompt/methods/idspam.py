@@ -85,7 +85,8 @@ class TokenAttention(nn.Module):
 
 
 class IDSPAMGenerator(LatePromptGenerator):
-    """The generator of ID-SPAM (https://arxiv.org/abs/2506.05629).
+    """ID-SPAM (ACL 2025, https://arxiv.org/abs/2506.05629): one head of self-attention over the token embeddings of the
+    instance, averaged over the tokens, and a bottleneck generate a prompt that enters at one layer and stays in the residual stream.
 
     With E (n, e) the token embeddings of the instance, equations 1 and 2 of the paper:
 
@@ -129,10 +130,4 @@ class IDSPAMGenerator(LatePromptGenerator):
         return (torch.relu(p) if self.paper else p).unflatten(-1, (self.num_slots, -1)).flatten(-3, -2)  # (G, l, d)
 
 
-IDSPAMModel = register_method(
-    "idspam",
-    IDSPAMConfig,
-    IDSPAMGenerator,
-    doc="""ID-SPAM (ACL 2025, https://arxiv.org/abs/2506.05629): one head of self-attention over the token embeddings of the
-    instance, averaged over the tokens, and a bottleneck generate a prompt that enters at one layer and stays in the residual stream.""",
-)
+IDSPAMModel = register_method("idspam", IDSPAMConfig, IDSPAMGenerator)

@@ -145,7 +145,8 @@ LARGE_VOCABULARY = 50_000
 
 
 class IPTGenerator(PromptGenerator):
-    """The generator of IPT (https://arxiv.org/abs/2206.01958).
+    """Instance-wise prompt tuning (https://arxiv.org/abs/2206.01958): a second embedding table and, as an option, a small network
+    turn the instance's token ids into the prompt.
 
     With E the table and x_1..x_T the first instruction tokens, the instance's part S (P, w) is `E[x_1]..E[x_P]`, or
     `W encoder(E[x_1]..E[x_T]) + b`. The prompt at the input is S, plus a task prompt if there is one. With the deep host, each layer's
@@ -320,10 +321,4 @@ def check_file(file: str, wanted: dict[str, torch.Tensor]) -> None:
         )
 
 
-IPTModel = register_method(
-    "ipt",
-    IPTConfig,
-    IPTGenerator,
-    doc="""Instance-wise prompt tuning (https://arxiv.org/abs/2206.01958): a second embedding table and, as an option, a small network
-    turn the instance's token ids into the prompt.""",
-)
+IPTModel = register_method("ipt", IPTConfig, IPTGenerator)

@@ -63,7 +63,8 @@ class LPTConfig(LatePromptConfig):
 
 
 class LPTGenerator(LatePromptGenerator):
-    """The generator of late prompt tuning (https://arxiv.org/abs/2210.11292).
+    """Late prompt tuning (https://arxiv.org/abs/2210.11292): a prompt is generated from the states in the middle of the model,
+    enters there and stays in the residual stream. Training builds no autograd graph for the layers below.
 
     With H (n, d) the input of layer k at the instruction's tokens and h one of its rows:
 
@@ -141,10 +142,4 @@ class LPTGenerator(LatePromptGenerator):
         return (last_token if self.causal else first_token)(states, mask)[:, None]
 
 
-LPTModel = register_method(
-    "lpt",
-    LPTConfig,
-    LPTGenerator,
-    doc="""Late prompt tuning (https://arxiv.org/abs/2210.11292): a prompt is generated from the states in the middle of the model,
-    enters there and stays in the residual stream. Training builds no autograd graph for the layers below.""",
-)
+LPTModel = register_method("lpt", LPTConfig, LPTGenerator)

@@ -68,7 +68,8 @@ class PreFTConfig(InstanceConfig):
 
 
 class PreFTGenerator(EditGenerator):
-    """The generator of PreFT (https://arxiv.org/abs/2605.14217).
+    """PreFT (https://arxiv.org/abs/2605.14217): low-rank edits of the instruction's own states at each layer's input. Prefill
+    computes them; decoding is the base model's.
 
     With h (d,) the state of an instruction token at a layer's input: `h + (h W_down + b) W_up`. It has `2 d r L + r L` weights.
 
@@ -101,10 +102,4 @@ class PreFTGenerator(EditGenerator):
         return z @ weights["up"]  # (G, n, d)
 
 
-PreFTModel = register_method(
-    "preft",
-    PreFTConfig,
-    PreFTGenerator,
-    doc="""PreFT (https://arxiv.org/abs/2605.14217): low-rank edits of the instruction's own states at each layer's input. Prefill
-    computes them; decoding is the base model's.""",
-)
+PreFTModel = register_method("preft", PreFTConfig, PreFTGenerator)

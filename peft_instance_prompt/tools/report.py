@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,9 @@ class InstanceReport:
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """By measure and by prompt, or difference such as `"own - none"`: the mean and the `low` and `high` end of its interval."""
-        return {
-            measure: {
-                name: {"mean": mean, "low": low, "high": high}
-                for name, (mean, low, high) in self._bootstrap(by_prompt).items()
-            }
-            for measure, by_prompt in self.values.items()
-        }
+        return {measure: self._bootstrap(by_prompt) for measure, by_prompt in self.values.items()}
 
-    def _bootstrap(self, by_prompt: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    def _bootstrap(self, by_prompt: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
         pairs = {f"own - {other}": by_prompt["own"] - by_prompt[other] for other in PROMPTS[1:]}
         series = {**by_prompt, **pairs}
         table = torch.stack(list(series.values()), dim=1)  # (n, 7)
@@ -85,7 +80,8 @@ class InstanceReport:
         means = torch.stack([table[pick].mean(dim=0) for pick in picks])  # (resamples, 7)
         tail = (1 - self.level) / 2
         low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype), dim=0)  # (7,) each
-        return dict(zip(series, torch.stack([table.mean(dim=0), low, high], dim=1).tolist()))
+        cells = torch.stack([table.mean(dim=0), low, high], dim=1)  # (7, 3)
+        return {name: dict(zip(("mean", "low", "high"), cell)) for name, cell in zip(series, cells.tolist())}
 
     def to_json(self) -> str:
         """The setting, the summary, the spread and the values of all instances, as JSON."""
@@ -185,7 +181,8 @@ def instance_report(
         raise ValueError("At least two instances are needed for one to get the prompt of another.")
     with evaluating(model):
         values, spread = compare_prompts(model, batches, metric, torch.Generator().manual_seed(seed))
-        shown = read_first(model, batches, tokenizer, texts) if tokenizer is not None else []
+        every = (reading for batch in batches for reading in readings(model, batch, tokenizer))
+        shown = [] if tokenizer is None else list(islice(every, texts))
     return InstanceReport(values, level, resamples, seed, describe(generator), shown, spread)
 
 
@@ -232,15 +229,6 @@ def compare_prompts(
             measure("mean", on_device_of(model, batch))
     by_measure = {name: {prompts: torch.cat(lists[prompts]) for prompts in PROMPTS} for name, lists in found.items()}
     return by_measure, spread.shares()
-
-
-def read_first(model: nn.Module, batches: list[Mapping[str, Any]], tokenizer: Any, number: int) -> list[Reading]:
-    """What the prompt vectors read of the first `number` instances."""
-    found: list[Reading] = []
-    for batch in batches:
-        if len(found) < number:
-            found += readings(model, batch, tokenizer)
-    return found[:number]
 
 
 class Spread:
