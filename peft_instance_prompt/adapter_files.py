@@ -188,7 +188,7 @@ def seal(folder: Path, embeddings: list[str]) -> None:
         embeddings (`list[str]`): The base model's [`embedding_names`].
     """
     weights = load_peft_weights(str(folder), device="cpu")
-    # Of a resized embedding that is one of `modules_to_save`, PEFT saves the original and a second copy as well.
+    # If a resized embedding is one of `modules_to_save`, PEFT saves its original and a second copy of it, too.
     doubles = {key for key in weights if {"original_module", "modules_to_save"} & set(key.split("."))}
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if doubles and file.is_file():
@@ -219,7 +219,7 @@ def _guarded(save: Any, native: bool) -> Any:
         saves_adapters = not native or getattr(self, "_hf_peft_config_loaded", False)
         configs: dict[str, Any] = (getattr(self, "peft_config", None) or {}) if saves_adapters else {}
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
-        # To the hub, transformers uploads from within `save_pretrained`. Without a digest, nothing is compared in loading.
+        # transformers uploads to the hub from within `save_pretrained`, before a digest could be written. Loading then compares none.
         kinds = {config.peft_type.value for config in configs.values() if isinstance(config, InstanceConfig)}
         if not kinds or given.get("push_to_hub"):
             return save(self, save_directory, *args, **kwargs)

@@ -54,7 +54,7 @@ def check_adapter_name(name: str) -> None:
 
 
 def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | None = None) -> None:
-    """Raise a ValueError if the model has adapters already that an attached one would take the place of.
+    """Raise a ValueError if a new adapter would take the place of adapters that the model has.
 
     Args:
         model (`nn.Module`): The model that an adapter is to be attached to.
@@ -77,7 +77,7 @@ def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | 
     )
 
 
-# An attribute that a config has while its adapter is attached or loaded: nobody else has this object, so that it may be filled in.
+# An attribute of a config while its adapter is attached or loaded. Such a config is a copy that nobody else has, and may be filled in.
 _TAKEN = "_instance_prompt_taken"
 
 
@@ -103,8 +103,11 @@ def settle(config: InstanceConfig) -> None:
 
 
 def guard_attaching() -> None:
-    """Make the classes of `PeftModel` leave a given config of this package as it is, and refuse a model with adapters where
-    one of the two methods is this package's. PEFT would write the new config over the old one, in a dict that both share."""
+    """Make the classes of `PeftModel` copy a config of this package, and refuse a second wrapper around a model with adapters.
+
+    They refuse if the old or the new method is this package's. PEFT would write the new config over the old one, in a dict that both
+    share.
+    """
     for cls in (PeftModel, PeftMixedModel, *PeftModel.__subclasses__()):
         for name in ("__init__", "add_adapter"):
             if name in vars(cls):
@@ -157,8 +160,8 @@ def check_modules_to_save(config: PeftConfig, tree: Tree, layers: nn.Module, add
     Args:
         config (`PeftConfig`): The config. PEFT takes each module whose name *ends* with one of its `modules_to_save`.
         tree (`dict`): The base model's [`tree_of`].
-        layers (`nn.ModuleList`): The layers that prompts are written between: a copy of one would take its hooks along, and a copy
-            of the stack the adapters in it.
+        layers (`nn.ModuleList`): The stack's layers. A copy of a layer would have its hooks, and a copy of the stack the adapters in
+            it.
         added (`Collection[str]`): The names of the modules that the adapter adds.
     """
     if not config.modules_to_save:
@@ -284,7 +287,7 @@ def sizes(config: InstanceConfig) -> str:
 
 
 def check_memory(generator: InstanceGenerator, config: InstanceConfig, width: int) -> None:
-    """Raise a ValueError if an adapter, with one prompt of it, is larger than this machine's memory.
+    """Raise a ValueError if an adapter and one prompt that it generates are larger than this machine's memory.
 
     Args:
         generator (`InstanceGenerator`): From [`make_generator`].
@@ -301,7 +304,7 @@ def check_memory(generator: InstanceGenerator, config: InstanceConfig, width: in
 
 
 def matches(names: Union[str, Sequence[str]], info: StackInfo) -> bool:
-    """Whether a stack is meant by `names`: a regular expression, or names or ends of names of it or its layers."""
+    """Whether `names` mean a stack: a regular expression, or names or ends of names, of the stack or of its list of layers."""
     own = (info.name, info.layers_name)
     if isinstance(names, str):
         return any(re.fullmatch(names, name) for name in own)
@@ -324,7 +327,7 @@ def check_sizes(config: InstanceConfig, info: StackInfo) -> None:
 
 
 def check_task(config: InstanceConfig, infos: Sequence[StackInfo], model: Optional[nn.Module] = None) -> None:
-    """Raise a ValueError if the task is not one that the model is for, or that PEFT cannot wrap the model for."""
+    """Raise a ValueError if the model is not made for the config's task, or PEFT cannot wrap it for that task."""
     task = config.task_type
     pair = any(info.encoder_of_pair or info.decoder_of_pair for info in infos)
     causal_lm = any(info.causal_lm for info in infos)
@@ -367,7 +370,7 @@ def remove_layer(model: Any, name: str, layer: InstancePromptLayer) -> None:
 def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     """If the block raises, take the adapter that it has added to a base model out again. Older adapters are active as before.
 
-    All refusals come before anything is changed. This is for what fails in the midst: no memory is left, or an interrupt.
+    All refusals come before anything is changed. This is for failures after that, such as an interrupt or a lack of memory.
     """
     kinds = (InstancePromptLayer, ModulesToSaveWrapper)
     modules = tree_of(model).values() if getattr(model, "peft_config", None) else ()  # else it has no adapters

@@ -32,7 +32,7 @@ from peft.utils import CONFIG_NAME
 
 LONGEST_PATH = 4095  # bytes
 STARTUP = str(Path(__file__).parent / "startup")
-# Environment variables, which child processes inherit. `startup/sitecustomize.py` holds a copy of the second name.
+# Environment variables, which child processes inherit. `startup/sitecustomize.py` holds a copy of the name in `CONFIG`.
 IMPORTS = "PEFT_INSTANCE_PROMPT_IMPORT"
 CONFIG = "PEFT_INSTANCE_PROMPT_CONFIG"
 

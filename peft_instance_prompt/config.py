@@ -43,11 +43,11 @@ class InstanceConfig(PeftConfig):
             instance. The tokenizer `tokenizer_name_or_path` turns a text into ids once, when the adapter is made. `"chat"` stands
             for the ids that its chat template writes before an answer.
         response_end (`str` or `list[int]`, *optional*):
-            The token ids that end an answer, which begins behind `response_template`, for chats of several turns: of these, methods
-            that edit the instruction's states edit every turn but the answers. `response_template="chat"` finds it in the chat
-            template. The prompt of other methods is generated from the text before the first answer, and does not read it.
+            The token ids that end an answer, which begins behind `response_template`. In chats of several turns, methods that edit
+            the instruction's states edit every turn but the answers. `response_template="chat"` finds it in the chat template. Other
+            methods generate the prompt from the text before the first answer, and do not read this field.
         missing_template (`str`):
-            What becomes of a row without the `response_template`: `"error"`, the default, refuses it; `"all"` takes the whole row
+            What happens to a row without the `response_template`: `"error"`, the default, refuses it; `"all"` takes the whole row
             as the instruction, for training rows that were cut off and for plain text that a harness scores.
         instruction_length (`int`, *optional*):
             For plain text, which has no instruction: the number n of tokens at the start that count as the instruction. Slots then
@@ -67,12 +67,12 @@ class InstanceConfig(PeftConfig):
         num_layers (`int`, *optional*):
             The number of layers. Filled in from the base model; a later base model must agree.
         saved_embedding_layers (`list[str]`, *optional*):
-            Filled in in the file when an adapter is saved: the names of the base model's embeddings and head, if PEFT saved
-            them with it (`save_embedding_layers`, which a resized vocabulary switches on). Loading takes no other tensor of
-            the base model from an adapter's file.
+            Written into the file when an adapter is saved: the names of the base model's embeddings and head, if PEFT saved
+            them with the adapter (`save_embedding_layers`, which a resized vocabulary switches on). Loading takes no other tensor
+            of the base model from an adapter's file.
         weights_digest (`str`, *optional*):
-            Filled in in the file when an adapter is saved: the digest of its weights. Loading compares it, and refuses a
-            config and weights of two different saves. If it is None, loading compares nothing.
+            Written into the file when an adapter is saved: the digest of its weights. Loading compares it, and refuses a config
+            and weights of two different saves. If it is None, loading compares nothing.
         format_version (`int`):
             Filled in: the form of the config file, 2. A field that a file of an older form lacks gets the default that it had
             then, see `old_defaults`.
@@ -89,7 +89,7 @@ class InstanceConfig(PeftConfig):
     method: ClassVar[Optional[str]] = None  # set by `register_method`
     paper: ClassVar[Optional[tuple[str, str]]] = None  # title and arXiv number, for the model card
     sized_by: ClassVar[tuple[str, ...]] = ()  # the fields that set an adapter's size, for messages
-    # By `format_version`: the defaults up to that form, of the class's fields whose default has changed since.
+    # By `format_version`: the defaults that the class's fields had up to that form, if they have changed since.
     old_defaults: ClassVar[dict[int, dict[str, Any]]] = {}
     # Trainers read this field of LoRA's from any config, and set it when a chat template adds tokens.
     trainable_token_indices: ClassVar[Any] = None
@@ -297,10 +297,10 @@ class InstancePromptConfig(InstanceConfig):
 
 
 def defaults_of(cls: type, version: int) -> dict[str, Any]:
-    """The defaults of a config's fields in files of a form, where they are other ones now."""
+    """The defaults of a config's fields in files of the form `version`, if they have changed since."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         old = vars(base).get("old_defaults", {})
-        for number in sorted(old, reverse=True):
-            found.update(old[number] if number >= version else {})
+        for number in sorted((number for number in old if number >= version), reverse=True):
+            found.update(old[number])
     return found

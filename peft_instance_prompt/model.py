@@ -195,19 +195,12 @@ class InstancePromptModel(BaseTuner):
             if isinstance(module, InstancePromptLayer) and own in module.adapter_layer_names:
                 yield name, module
 
-    # ------------------------------------------------------------------------------------------ forward, generate
+    # ----------------------------------------------------------------------------------------------------- forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT handles `adapter_names` before this call, except for MPT.
         with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)):
             return super().forward(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, which takes `instruction_mask`, `instance_embeds` and `task_ids`, see [`Generate`]."""
-        return self.model.generate(*args, **kwargs)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.generate_batch(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

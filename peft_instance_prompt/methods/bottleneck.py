@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Generators with a bottleneck: the field of their configs with which one learning rate suits both of its matrices."""
+"""Generators with a bottleneck: the field `down_factor` of their configs, with which one learning rate suits both matrices."""
 
 from __future__ import annotations
 

@@ -215,8 +215,8 @@ class DynamicPromptGenerator(PromptGenerator):
     """Dynamic prompting (https://arxiv.org/abs/2303.02909): a soft prompt at the input. How it is split around the instance, its
     length and its content are chosen per task or per instance.
 
-    With P (l, e) a row's prompt and X (n, e) its text, the input is `[P[:l - j]; X; P[l - j:]]`, of whose l prompt vectors the first i
-    are used. The prompt is `P = sum_k beta_k P_k` with `beta = softmax(head(x))`, x the instance vector.
+    With P (l, e) a row's prompt and X (n, e) its text, the input is `[P[:l - j]; X; P[l - j:]]`. Of the prompt vectors, the first i are
+    used. The prompt is `P = sum_k beta_k P_k` with `beta = softmax(head(x))`, x the instance vector.
 
     `encode` makes all choices, once per forward pass. Its output (G, K) holds the weights of each choice's candidates side by side: of
     position and length (l + 1 candidates each), one-hot values with the gradient of the Gumbel-softmax; of the mixture (k candidates),

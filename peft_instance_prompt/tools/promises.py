@@ -150,7 +150,7 @@ def only(model: PeftModel, name: str) -> Iterator[None]:
 
 
 def effect(probe: Probe, inputs: Inputs, least: float = 1e-3) -> None:
-    """The adapter changes the outputs, and not their shape. Without an effect, the other promises hold of themselves."""
+    """The adapter changes the outputs, and not their shape. Without an effect, the other promises hold trivially."""
     with probe.model.disable_adapter():
         bare = probe(**inputs)
     difference = off(probe(**inputs), bare)
@@ -232,8 +232,8 @@ def mixed(probe: Probe, inputs: Inputs, names: list[str], whole: bool = False) -
     """A row of a mixed batch has the outputs of the row with its adapter alone, a [`BASE`] row those of the base model.
 
     Args:
-        whole (`bool`): Compare with the whole batch under one adapter, and not with the row alone. So it is for [`BASE`] rows:
-            some models count padding as positions if they are left to themselves.
+        whole (`bool`): Compare with the whole batch under one adapter, and not with the row alone. [`BASE`] rows always are, since
+            some bare models count padding as positions.
     """
     together = probe(**inputs, adapter_names=names)
     for row, name in enumerate(names):

@@ -117,9 +117,8 @@ class InstanceReport:
         lines = [f"{len(self)} instances, {self.level:.0%} intervals of {self.resamples} bootstrap resamples"]
         lines.append(f"{'prompt':<16}" + "".join(f"{measure:<28}" for measure in summary).rstrip())
         for name in next(iter(summary.values())):
-            cells = (by_name[name] for by_name in summary.values())
-            texts = (f"{c['mean']:.4f} [{c['low']:.4f}, {c['high']:.4f}]" for c in cells)
-            lines.append(f"{name:<16}" + "".join(f"{text:<28}" for text in texts).rstrip())
+            cells = (report_html.as_text(by_name[name]) for by_name in summary.values())
+            lines.append(f"{name:<16}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
         lines += [self.spread_in_words()] if self.spread else []
         return "\n".join(lines)
 
