@@ -11,10 +11,10 @@ from typing import Any
 
 from . import methods
 from .adapter_files import guard_loading, guard_saving
-from .attaching import guard_attaching
 from .config import InstanceConfig, InstancePromptConfig
 from .engine.calls import warn_of_untested_release
 from .engine.request import instruction_scope
+from .guards import guard_attaching
 from .methods import *  # noqa: F403
 from .model_card import teach_peft
 from .registry import register_method

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.peft_model import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError, safe_open
@@ -37,20 +37,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
-from .attaching import (
-    PREFIX,
-    Expected,
-    check_adapter_name,
-    check_free,
-    embedding_names,
-    is_loading,
-    is_whole,
-    mark_as_loading,
-    settle,
-    taken_out_on_error,
-)
+from .attaching import PREFIX, Expected, check_adapter_name, embedding_names, expected_for, is_whole, prepare
 from .config import InstanceConfig
 from .files import read_kind, staged
+from .guards import check_free, is_loading, mark_as_loading, settle, taken_out_on_error
 
 
 SHOWN = 3  # how many names an error tells of each kind
@@ -270,14 +260,15 @@ def check_fit(
     trial = copy.deepcopy(config)
     trial.modules_to_save = [*(trial.modules_to_save or ()), *HEADS.get(task or "", ())]
     names = {*(getattr(model, "peft_config", None) or {}), adapter_name}
-    expected = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prepare(trial, model, names).expected
-    check_tensors(source, expected, weights, config.weights_digest, needs_prefix=needs_prefix)
+    check_tensors(
+        source, prepare(trial, model, names).expected, weights, config.weights_digest, needs_prefix=needs_prefix
+    )
 
 
-def check_arrived(tuner: Any, model: PeftModel, adapter_name: str, weights: Mapping[str, torch.Tensor]) -> None:
+def check_arrived(model: PeftModel, adapter_name: str, weights: Mapping[str, torch.Tensor]) -> None:
     """Compare once more what PEFT has read, which may be another file by now, before it loads that into an adapter."""
     config = model.peft_config[adapter_name]
-    expected = tuner.expected_tensors(config, model.get_base_model())
+    expected = expected_for(config, model.get_base_model())
     found = {key.replace(f".modules_to_save.{adapter_name}.", ".", 1): tensor for key, tensor in weights.items()}
     check_tensors(f"the folder of {adapter_name!r}", expected, found, config.weights_digest)
     settle(config)
@@ -338,8 +329,7 @@ def _guard_load_adapter(load: Any) -> Any:
         try:  # PEFT takes no more than the weights from the folder
             mark_as_loading(own).weights_digest = found.weights_digest
             own.saved_embedding_layers = found.saved_embedding_layers
-            expected = PEFT_TYPE_TO_TUNER_MAPPING[own.peft_type].expected_tensors(own, base)
-            check_tensors(str(model_id), expected, weights, own.weights_digest)
+            check_tensors(str(model_id), expected_for(own, base), weights, own.weights_digest)
             return load(self, model_id, adapter_name, *args, **kwargs)
         finally:
             settle(own)
