@@ -70,7 +70,6 @@ class IAPTConfig(BottleneckConfig):
     activation: Optional[Literal["rational", "gelu", "relu", "silu", "tanh"]] = None
     activation_fit: Literal["wide", "tight"] = "wide"
     share_layers: int = 1
-
     down_factor: Optional[float] = None
     slot_vectors: Optional[bool] = None
     accumulate: Optional[bool] = None

@@ -19,9 +19,8 @@ from ..generator import Source
 from ..nn.pooling import first_token, last_token, mean_pool
 
 
-Pool = Callable[
-    [torch.Tensor, torch.Tensor], torch.Tensor
-]  # from states (G, n, d) and their mask (G, n) to vectors (G, d)
+# From states (G, n, d) and their mask (G, n) to vectors (G, d).
+Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 POOLINGS: dict[str, Pool] = {"first": first_token, "last": last_token, "mean": mean_pool}
 
 
