@@ -138,11 +138,8 @@ def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
     except BaseException:
         if adapter_name in known:  # what has failed was to take an adapter's place, as a hot swap does
             raise
-        attached: list[tuple[str, Any]] = [
-            pair for pair in below(tree_of(model), "").items() if isinstance(pair[1], kinds)
-        ]
-        for name, module in reversed(attached):
-            parent, _, own = name.rpartition(".")
+        present: dict[str, Any] = below(tree_of(model), "")
+        for name, module in reversed(present.items()):
             if module in active:
                 module._active_adapter = active[module]
                 adapters = getattr(module, module.adapter_layer_names[0])
@@ -150,7 +147,8 @@ def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
                     del adapters[adapter_name]
             elif isinstance(module, InstancePromptLayer):
                 remove_layer(model, name, module)
-            else:
+            elif isinstance(module, ModulesToSaveWrapper):
+                parent, _, own = name.rpartition(".")
                 setattr(model.get_submodule(parent), own, module.original_module)
         for parameter, value in trained:
             parameter.requires_grad = value

@@ -52,7 +52,7 @@ class InstancePromptModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter as PEFT does."""
         check_adapter_name(adapter_name)
-        # What is found out about the model is kept on a copy: the caller may use the config for another one.
+        # A copy keeps the facts about this model: the caller may use the config for another model.
         if not is_taken(self.peft_config[adapter_name]):
             self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         config = self.peft_config[adapter_name]
@@ -74,8 +74,8 @@ class InstancePromptModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: InstanceConfig, key: str):
-        # `find_targets` has applied `exclude_modules`, and the generator applies `layers_to_transform`. PEFT would apply the one
-        # to parts of stacks and pass over a stack because of the other.
+        # `find_targets` has applied `exclude_modules`, and the generator applies `layers_to_transform`. PEFT would apply the first
+        # to parts of stacks, and would leave out a stack because of the second.
         if key in (peft_config.target_modules or ()):
             return True
         if peft_config.exclude_modules is None:
