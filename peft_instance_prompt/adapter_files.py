@@ -260,9 +260,8 @@ def check_fit(
     trial = copy.deepcopy(config)
     trial.modules_to_save = [*(trial.modules_to_save or ()), *HEADS.get(task or "", ())]
     names = {*(getattr(model, "peft_config", None) or {}), adapter_name}
-    check_tensors(
-        source, prepare(trial, model, names).expected, weights, config.weights_digest, needs_prefix=needs_prefix
-    )
+    expected = prepare(trial, model, names).expected
+    check_tensors(source, expected, weights, config.weights_digest, needs_prefix=needs_prefix)
 
 
 def check_arrived(model: PeftModel, adapter_name: str, weights: Mapping[str, torch.Tensor]) -> None:
