@@ -154,7 +154,7 @@ WIDTHS = (((1, 1), (1, 1)), ((2, 2), (3, 3)), ((2, 1), (3, 1)), ((1, 2), (1, 3))
 
 
 def guess(config: InstanceConfig, e: int = 1, o: int = 1, vocab_size: int = 64) -> InstanceGenerator:
-    """The adapter's generator, without values, for a stack of which only what the config says is known."""
+    """The adapter's generator, without values, for a stack that is known from the config only."""
     d = config.hidden_size
     sizes = {"hidden_size": d, "embedding_size": d * e, "output_size": d * o, "vocab_size": vocab_size}
     known: dict[str, Any] = {"name": "", "layers_name": "", "num_layers": config.num_layers, "causal": True}

@@ -195,7 +195,7 @@ def seal(folder: Path, embeddings: list[str]) -> None:
 
 
 def guard_saving() -> None:
-    """Make `save_pretrained` of `PeftModel` and of transformers' models save this package's adapters as said above."""
+    """Make `save_pretrained` of `PeftModel` and of transformers' models save this package's adapters in the way that this file describes."""
     for owner in (PeftModel, PreTrainedModel):
         owner.save_pretrained = _guarded(owner.save_pretrained, native=owner is PreTrainedModel)
 

@@ -59,7 +59,7 @@ def choose_config() -> None:
 
 
 def chosen_config(model_args: Any) -> PeftConfig:
-    """The config of `--peft-config`. TRL calls this with its `model_args`, of which only the task type counts.
+    """The config of `--peft-config`. TRL calls this with its `model_args`, whose task type alone counts.
 
     Raises:
         ValueError: `model_args` set one of TRL's LoRA options, which would have no effect.

@@ -52,7 +52,7 @@ class IAPTConfig(BottleneckConfig):
         accumulate (`bool`, *optional*): Whether the prompt vectors of a layer are added to the states in the slots, which then read
             the text through the model's own attention, or replace them, the paper's form. At the first layer with prompts they
             replace them in both. Filled in when the adapter is made: `True` in encoders and with `prompt_position="end"`; `False`
-            where slots stand before a causal text, of which they can read nothing, and with `init_weights="paper"`.
+            with `init_weights="paper"`, and where slots stand before a causal text and cannot read it.
         condition (`str`): As for all methods. With `accumulate`, the slots of the control `"constant"` read the text, too, through the
             model's own attention: it tells what the *generator* gains by reading the instance.
 

@@ -34,7 +34,7 @@ class Broken(AssertionError):
 def outputs(model: PreTrainedModel | PeftModel, **inputs: Any) -> torch.Tensor:
     """The logits (B, S, V), or the last states (B, S, d) of an encoder without a head.
 
-    Of an encoder-decoder model, the logits (B, T, V) at its decoder's tokens; without labels, at the same three for all rows.
+    An encoder-decoder model gives the logits (B, T, V) at its decoder's tokens; without labels, these are the same three for all rows.
     """
     if model.config.is_encoder_decoder and not {"labels", "decoder_input_ids"} & inputs.keys():
         inputs["decoder_input_ids"] = torch.tensor([[0, 5, 6]]).expand(len(inputs["input_ids"]), -1)  # (B, 3)

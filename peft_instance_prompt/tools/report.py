@@ -153,9 +153,9 @@ def instance_report(
             unless the config or the batch says otherwise where it ends.
         batch_size (`int`): For a data set. Defaults to 8; at least 2.
         collate_fn (`Callable`, *optional*): For a data set. Defaults to transformers' `default_data_collator`.
-        metric (`Callable`, *optional*): From logits and batch to a number for each row. Defaults to accuracy: of classes, 1 if
-            the likeliest is the label; of tokens, the share of a row's labelled tokens that are the likeliest; of regression,
-            nothing.
+        metric (`Callable`, *optional*): From logits and batch to a number for each row. Defaults to accuracy: for classes, 1 if
+            the likeliest is the label; for tokens, the share of a row's labelled tokens that are the likeliest; for regression,
+            none.
         level (`float`): The share of bootstrap resamples that an interval covers. Defaults to 0.95.
         resamples (`int`): The number of bootstrap resamples over instances. Defaults to 1000.
         seed (`int`): The seed of the exchange of prompts and of the resampling. Defaults to 0.
@@ -265,7 +265,7 @@ def describe(generator: PromptGenerator) -> str:
 
 def exchangeable(made: Mapping[int | None, Generated]) -> dict[int | None, torch.Tensor]:
     """The values by depth that instances can exchange: all but an `encode` output with a dimension over tokens, as IPT's."""
-    # That dimension is as long as the batch's longest row. The vectors made of it are exchanged anyway.
+    # That dimension is as long as the batch's longest row. The vectors that are made from such an output are exchanged anyway.
     return {depth: m.values for depth, m in made.items() if depth is not None or m.values.dim() == 2}
 
 
