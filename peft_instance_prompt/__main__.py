@@ -3,11 +3,12 @@
 
 """The command `peft-instance-prompt`, which is `python -m peft_instance_prompt`, too.
 
-`inspect ADAPTER_FOLDER [--json]` looks into an adapter's folder, without its base model; the folder alone does the same. The checks are those of loading, as far as they need no base model; of tensors that are not the method's own, only the names are
-checked. The exit status is 0 if all is well; 1 if the adapter can be loaded but should not be trusted (activation coefficients out of
-range); 2, with one sentence, if it cannot be loaded.
+`inspect ADAPTER_FOLDER [--json]` looks into an adapter's folder, without its base model; the folder alone does the same. It makes the
+checks of loading that need no base model. For tensors that are not the method's own, it checks the names only. The exit status is 0 if
+all is well; 1 if the adapter can be loaded but should not be trusted (activation coefficients out of range); 2, with one sentence, if
+it cannot be loaded.
 
-`doctor`, `run` and `env` are other commands: see tools/doctor.py and commands.py.
+The other commands are `doctor` (tools/doctor.py), and `run` and `env` (commands.py).
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
     weights = load_file(weights_file)
     stacks = check_weights(config, weights, str(folder))
     generator = guess(config)
-    activations = [n for n, p in generator.named_parameters() if p is generator.activation_coefficients]
+    learned = generator.activation_coefficients
+    ends = tuple(f"generator.{name}" for name, parameter in generator.named_parameters() if parameter is learned)
+    coefficients = {key: w.float() for key, w in weights.items() if key.endswith(ends)}
     low, high = COEFFICIENT_RANGE
-    coefficients = {
-        key: w for key, w in weights.items() if any(key.endswith(f"generator.{name}") for name in activations)
-    }
+    outside = {key: int(((w < low) | (w > high)).sum()) for key, w in coefficients.items()}
     return {
         "type": config.peft_type.value,
         "base_model": config.base_model_name_or_path,
@@ -101,9 +102,7 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, Any]:
         "sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
         "activation_coefficients": sum(w.numel() for w in coefficients.values()),
         "coefficient_range": list(COEFFICIENT_RANGE),
-        "coefficients_out_of_range": {
-            k: n for k, w in coefficients.items() if (n := count((w.float() < low) | (w.float() > high)))
-        },
+        "coefficients_out_of_range": {key: number for key, number in outside.items() if number},
     }
 
 
@@ -126,10 +125,6 @@ def check_folder(folder: str) -> None:
     raise ValueError(f"There is neither a folder nor a command {folder!r}. {cure}")
 
 
-def count(mask: torch.Tensor) -> int:
-    return int(mask.sum())
-
-
 def read_config(folder: Path) -> InstanceConfig:
     """The config in a folder. Raises a ValueError if there is none, or its method is none of this package's."""
     file = folder / CONFIG_NAME
@@ -138,7 +133,7 @@ def read_config(folder: Path) -> InstanceConfig:
         raise ValueError(
             f"{folder} is no adapter's folder: it holds no {CONFIG_NAME}. Name what `save_pretrained` wrote."
         )
-    own = {name.value: cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, InstanceConfig)}
+    own = doctor.registered_methods()
     if kind not in own:
         raise ValueError(f"{folder} holds an adapter of the type {kind!r}, which is none of {sorted(own)}.")
     try:
@@ -159,7 +154,7 @@ WIDTHS = (((1, 1), (1, 1)), ((2, 2), (3, 3)), ((2, 1), (3, 1)), ((1, 2), (1, 3))
 
 
 def guess(config: InstanceConfig, e: int = 1, o: int = 1, vocab_size: int = 64) -> InstanceGenerator:
-    """The adapter's generator, without values, for a stack of which only what the config says is known."""
+    """The adapter's generator, without values, for a stack that is known from the config only."""
     d = config.hidden_size
     sizes = {"hidden_size": d, "embedding_size": d * e, "output_size": d * o, "vocab_size": vocab_size}
     known: dict[str, Any] = {"name": "", "layers_name": "", "num_layers": config.num_layers, "causal": True}

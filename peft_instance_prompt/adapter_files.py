@@ -24,35 +24,24 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.peft_model import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
 
-from .attaching import (
-    PREFIX,
-    Expected,
-    check_adapter_name,
-    check_free,
-    embedding_names,
-    is_loading,
-    is_whole,
-    mark_as_loading,
-    settle,
-    taken_out_on_error,
-)
+from .attaching import PREFIX, Expected, check_adapter_name, embedding_names, expected_for, is_whole, prepare
+from .config import InstanceConfig
 from .files import read_kind, staged
+from .guards import check_free, is_loading, mark_as_loading, settle, taken_out_on_error
 
-
-if TYPE_CHECKING:
-    from peft.peft_model import PeftModel
-
-    from .config import InstanceConfig
 
 SHOWN = 3  # how many names an error tells of each kind
 # What a `PeftModel` for a task adds to the `modules_to_save` of its adapters.
@@ -131,29 +120,29 @@ def check_tensors(
     found = {key if needs_prefix or key.startswith(PREFIX) else PREFIX + key: x for key, x in weights.items()}
     if len(found) < len(weights):
         raise ValueError(f"The weights in {source} hold a tensor under two names.")
-    surplus = found.keys() - expected.keys() - set(beside)
-    shapes = [
-        f"{name!r} {as_text(found[name].shape)} where {as_text(shape)} is asked for"
-        for name, (shape, _) in sorted(expected.items(), key=lambda pair: pair[0])
-        if name in found and not fits(found[name].shape, shape)
-    ]
-    types = [
-        f"{name!r} {str(found[name].dtype).removeprefix('torch.')}"
-        for name, (_, whole) in sorted(expected.items(), key=lambda pair: pair[0])
-        if name in found and not (is_whole if whole else torch.is_floating_point)(found[name])
-    ]
-    broken = [name for name, tensor in found.items() if not is_finite(tensor)]
+    both = [(name, found[name], *expected[name]) for name in sorted(expected.keys() & found.keys())]
     kinds = {
-        "lack {} tensor(s) that the config asks for, such as {}": map(repr, sorted(expected.keys() - found.keys())),
-        "hold {} tensor(s) that the config does not know, such as {}": map(repr, sorted(surplus)),
-        "hold {} tensor(s) of another shape, such as {}": shapes,
-        "hold {} tensor(s) of another type of numbers, such as {}": types,
-        "hold {} tensor(s) with NaN or infinity, such as {}": map(repr, sorted(broken)),
+        "lack {} tensor(s) that the config asks for, such as {}": [
+            repr(name) for name in sorted(expected.keys() - found.keys())
+        ],
+        "hold {} tensor(s) that the config does not know, such as {}": [
+            repr(name) for name in sorted(found.keys() - expected.keys() - set(beside))
+        ],
+        "hold {} tensor(s) of another shape, such as {}": [
+            f"{name!r} {as_text(tensor.shape)} where {as_text(shape)} is asked for"
+            for name, tensor, shape, _ in both
+            if not fits(tensor.shape, shape)
+        ],
+        "hold {} tensor(s) of another type of numbers, such as {}": [
+            f"{name!r} {str(tensor.dtype).removeprefix('torch.')}"
+            for name, tensor, _, whole in both
+            if not (is_whole if whole else torch.is_floating_point)(tensor)
+        ],
+        "hold {} tensor(s) with NaN or infinity, such as {}": [
+            repr(name) for name in sorted(found) if not is_finite(found[name])
+        ],
     }
-    complaints = []
-    for text, names in kinds.items():
-        if names := list(names):
-            complaints.append(text.format(len(names), ", ".join(names[:SHOWN])))
+    complaints = [text.format(len(names), ", ".join(names[:SHOWN])) for text, names in kinds.items() if names]
     misfit = f"The weights in {source} {'; they '.join(complaints)}." if complaints else ""
     if expected_digest is not None and digest(found) != expected_digest:
         raise ValueError(
@@ -166,9 +155,8 @@ def check_tensors(
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    return bool(
-        (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all()
-    )  # torch has no `isfinite` for 8-bit floats
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no `isfinite` for 8-bit floats
+    return bool(wide.isfinite().all())
 
 
 def as_text(shape: Sequence[int | None]) -> str:
@@ -190,34 +178,29 @@ def seal(folder: Path, embeddings: list[str]) -> None:
         embeddings (`list[str]`): The base model's [`embedding_names`].
     """
     weights = load_peft_weights(str(folder), device="cpu")
-    # Of a resized embedding that is one of `modules_to_save`, PEFT saves the original and a second copy as well.
+    # If a resized embedding is one of `modules_to_save`, PEFT saves its original and a second copy of it, too.
     doubles = {key for key in weights if {"original_module", "modules_to_save"} & set(key.split("."))}
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if doubles and file.is_file():
         weights = {key: tensor for key, tensor in weights.items() if key not in doubles}
-        save_file(
-            weights, file.with_suffix(".new"), metadata={"format": "pt"}
-        )  # the tensors may lie in the file itself
-        os.replace(file.with_suffix(".new"), file)
+        new = file.with_suffix(".new")  # the tensors may lie in the file itself
+        save_file(weights, new, metadata={"format": "pt"})
+        os.replace(new, file)
     names = [key.removeprefix(PREFIX) for key in weights]
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    config["weights_digest"] = digest(weights)
-    config["saved_embedding_layers"] = [
-        e for e in embeddings if any(name.startswith(e + ".") for name in names)
-    ] or None
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    saved = [layer for layer in embeddings if any(name.startswith(f"{layer}.") for name in names)]
+    config_file = folder / CONFIG_NAME
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config.update(weights_digest=digest(weights), saved_embedding_layers=saved or None)
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def guard_saving(config_cls: type[PeftConfig]) -> None:
-    """Make `save_pretrained` of `PeftModel` and of transformers' models save adapters with a `config_cls` as said above."""
-    from peft.peft_model import PeftModel
-    from transformers import PreTrainedModel
-
+def guard_saving() -> None:
+    """Make `save_pretrained` of `PeftModel` and of transformers' models save this package's adapters in the way that this file describes."""
     for owner in (PeftModel, PreTrainedModel):
-        owner.save_pretrained = _guarded(owner.save_pretrained, config_cls, native=owner is PreTrainedModel)
+        owner.save_pretrained = _guarded(owner.save_pretrained, native=owner is PreTrainedModel)
 
 
-def _guarded(save: Any, config_cls: type[PeftConfig], native: bool) -> Any:
+def _guarded(save: Any, native: bool) -> Any:
     signature = inspect.signature(save)
 
     @functools.wraps(save)
@@ -226,8 +209,8 @@ def _guarded(save: Any, config_cls: type[PeftConfig], native: bool) -> Any:
         saves_adapters = not native or getattr(self, "_hf_peft_config_loaded", False)
         configs: dict[str, Any] = (getattr(self, "peft_config", None) or {}) if saves_adapters else {}
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
-        # To the hub, transformers uploads from within `save_pretrained`. Without a digest, nothing is compared in loading.
-        kinds = {config.peft_type.value for config in configs.values() if isinstance(config, config_cls)}
+        # transformers uploads to the hub from within `save_pretrained`, before a digest could be written. Loading then compares none.
+        kinds = {config.peft_type.value for config in configs.values() if isinstance(config, InstanceConfig)}
         if not kinds or given.get("push_to_hub"):
             return save(self, save_directory, *args, **kwargs)
         base = self if native else self.get_base_model()
@@ -247,7 +230,7 @@ def _guarded(save: Any, config_cls: type[PeftConfig], native: bool) -> Any:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstanceConfig | None:
+def find_config(model_id: Any, **kwargs: Any) -> InstanceConfig | None:
     """The config in a folder or on the hub; None if it belongs to another package.
 
     A ValueError if there is none, or none that can be read. The arguments are as for [`~peft.PeftConfig.from_pretrained`].
@@ -256,7 +239,7 @@ def find_config(config_cls: type, model_id: Any, **kwargs: Any) -> InstanceConfi
     kind = read_kind(folder)
     kind = kind or PeftConfig._get_peft_type(model_id, **PeftConfig._split_kwargs(kwargs)[0])
     cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
-    own = cls is not None and issubclass(cls, config_cls)
+    own = cls is not None and issubclass(cls, InstanceConfig)
     return cls.from_pretrained(model_id, **kwargs) if own else None
 
 
@@ -277,46 +260,43 @@ def check_fit(
     trial = copy.deepcopy(config)
     trial.modules_to_save = [*(trial.modules_to_save or ()), *HEADS.get(task or "", ())]
     names = {*(getattr(model, "peft_config", None) or {}), adapter_name}
-    expected = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prepare(trial, model, names).expected
+    expected = prepare(trial, model, names).expected
     check_tensors(source, expected, weights, config.weights_digest, needs_prefix=needs_prefix)
 
 
-def check_arrived(tuner: Any, model: PeftModel, adapter_name: str, weights: Mapping[str, torch.Tensor]) -> None:
+def check_arrived(model: PeftModel, adapter_name: str, weights: Mapping[str, torch.Tensor]) -> None:
     """Compare once more what PEFT has read, which may be another file by now, before it loads that into an adapter."""
     config = model.peft_config[adapter_name]
-    expected = tuner.expected_tensors(config, model.get_base_model())
+    expected = expected_for(config, model.get_base_model())
     found = {key.replace(f".modules_to_save.{adapter_name}.", ".", 1): tensor for key, tensor in weights.items()}
     check_tensors(f"the folder of {adapter_name!r}", expected, found, config.weights_digest)
     settle(config)
 
 
-def guard_loading(config_cls: type) -> None:
-    """Make the three ways to load an adapter with a `config_cls` refuse one that does not fit before they change anything."""
-    from peft.peft_model import PeftModel
-    from transformers.integrations.peft import PeftAdapterMixin
-
+def guard_loading() -> None:
+    """Make the three ways to load an adapter of this package refuse one that does not fit, before they change anything."""
     check = PeftModel._check_new_adapter_config
 
     @functools.wraps(check)
     def check_new_adapter_config(self: Any, peft_config: PeftConfig, is_trainable: bool) -> None:
         # Only `load_adapter` calls it, with a config that it has read and makes an adapter of.
         check(self, peft_config, is_trainable=is_trainable)
-        if isinstance(peft_config, config_cls):
+        if isinstance(peft_config, InstanceConfig):
             mark_as_loading(peft_config)
 
     PeftModel._check_new_adapter_config = check_new_adapter_config
-    PeftModel.from_pretrained = classmethod(_guard_from_pretrained(PeftModel.from_pretrained.__func__, config_cls))
-    PeftModel.load_adapter = _guard_load_adapter(PeftModel.load_adapter, config_cls)
-    PeftAdapterMixin.load_adapter = _guard_native(PeftAdapterMixin.load_adapter, config_cls)
+    PeftModel.from_pretrained = classmethod(_guard_from_pretrained(PeftModel.from_pretrained.__func__))
+    PeftModel.load_adapter = _guard_load_adapter(PeftModel.load_adapter)
+    PeftAdapterMixin.load_adapter = _guard_native(PeftAdapterMixin.load_adapter)
 
 
-def _guard_from_pretrained(build: Any, config_cls: type) -> Any:
+def _guard_from_pretrained(build: Any) -> Any:
     @functools.wraps(build)
     def from_pretrained(
         cls, model, model_id, adapter_name="default", is_trainable=False, config=None, *args, **kwargs
     ):
-        found = find_config(config_cls, model_id, **kwargs) if config is None else config
-        if not isinstance(found, config_cls):
+        found = find_config(model_id, **kwargs) if config is None else config
+        if not isinstance(found, InstanceConfig):
             return build(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
         check_free(model, None, found)
         renamed = {"key_mapping": getattr(model, "_checkpoint_conversion_mapping", None), **kwargs}
@@ -328,13 +308,13 @@ def _guard_from_pretrained(build: Any, config_cls: type) -> Any:
     return from_pretrained
 
 
-def _guard_load_adapter(load: Any, config_cls: type) -> Any:
+def _guard_load_adapter(load: Any) -> Any:
     @functools.wraps(load)
     def load_adapter(self, model_id, adapter_name, *args, **kwargs):
         own = self.peft_config.get(adapter_name)
-        if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type], config_cls) or (own and is_loading(own)):
+        if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type], InstanceConfig) or (own and is_loading(own)):
             return load(self, model_id, adapter_name, *args, **kwargs)  # or `from_pretrained` has compared
-        found = find_config(config_cls, model_id, **kwargs)
+        found = find_config(model_id, **kwargs)
         if own is not None and type(found) is not type(own):
             raise ValueError(f"{model_id} holds no adapter of the type {own.peft_type.value}, as {adapter_name!r} is.")
         if found is None:  # PEFT says that the methods cannot be combined
@@ -348,8 +328,7 @@ def _guard_load_adapter(load: Any, config_cls: type) -> Any:
         try:  # PEFT takes no more than the weights from the folder
             mark_as_loading(own).weights_digest = found.weights_digest
             own.saved_embedding_layers = found.saved_embedding_layers
-            expected = PEFT_TYPE_TO_TUNER_MAPPING[own.peft_type].expected_tensors(own, base)
-            check_tensors(str(model_id), expected, weights, own.weights_digest)
+            check_tensors(str(model_id), expected_for(own, base), weights, own.weights_digest)
             return load(self, model_id, adapter_name, *args, **kwargs)
         finally:
             settle(own)
@@ -357,7 +336,7 @@ def _guard_load_adapter(load: Any, config_cls: type) -> Any:
     return load_adapter
 
 
-def _guard_native(load: Any, config_cls: type) -> Any:
+def _guard_native(load: Any) -> Any:
     @functools.wraps(load)
     def load_adapter(
         self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, *args, **kwargs
@@ -366,8 +345,8 @@ def _guard_native(load: Any, config_cls: type) -> Any:
         source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
         hub = {**getattr(load_config, "download_kwargs", {}), **(kwargs.get("download_kwargs") or {})}
         hub.update(kwargs.get("adapter_kwargs") or {}, local_files_only=kwargs.get("local_files_only", False))
-        found = find_config(config_cls, source, **hub) if peft_config is None and source is not None else peft_config
-        if not isinstance(found, config_cls):
+        found = find_config(source, **hub) if peft_config is None and source is not None else peft_config
+        if not isinstance(found, InstanceConfig):
             return load(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
         name = adapter_name or "default"
         weights = read_weights(source, **hub) if adapter_state_dict is None else adapter_state_dict

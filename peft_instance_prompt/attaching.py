@@ -1,17 +1,13 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Before an adapter is attached: checks of its config and its name, and the tensors that it will have."""
+"""Before an adapter is attached: find its stacks, fill in its config, refuse what does not fit, and tell the tensors that it will have."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Optional, Union
 
@@ -19,13 +15,13 @@ import psutil
 import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftType, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, TaskType
 from torch import nn
 
 from .config import InstanceConfig
-from .engine.layer import InstancePromptLayer
-from .engine.stack import StackInfo, Tree, below, tree_of
+from .engine.calls import check_release, check_understood
+from .engine.stack import StackInfo, Tree, below, describe, tree_of
 from .generator import InstanceGenerator
 
 
@@ -51,95 +47,96 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def check_free(model: nn.Module, adapter_name: str | None, config: PeftConfig | None = None) -> None:
-    """Raise a ValueError if the model has adapters already that an attached one would take the place of.
+class Prepared(NamedTuple):
+    """What [`prepare`] finds out: the stacks that an adapter is for, and the tensors that its file has."""
+
+    infos: list[StackInfo]
+    expected: dict[str, Expected]
+
+
+def prepare(config: InstanceConfig, model: nn.Module, adapter_names: Iterable[str]) -> Prepared:
+    """Fill in what a config leaves to the base model, and refuse what does not fit before anything of the model is changed.
 
     Args:
-        model (`nn.Module`): The model that an adapter is to be attached to.
-        adapter_name (`str`, *optional*): The new adapter's name. None: no name is free, as for a `PeftModel` around the model.
-        config (`PeftConfig`, *optional*): The new adapter's config.
+        config (`InstanceConfig`): The config of a new adapter.
+        model (`nn.Module`): The base model.
+        adapter_names (`Iterable[str]`): The names of all adapters of the model, the new one's among them.
+
+    Returns:
+        `Prepared`: The adapter's stacks, and the tensors that its file has.
     """
-    from peft.mixed_model import PeftMixedModel  # not above: PEFT may be in the midst of its own import
-    from peft.peft_model import PeftModel
-
-    wrapped = isinstance(model, (PeftModel, PeftMixedModel, BaseTuner))
-    known = getattr(model, "peft_config", None) or {}
-    if not wrapped:
-        attached = bool(known) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
-        if not attached or (adapter_name is not None and adapter_name not in known):
-            return  # a base model that another method was unloaded from still has the configs
-    types = {PeftType(one.peft_type).value for one in known.values()}
-    prompt = isinstance(model, PeftModel) and model._is_prompt_learning
-    cure = "take the base model, `get_base_model()`," if prompt else "call `unload()`"
-    if config is not None and types == {PeftType(config.peft_type).value}:
-        cure = f"add the new one with `add_adapter`, or {cure}"
-    raise ValueError(
-        f"The model has adapters already, {reprlib.repr(list(known))} of {sorted(types)}, and a new one would take their place: {cure} first."
-    )
-
-
-# An attribute that a config has while its adapter is attached or loaded: nobody else has this object, so that it may be filled in.
-_TAKEN = "_instance_prompt_taken"
-
-
-def is_taken(config: PeftConfig) -> bool:
-    """Whether a config is a copy already, which may be filled in."""
-    return _TAKEN in vars(config)
-
-
-def is_loading(config: PeftConfig) -> bool:
-    """Whether weights are about to be loaded into the adapter that has this config."""
-    return vars(config).get(_TAKEN) == "loading"
+    check_release()
+    if config.trainable_token_indices is not None:
+        raise ValueError(
+            f"`trainable_token_indices` must be None, got {reprlib.repr(config.trainable_token_indices)}: only LoRA trains single "
+            "embeddings. Add the tokens to model and tokenizer before the trainer is made, and train them with "
+            "`modules_to_save=['embed_tokens', 'lm_head']`."
+        )
+    tree = tree_of(model)
+    infos = find_targets(config, model, tree)
+    for info in infos:
+        check_understood(tree[info.name], info.name, info.causal, below(tree, info.layers_name))
+    check_task(config, infos, model)
+    config.complete(model, infos)
+    generators = {}
+    for info in infos:
+        check_sizes(config, info)
+        PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls.check(config, info)
+        generators[info.name] = [generator := make_generator(config, info)]
+        added = names_added(generator_path(config, info.name), generator, adapter_names)
+        check_modules_to_save(config, tree, tree[info.layers_name], added)
+        check_memory(generator, config, info.hidden_size)
+    expected = expected_tensors(config, generators, tree)
+    check_tensor_names(adapter_names, expected)
+    for name in SIZES:
+        if hasattr(config, name):
+            setattr(config, name, getattr(infos[0], name))
+    config.target_modules = [info.layers_name for info in infos]
+    return Prepared(infos, expected)
 
 
-def mark_as_loading(config: Any) -> Any:
-    config.__dict__[_TAKEN] = "loading"
-    return config
+def expected_for(config: InstanceConfig, model: nn.Module) -> dict[str, Expected]:
+    """The [`expected_tensors`] of an adapter of a base model, from a config that is filled in."""
+    tree = tree_of(model)
+    infos = find_targets(config, model, tree)
+    return expected_tensors(config, {info.name: [make_generator(config, info)] for info in infos}, tree)
 
 
-def settle(config: InstanceConfig) -> None:
-    """Take the mark off the config of an adapter that is loaded, and clear what describes the file."""
-    config.__dict__.pop(_TAKEN, None)
-    config.weights_digest = config.saved_embedding_layers = None
+def find_targets(config: InstanceConfig, model: nn.Module, tree: Tree) -> list[StackInfo]:
+    """The stacks of a base model that an adapter is for; a ValueError if there are none. `tree` is the model's [`tree_of`]."""
+    stacks = describe(model, tree)
+    if not stacks:
+        raise ValueError(
+            f"No transformer stack to put a prompt into was found in {type(model).__name__}: none of its modules takes "
+            "`input_ids` and `inputs_embeds`, has a table of embeddings and holds a list of layers. Give your text stack this form."
+        )
+    targets, excluded = config.target_modules, config.exclude_modules
+    infos = [info for info in stacks if (not info.decoder_of_pair if targets is None else matches(targets, info))]
+    names = [info.layers_name for info in stacks]
+    if not infos and targets is None:
+        raise ValueError(
+            "The encoder takes audio or images, and its decoder tokens, where a prompt is generated from the start token alone: "
+            f"set `target_modules={[info.name or info.layers_name for info in stacks]!r}`."
+        )
+    if not infos:
+        raise ValueError(
+            f"Leave `target_modules` out: {targets!r} names none of the stacks that hold prompts here, {names}, and by default "
+            "the stack is found. Linear layers hold none."
+        )
+    infos = [info for info in infos if excluded is None or not matches(excluded, info)]
+    if not infos:
+        raise ValueError(f"`exclude_modules` {excluded!r} leaves none of the stacks that hold prompts: {names}.")
+    return infos
 
 
-def guard_attaching(config_cls: type) -> None:
-    """Make the classes of `PeftModel` leave a `config_cls` that they are given as it is, and refuse a model with adapters where
-    one of the two methods is this package's. PEFT would write the new config over the old one, in a dict that both share."""
-    from peft.mixed_model import PeftMixedModel
-    from peft.peft_model import PeftModel
-
-    for cls in (PeftModel, PeftMixedModel, *PeftModel.__subclasses__()):
-        for name in ("__init__", "add_adapter"):
-            if name in vars(cls):
-                setattr(cls, name, _guarded(vars(cls)[name], config_cls))
-
-
-def _guarded(method: Callable, config_cls: type) -> Callable:
-    signature = inspect.signature(method)
-
-    @functools.wraps(method)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(self, *args, **kwargs)
-        model, config = call.arguments.get("model"), call.arguments["peft_config"]
-        own = isinstance(config, config_cls)
-        if model is not None:
-            known = getattr(model, "peft_config", None) or {}
-            if own or any(isinstance(one, config_cls) for one in known.values()):
-                check_free(model, None, config)
-        if not own or is_taken(config):
-            return method(*call.args, **call.kwargs)
-        # One copy for all: for classifiers, PEFT writes `modules_to_save` into it after it has handed it on.
-        call.arguments["peft_config"] = taken = copy.deepcopy(config)
-        taken.__dict__[_TAKEN] = "new"
-        base = self.get_base_model() if model is None else model
-        try:
-            with taken_out_on_error(base, call.arguments.get("adapter_name", "default")):
-                return method(*call.args, **call.kwargs)
-        finally:
-            del taken.__dict__[_TAKEN]
-
-    return guarded
+def names_added(path: str, generator: nn.Module, adapter_names: Iterable[str]) -> list[str]:
+    """The names of the modules that adapters with such a generator at a [`generator_path`] add to a base model."""
+    within = [f".{name}" if name else "" for name, _ in generator.named_modules()]
+    return [
+        path.rpartition(".")[0],
+        path,
+        *(f"{path}.{adapter}{name}" for adapter in adapter_names for name in within),
+    ]
 
 
 def check_tensor_names(adapter_names: Iterable[str], keys: Iterable[str]) -> None:
@@ -161,8 +158,8 @@ def check_modules_to_save(config: PeftConfig, tree: Tree, layers: nn.Module, add
     Args:
         config (`PeftConfig`): The config. PEFT takes each module whose name *ends* with one of its `modules_to_save`.
         tree (`dict`): The base model's [`tree_of`].
-        layers (`nn.ModuleList`): The layers that prompts are written between: a copy of one would take its hooks along, and a copy
-            of the stack the adapters in it.
+        layers (`nn.ModuleList`): The stack's layers. A copy of a layer would have its hooks, and a copy of the stack the adapters in
+            it.
         added (`Collection[str]`): The names of the modules that the adapter adds.
     """
     if not config.modules_to_save:
@@ -288,7 +285,7 @@ def sizes(config: InstanceConfig) -> str:
 
 
 def check_memory(generator: InstanceGenerator, config: InstanceConfig, width: int) -> None:
-    """Raise a ValueError if an adapter, with one prompt of it, is larger than this machine's memory.
+    """Raise a ValueError if an adapter and one prompt that it generates are larger than this machine's memory.
 
     Args:
         generator (`InstanceGenerator`): From [`make_generator`].
@@ -305,7 +302,7 @@ def check_memory(generator: InstanceGenerator, config: InstanceConfig, width: in
 
 
 def matches(names: Union[str, Sequence[str]], info: StackInfo) -> bool:
-    """Whether a stack is meant by `names`: a regular expression, or names or ends of names of it or its layers."""
+    """Whether `names` mean a stack: a regular expression, or names or ends of names, of the stack or of its list of layers."""
     own = (info.name, info.layers_name)
     if isinstance(names, str):
         return any(re.fullmatch(names, name) for name in own)
@@ -328,7 +325,7 @@ def check_sizes(config: InstanceConfig, info: StackInfo) -> None:
 
 
 def check_task(config: InstanceConfig, infos: Sequence[StackInfo], model: Optional[nn.Module] = None) -> None:
-    """Raise a ValueError if the task is not one that the model is for, or that PEFT cannot wrap the model for."""
+    """Raise a ValueError if the model is not made for the config's task, or PEFT cannot wrap it for that task."""
     task = config.task_type
     pair = any(info.encoder_of_pair or info.decoder_of_pair for info in infos)
     causal_lm = any(info.causal_lm for info in infos)
@@ -357,54 +354,3 @@ def check_task(config: InstanceConfig, infos: Sequence[StackInfo], model: Option
             f"`task_type` {task!s} needs a base model that generates, and {type(model).__name__} has no "
             "`prepare_inputs_for_generation`. Leave `task_type` out: the labels that its forward gets tell the instruction."
         )
-
-
-def remove_layer(model: Any, name: str, layer: InstancePromptLayer) -> None:
-    """Take a layer and its hooks out of the base model."""
-    stack_name, _, own = name.rpartition(".")
-    stack = model.get_submodule(stack_name)
-    layer.remove_hooks(model, stack, model.get_submodule(layer.info.layers_name))
-    delattr(stack, own)
-
-
-@contextmanager
-def taken_out_on_error(model: Any, adapter_name: str) -> Iterator[None]:
-    """If the block raises, take the adapter that it has added to a base model out again. Older adapters are active as before.
-
-    All refusals come before anything is changed. This is for what fails in the midst: no memory is left, or an interrupt.
-    """
-    kinds = (InstancePromptLayer, ModulesToSaveWrapper)
-    modules = tree_of(model).values() if getattr(model, "peft_config", None) else ()  # else it has no adapters
-    active = {module: module._active_adapter for module in modules if isinstance(module, kinds)}
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs = getattr(model, "peft_config", None)  # PEFT writes into a dict that the base model may share
-    known = dict(configs or {})
-    try:
-        yield
-    except BaseException:
-        if adapter_name in known:  # what has failed was to take an adapter's place, as a hot swap does
-            raise
-        attached: list[tuple[str, Any]] = [
-            pair for pair in below(tree_of(model), "").items() if isinstance(pair[1], kinds)
-        ]
-        for name, module in reversed(attached):
-            parent, _, own = name.rpartition(".")
-            if module in active:
-                module._active_adapter = active[module]
-                adapters = getattr(module, module.adapter_layer_names[0])
-                if adapter_name in adapters:
-                    del adapters[adapter_name]
-            elif isinstance(module, InstancePromptLayer):
-                remove_layer(model, name, module)
-            else:
-                setattr(model.get_submodule(parent), own, module.original_module)
-        for parameter, value in trained:
-            parameter.requires_grad = value
-        if configs is None:
-            vars(model).pop("peft_config", None)
-        else:
-            configs.clear()
-            configs.update(known)
-        if not known:
-            vars(model).pop("_hf_peft_config_loaded", None)  # transformers sets it before it attaches
-        raise

@@ -89,7 +89,7 @@ def check_layers(config: PeftConfig, name: str) -> None:
 
 
 def check_text(config: PeftConfig, name: str) -> None:
-    """Raise a ValueError if a field is neither a text nor token ids, of which there must be some, nor None."""
+    """Raise a ValueError if a field is neither a text nor token ids, at least one, nor None."""
     value = getattr(config, name)
     ids = isinstance(value, (list, tuple)) and all(is_int(n) and 0 <= n <= LARGEST for n in value)
     if value is not None and not (value and (ids or isinstance(value, str))):

@@ -32,7 +32,7 @@ from peft.utils import CONFIG_NAME
 
 LONGEST_PATH = 4095  # bytes
 STARTUP = str(Path(__file__).parent / "startup")
-# Environment variables, which child processes inherit. `startup/sitecustomize.py` holds a copy of the second name.
+# Environment variables, which child processes inherit. `startup/sitecustomize.py` holds a copy of the name in `CONFIG`.
 IMPORTS = "PEFT_INSTANCE_PROMPT_IMPORT"
 CONFIG = "PEFT_INSTANCE_PROMPT_CONFIG"
 
@@ -59,7 +59,7 @@ def choose_config() -> None:
 
 
 def chosen_config(model_args: Any) -> PeftConfig:
-    """The config of `--peft-config`. TRL calls this with its `model_args`, of which only the task type counts.
+    """The config of `--peft-config`. TRL calls this with its `model_args`, whose task type alone counts.
 
     Raises:
         ValueError: `model_args` set one of TRL's LoRA options, which would have no effect.

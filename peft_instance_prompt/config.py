@@ -6,23 +6,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 from torch import nn
 
 from .checks import check_choice, check_int, check_layers, check_names, check_text
+from .engine.stack import StackInfo
 from .files import read_kind, staged
 from .lora_words import refuse_unknown_fields
 from .model_card import write_card
 from .template import find_separator, tokenize_init_text, tokenize_template, tokenize_text
 
-
-if TYPE_CHECKING:
-    from .engine.stack import StackInfo
 
 FORMAT_VERSION = 2  # of a config file; those of 0.2.0 do not say theirs, and count as 0
 PLAIN_POSITIONS = ("before", "after_first", "end")
@@ -45,11 +43,11 @@ class InstanceConfig(PeftConfig):
             instance. The tokenizer `tokenizer_name_or_path` turns a text into ids once, when the adapter is made. `"chat"` stands
             for the ids that its chat template writes before an answer.
         response_end (`str` or `list[int]`, *optional*):
-            The token ids that end an answer, which begins behind `response_template`, for chats of several turns: of these, methods
-            that edit the instruction's states edit every turn but the answers. `response_template="chat"` finds it in the chat
-            template. The prompt of other methods is generated from the text before the first answer, and does not read it.
+            The token ids that end an answer, which begins behind `response_template`. In chats of several turns, methods that edit
+            the instruction's states edit every turn but the answers. `response_template="chat"` finds it in the chat template. Other
+            methods generate the prompt from the text before the first answer, and do not read this field.
         missing_template (`str`):
-            What becomes of a row without the `response_template`: `"error"`, the default, refuses it; `"all"` takes the whole row
+            What happens to a row without the `response_template`: `"error"`, the default, refuses it; `"all"` takes the whole row
             as the instruction, for training rows that were cut off and for plain text that a harness scores.
         instruction_length (`int`, *optional*):
             For plain text, which has no instruction: the number n of tokens at the start that count as the instruction. Slots then
@@ -69,12 +67,12 @@ class InstanceConfig(PeftConfig):
         num_layers (`int`, *optional*):
             The number of layers. Filled in from the base model; a later base model must agree.
         saved_embedding_layers (`list[str]`, *optional*):
-            Filled in in the file when an adapter is saved: the names of the base model's embeddings and head, if PEFT saved
-            them with it (`save_embedding_layers`, which a resized vocabulary switches on). Loading takes no other tensor of
-            the base model from an adapter's file.
+            Written into the file when an adapter is saved: the names of the base model's embeddings and head, if PEFT saved
+            them with the adapter (`save_embedding_layers`, which a resized vocabulary switches on). Loading takes no other tensor
+            of the base model from an adapter's file.
         weights_digest (`str`, *optional*):
-            Filled in in the file when an adapter is saved: the digest of its weights. Loading compares it, and refuses a
-            config and weights of two different saves. If it is None, loading compares nothing.
+            Written into the file when an adapter is saved: the digest of its weights. Loading compares it, and refuses a config
+            and weights of two different saves. If it is None, loading compares nothing.
         format_version (`int`):
             Filled in: the form of the config file, 2. A field that a file of an older form lacks gets the default that it had
             then, see `old_defaults`.
@@ -91,50 +89,26 @@ class InstanceConfig(PeftConfig):
     method: ClassVar[Optional[str]] = None  # set by `register_method`
     paper: ClassVar[Optional[tuple[str, str]]] = None  # title and arXiv number, for the model card
     sized_by: ClassVar[tuple[str, ...]] = ()  # the fields that set an adapter's size, for messages
-    # By `format_version`: the defaults up to that form, of the class's fields whose default has changed since.
+    # By `format_version`: the defaults that the class's fields had up to that form, if they have changed since.
     old_defaults: ClassVar[dict[int, dict[str, Any]]] = {}
     # Trainers read this field of LoRA's from any config, and set it when a chat template adds tokens.
     trainable_token_indices: ClassVar[Any] = None
 
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "The layers at whose input the adapter writes; None for all."}
-    )
-    response_template: Optional[Union[list[int], str]] = field(
-        default=None, metadata={"help": "The token ids (or the text) between instruction and response."}
-    )
-    response_end: Optional[Union[list[int], str]] = field(
-        default=None, metadata={"help": "The token ids (or the text) that end an answer, in chats of several turns."}
-    )
-    missing_template: Literal["error", "all"] = field(
-        default="error",
-        metadata={"help": "A row without `response_template` is an 'error', or 'all' of it is the instruction."},
-    )
-    instruction_length: Optional[int] = field(
-        default=None, metadata={"help": "For plain text: how many tokens at the start are the instruction."}
-    )
-    tokenizer_name_or_path: Optional[str] = field(
-        default=None,
-        metadata={"help": "The tokenizer for fields that are given as text."},
-    )
-    target_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "The transformer stacks, or their lists of layers; None: the text stack."}
-    )
-    exclude_modules: Optional[Union[list[str], str]] = field(default=None, metadata={"help": "Stacks to leave out."})
-    modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules of the base model that are trained and saved in full."}
-    )
-    hidden_size: Optional[int] = field(default=None, metadata={"help": "The width of the layers; filled in."})
-    num_layers: Optional[int] = field(default=None, metadata={"help": "The number of layers; filled in."})
-    saved_embedding_layers: Optional[list[str]] = field(
-        default=None, metadata={"help": "Embeddings and head of the base model in the adapter's file; filled in."}
-    )
-    weights_digest: Optional[str] = field(
-        default=None, metadata={"help": "The digest of the weights in the adapter's file; filled in."}
-    )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "The form of the config file; filled in."})
-    import_first: Optional[str] = field(
-        default=None, metadata={"help": "The package to import before the adapter is loaded; filled in."}
-    )
+    layers_to_transform: Optional[Union[list[int], int]] = None
+    response_template: Optional[Union[list[int], str]] = None
+    response_end: Optional[Union[list[int], str]] = None
+    missing_template: Literal["error", "all"] = "error"
+    instruction_length: Optional[int] = None
+    tokenizer_name_or_path: Optional[str] = None
+    target_modules: Optional[Union[list[str], str]] = None
+    exclude_modules: Optional[Union[list[str], str]] = None
+    modules_to_save: Optional[list[str]] = None
+    hidden_size: Optional[int] = None
+    num_layers: Optional[int] = None
+    saved_embedding_layers: Optional[list[str]] = None
+    weights_digest: Optional[str] = None
+    format_version: int = FORMAT_VERSION
+    import_first: Optional[str] = None
 
     def __new__(cls, *args: Any, **kwargs: Any):
         version = kwargs.get("format_version", 0)
@@ -161,8 +135,12 @@ class InstanceConfig(PeftConfig):
             )
         self.peft_type = PeftType[self.method.upper()]
         self.import_first = type(self).__module__.partition(".")[0]
+        self._fill_in()
         self._check_fields()
         self._check_combinations()
+
+    def _fill_in(self) -> None:
+        """Set the fields whose default depends on other fields."""
 
     def _check_fields(self) -> None:
         """Raise a ValueError or a TypeError if a field has a value that is not allowed."""
@@ -265,24 +243,13 @@ class InstancePromptConfig(InstanceConfig):
     conditions: ClassVar[tuple[str, ...]] = ("instance", "constant")
     sized_by = ("num_virtual_tokens", "bottleneck_dim")
 
-    num_virtual_tokens: int = field(default=4, metadata={"help": "The number of prompt vectors per instance."})
-    bottleneck_dim: int = field(default=16, metadata={"help": "The width of the generator's bottleneck."})
-    prompt_position: Literal["before", "after_first", "end", "before_separator", "after_separator"] = field(
-        default="before",
-        metadata={"help": "'before' the first token, 'after_first', 'end', 'before_separator' or 'after_separator'."},
-    )
-    separator_id: Optional[int] = field(
-        default=None, metadata={"help": "The token between the two sentences of a row; filled in if it is needed."}
-    )
-    init_weights: Union[bool, Literal["paper"]] = field(
-        default=True, metadata={"help": "True: near no-op; False: random; 'paper': the paper's own form and start."}
-    )
-    init_text: Optional[Union[list[int], str]] = field(
-        default=None, metadata={"help": "A text (or its token ids): the prompt begins as its states."}
-    )
-    condition: Literal["instance", "constant"] = field(
-        default="instance", metadata={"help": "'instance', or 'constant' for the input-independent control."}
-    )
+    num_virtual_tokens: int = 4
+    bottleneck_dim: int = 16
+    prompt_position: Literal["before", "after_first", "end", "before_separator", "after_separator"] = "before"
+    separator_id: Optional[int] = None
+    init_weights: Union[bool, Literal["paper"]] = True
+    init_text: Optional[Union[list[int], str]] = None
+    condition: Literal["instance", "constant"] = "instance"
 
     def _check_fields(self) -> None:
         super()._check_fields()
@@ -330,10 +297,10 @@ class InstancePromptConfig(InstanceConfig):
 
 
 def defaults_of(cls: type, version: int) -> dict[str, Any]:
-    """The defaults of a config's fields in files of a form, where they are other ones now."""
+    """The defaults of a config's fields in files of the form `version`, if they have changed since."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         old = vars(base).get("old_defaults", {})
-        for number in sorted(old, reverse=True):
-            found.update(old[number] if number >= version else {})
+        for number in sorted((number for number in old if number >= version), reverse=True):
+            found.update(old[number])
     return found

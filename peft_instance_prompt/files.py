@@ -70,5 +70,5 @@ def staged(folder: str | os.PathLike, *kept: str) -> Iterator[Path]:
 
 
 def _turn(file: Path) -> tuple[Path, bool, bool]:
-    """When a file's turn is. An adapter's config comes right after its weights: between, the adapter cannot be loaded."""
+    """The order in which files are replaced. An adapter's config follows its weights directly: in between, it cannot be loaded."""
     return file.parent, file.name == CONFIG_NAME, file.name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)

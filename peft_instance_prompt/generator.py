@@ -186,7 +186,10 @@ class InstanceGenerator(nn.Module):
         return {name: (getattr(self, name) if unbound is None else unbound[name])[at] for name, at in index}
 
     def unbind(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        """The parameters that the generator reads at its depths, unbound along their first dimension: backward costs less than that of an index."""
+        """The parameters that the generator reads at its depths, unbound along their first dimension.
+
+        Its backward is cheaper than that of indexing.
+        """
         names = {name for depth in self.depths for name in self._full_index_at(depth)}
         return {name: getattr(self, name).unbind(0) for name in names}
 
@@ -212,12 +215,9 @@ class InstanceGenerator(nn.Module):
     @property
     def signature(self) -> tuple:
         """Generators with equal signatures differ only in their weights, and run together in a mixed batch."""
-        own = (
-            {field.name for field in fields(self.config)}
-            - {field.name for field in fields(InstanceConfig)}
-            - {"init_text"}
-        )
-        read = [(name, repr(getattr(self.config, name))) for name in sorted(own)]
+        shared = {"init_text", *(field.name for field in fields(InstanceConfig))}
+        own = sorted({field.name for field in fields(self.config)} - shared)
+        read = [(name, repr(getattr(self.config, name))) for name in own]
         return type(self), self.from_text, self.depths, tuple(read), tuple(p.dtype for p in self.parameters())
 
 

@@ -1,13 +1,18 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The counterparts of LoRA's fields and of those of PEFT's soft prompts, for a config that is given one of them, or a misspelt field."""
+"""The error for a field that a config does not have.
+
+It names the counterpart of a field of LoRA's or of PEFT's soft prompts, or the field that was misspelt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
+
+from peft.tuners.lora import LoraConfig
 
 
 WEIGHTS = "leave it out, weight matrices are not changed"
@@ -56,14 +61,12 @@ def refuse_unknown_fields(config_cls: type, names: Iterable[str]) -> None:
     unknown = [name for name in names if name not in own]
     if not unknown:
         return
-    from peft.tuners.lora import LoraConfig  # here, since PEFT itself may still be importing when this module is read
-
     dropout = "use `dropout`" if "dropout" in own else "leave it out, the method has no dropout"
     known = {field.name: WEIGHTS for field in fields(LoraConfig)}
     known = {**known, **COUNTERPARTS, "lora_dropout": dropout, "encoder_dropout": dropout}
-    close = {name: get_close_matches(name, own, n=1, cutoff=0.7) for name in unknown}
-    meant = {name: known[name] for name in unknown if name in known}
-    slips = {name: f"did you mean `{close[name][0]}`?" for name in unknown if name not in known and close[name]}
+    meant = {name: f"{known[name]}." for name in unknown if name in known}
+    close = {name: get_close_matches(name, own, n=1, cutoff=0.7) for name in unknown if name not in known}
+    slips = {name: f"did you mean `{names[0]}`?" for name, names in close.items() if names}
     if not meant and not slips:
         return
     # PEFT searches an error for "got an unexpected keyword argument", takes the field for one of a newer release, and loads the
@@ -71,8 +74,9 @@ def refuse_unknown_fields(config_cls: type, names: Iterable[str]) -> None:
     text = f"{config_cls.__name__} " + (
         "does not have these fields." if meant else "got an unexpected keyword argument."
     )
-    told = [f" `{name}`: {word}{'' if word.endswith('?') else '.'}" for name, word in {**meant, **slips}.items()]
-    rest = ""
-    while len(told) > 1 and len(text + "".join(told) + rest) >= LONGEST:
-        told, rest = told[:-1], f" And {len({**meant, **slips}) - len(told) + 1} more."
-    raise TypeError(text + "".join(told) + rest)
+    told = [f" `{name}`: {word}" for name, word in {**meant, **slips}.items()]
+    shown, rest = list(told), ""
+    while len(shown) > 1 and len(text + "".join(shown) + rest) >= LONGEST:
+        shown.pop()
+        rest = f" And {len(told) - len(shown)} more."
+    raise TypeError(text + "".join(shown) + rest)

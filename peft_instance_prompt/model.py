@@ -7,46 +7,27 @@ from __future__ import annotations
 
 import copy
 import re
-import reprlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn, Optional, Union
+from typing import Any, NoReturn, Optional, Union
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .adapter_files import check_arrived
-from .attaching import (
-    SIZES,
-    Expected,
-    check_adapter_name,
-    check_free,
-    check_memory,
-    check_modules_to_save,
-    check_sizes,
-    check_task,
-    check_tensor_names,
-    expected_tensors,
-    generator_path,
-    is_loading,
-    is_taken,
-    make_generator,
-    matches,
-    remove_layer,
-    taken_out_on_error,
-)
+from .attaching import check_adapter_name, prepare
 from .config import InstanceConfig
-from .engine.calls import check_release, check_understood
 from .engine.layer import InstancePromptLayer
 from .engine.open import states_of_text
 from .engine.probe import whole
 from .engine.request import adapters_of, current_request, note
-from .engine.stack import StackInfo, Tree, below, describe, embed_ids, tree_of
+from .engine.stack import embed_ids, tree_of
 from .generator import InstanceGenerator
+from .guards import check_free, is_loading, is_taken, remove_layer, taken_out_on_error
 from .text_start import repeat_to
 
 
@@ -71,7 +52,7 @@ class InstancePromptModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter as PEFT does."""
         check_adapter_name(adapter_name)
-        # What is found out about the model is kept on a copy: the caller may use the config for another one.
+        # A copy keeps the facts about this model: the caller may use the config for another model.
         if not is_taken(self.peft_config[adapter_name]):
             self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         config = self.peft_config[adapter_name]
@@ -88,61 +69,13 @@ class InstancePromptModel(BaseTuner):
                 module.register_forward_pre_hook(name_rows, with_kwargs=True)
 
     def _prepare_adapter_config(self, peft_config: InstanceConfig, model_config: dict) -> InstanceConfig:
-        self.infos = {info.layers_name: info for info in self.prepare(peft_config, self.model, self.peft_config).infos}
+        self.infos = {info.layers_name: info for info in prepare(peft_config, self.model, self.peft_config).infos}
         return peft_config
-
-    @classmethod
-    def prepare(cls, peft_config: InstanceConfig, model: nn.Module, adapter_names: Iterable[str]) -> Prepared:
-        """Fill in what a config leaves to the base model, and refuse what does not fit before anything of the model is changed.
-
-        Args:
-            peft_config (`InstanceConfig`): The config of a new adapter.
-            model (`nn.Module`): The base model.
-            adapter_names (`Iterable[str]`): The names of all adapters of the model, the new one's among them.
-
-        Returns:
-            `Prepared`: The adapter's stacks, and the tensors that its file has.
-        """
-        check_release()
-        if peft_config.trainable_token_indices is not None:
-            raise ValueError(
-                f"`trainable_token_indices` must be None, got {reprlib.repr(peft_config.trainable_token_indices)}: only LoRA trains single "
-                "embeddings. Add the tokens to model and tokenizer before the trainer is made, and train them with "
-                "`modules_to_save=['embed_tokens', 'lm_head']`."
-            )
-        tree = tree_of(model)
-        infos = find_targets(peft_config, model, tree)
-        for info in infos:
-            check_understood(tree[info.name], info.name, info.causal, below(tree, info.layers_name))
-        check_task(peft_config, infos, model)
-        peft_config.complete(model, infos)
-        generators = {}
-        for info in infos:
-            check_sizes(peft_config, info)
-            cls.generator_cls.check(peft_config, info)
-            generators[info.name] = [generator := make_generator(peft_config, info)]
-            added = names_added(generator_path(peft_config, info.name), generator, adapter_names)
-            check_modules_to_save(peft_config, tree, tree[info.layers_name], added)
-            check_memory(generator, peft_config, info.hidden_size)
-        expected = expected_tensors(peft_config, generators, tree)
-        check_tensor_names(adapter_names, expected)
-        for name in SIZES:
-            if hasattr(peft_config, name):
-                setattr(peft_config, name, getattr(infos[0], name))
-        peft_config.target_modules = [info.layers_name for info in infos]
-        return Prepared(infos, expected)
-
-    @classmethod
-    def expected_tensors(cls, peft_config: InstanceConfig, model: nn.Module) -> dict[str, Expected]:
-        """The tensors that the file of an adapter of the base model has."""
-        tree = tree_of(model)
-        infos = find_targets(peft_config, model, tree)
-        return expected_tensors(peft_config, {info.name: [make_generator(peft_config, info)] for info in infos}, tree)
 
     @staticmethod
     def _check_target_module_exists(peft_config: InstanceConfig, key: str):
-        # `find_targets` has applied `exclude_modules`, and the generator applies `layers_to_transform`. PEFT would apply the one
-        # to parts of stacks and pass over a stack because of the other.
+        # `find_targets` has applied `exclude_modules`, and the generator applies `layers_to_transform`. PEFT would apply the first
+        # to parts of stacks, and would leave out a stack because of the second.
         if key in (peft_config.target_modules or ()):
             return True
         if peft_config.exclude_modules is None:
@@ -195,19 +128,12 @@ class InstancePromptModel(BaseTuner):
             if isinstance(module, InstancePromptLayer) and own in module.adapter_layer_names:
                 yield name, module
 
-    # ------------------------------------------------------------------------------------------ forward, generate
+    # ----------------------------------------------------------------------------------------------------- forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT handles `adapter_names` before this call, except for MPT.
         with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)):
             return super().forward(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, which takes `instruction_mask`, `instance_embeds` and `task_ids`, see [`Generate`]."""
-        return self.model.generate(*args, **kwargs)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.generate_batch(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -269,7 +195,7 @@ class InstancePromptModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: dict) -> dict:
         if is_loading(config):
-            check_arrived(cls, model, adapter_name, state_dict)
+            check_arrived(model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -283,47 +209,3 @@ def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         return None
     repeats = request.rows_per_name(args[0].shape[0], beams=True)
     return args, {**kwargs, "adapter_names": [name for name in request.adapter_names for _ in range(repeats)]}
-
-
-class Prepared(NamedTuple):
-    """What [`InstancePromptModel.prepare`] finds out: the stacks that an adapter is for, and the tensors that its file has."""
-
-    infos: list[StackInfo]
-    expected: dict[str, Expected]
-
-
-def find_targets(peft_config: InstanceConfig, model: nn.Module, tree: Tree) -> list[StackInfo]:
-    """The stacks of a base model that an adapter is for; a ValueError if there are none. `tree` is the model's [`tree_of`]."""
-    stacks = describe(model, tree)
-    if not stacks:
-        raise ValueError(
-            f"No transformer stack to put a prompt into was found in {type(model).__name__}: none of its modules takes "
-            "`input_ids` and `inputs_embeds`, has a table of embeddings and holds a list of layers. Give your text stack this form."
-        )
-    targets, excluded = peft_config.target_modules, peft_config.exclude_modules
-    infos = [info for info in stacks if (not info.decoder_of_pair if targets is None else matches(targets, info))]
-    names = [info.layers_name for info in stacks]
-    if not infos and targets is None:
-        raise ValueError(
-            "The encoder takes audio or images, and its decoder tokens, where a prompt is generated from the start token alone: "
-            f"set `target_modules={[info.name or info.layers_name for info in stacks]!r}`."
-        )
-    if not infos:
-        raise ValueError(
-            f"Leave `target_modules` out: {targets!r} names none of the stacks that hold prompts here, {names}, and by default "
-            "the stack is found. Linear layers hold none."
-        )
-    infos = [info for info in infos if excluded is None or not matches(excluded, info)]
-    if not infos:
-        raise ValueError(f"`exclude_modules` {excluded!r} leaves none of the stacks that hold prompts: {names}.")
-    return infos
-
-
-def names_added(path: str, generator: nn.Module, adapter_names: Iterable[str]) -> list[str]:
-    """The names of the modules that adapters with such a generator at a [`generator_path`] add to a base model."""
-    within = [f".{name}" if name else "" for name, _ in generator.named_modules()]
-    return [
-        path.rpartition(".")[0],
-        path,
-        *(f"{path}.{adapter}{name}" for adapter in adapter_names for name in within),
-    ]

@@ -15,14 +15,11 @@ import os
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft.config import PeftConfig
 from peft.peft_model import PeftModel
 
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 PACKAGE = "peft-instance-prompt"
 HOME_LABELS = ("homepage", "repository", "documentation")  # of `[project.urls]`, the first that is there

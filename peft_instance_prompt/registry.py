@@ -94,12 +94,11 @@ def register_method(
         raise ValueError(f"A method's name must be an identifier in lower case, as in 'mean_prompt', got {name!r}.")
     member = add_peft_type(name.upper())
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
-    if known is not None and same_class(known, config_cls):  # its module was imported again
+    if known is not None and full_name(known) == full_name(config_cls):  # its module was imported again
         return PEFT_TYPE_TO_TUNER_MAPPING[member]
     if known is not None and issubclass(known, InstanceConfig):
         raise ValueError(
-            f"The method {name!r} is registered already, with the config {known.__module__}.{known.__qualname__}: choose another "
-            "name."
+            f"The method {name!r} is registered already, with the config {full_name(known)}: choose another name."
         )
     model_cls = make_tuner(name, config_cls, generator_cls, doc)
     config_cls.method = name
@@ -107,7 +106,7 @@ def register_method(
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
     else:
         warnings.warn(
-            f"PEFT has a method named '{name}' of its own ({known.__module__}.{known.__qualname__}). "
+            f"PEFT has a method named '{name}' of its own ({full_name(known)}). "
             "peft_instance_prompt leaves it in place; adapters of that name are PEFT's."
         )
     return model_cls
@@ -137,9 +136,9 @@ def check_classes(name: str, config_cls: type[InstanceConfig], generator_cls: ty
         )
 
 
-def same_class(one: type, other: type) -> bool:
-    """Whether two classes have the same module and name: the same class, or one whose definition ran twice."""
-    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+def full_name(cls: type) -> str:
+    """A class's module and name, which stay the same if its definition runs twice."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def make_tuner(

@@ -10,7 +10,9 @@ import inspect
 from typing import Any
 
 import torch
+from peft import peft_model
 
+from .config import InstanceConfig
 from .engine.request import note
 
 
@@ -42,26 +44,24 @@ def check_task_ids(given: torch.Tensor | None, num_instances: int, num_tasks: in
     return given.long()
 
 
-def carry_task_ids(config_cls: type) -> None:
-    """Make the forward of PEFT's models note `task_ids` in the request, if the active adapter's config is a `config_cls`.
+def carry_task_ids() -> None:
+    """Make the forward of PEFT's models note `task_ids` in the request, if the active adapter is this package's.
 
     PEFT's models declare this argument, and pass it to PEFT's own method only.
     """
-    from peft import peft_model
-
     for cls in vars(peft_model).values():
         forward = vars(cls).get("forward") if isinstance(cls, type) and issubclass(cls, peft_model.PeftModel) else None
         if forward is not None and "task_ids" in inspect.signature(forward).parameters:
-            setattr(cls, "forward", _carried(forward, config_cls))
+            setattr(cls, "forward", _carried(forward))
 
 
-def _carried(forward: Any, config_cls: type) -> Any:
+def _carried(forward: Any) -> Any:
     place = list(inspect.signature(forward).parameters).index("task_ids") - 1  # without `self`
 
     @functools.wraps(forward)
     def carried(self: Any, *args: Any, **kwargs: Any) -> Any:
         task_ids = args[place] if len(args) > place else kwargs.get("task_ids")
-        if task_ids is None or not isinstance(self.active_peft_config, config_cls):
+        if task_ids is None or not isinstance(self.active_peft_config, InstanceConfig):
             return forward(self, *args, **kwargs)
         if len(args) > place:
             args = (*args[:place], None, *args[place + 1 :])

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from typing import Any
 
 from torch import nn
+from transformers import AutoTokenizer
 
 
 UNKNOWN = "`{}` is a text, and no tokenizer is known to turn it into token ids: give `tokenizer_name_or_path`, or the ids themselves."
@@ -63,8 +64,6 @@ def find_separator(config: Any, model: nn.Module) -> int:
 
 def load_tokenizer(config: Any, model: nn.Module, complaint: str) -> tuple[str, Any]:
     """Name and tokenizer: the config's, or else the base model's. Raises a ValueError with the complaint if both are unknown."""
-    from transformers import AutoTokenizer
-
     name = config.tokenizer_name_or_path or getattr(model, "name_or_path", None)
     if not name:
         raise ValueError(complaint)
@@ -98,14 +97,14 @@ def chat_template_ids(tokenizer: Any, name: str) -> tuple[list[int], list[int] |
             f"The chat template of the tokenizer {name!r} writes nothing between a user's turn and the answer that could be "
             "searched for (`add_generation_prompt` adds nothing at the end): give `response_template` as token ids."
         )
-    if not any(both[i : i + len(ids)] == ids for i in range(len(both))):
+    start = next((i for i in range(len(both)) if both[i : i + len(ids)] == ids), None)
+    if start is None:
         raise ValueError(
             f"The chat template of the tokenizer {name!r} writes {ids} where an answer is to be generated, and something else before "
             f"an answer that is there: {both}. Give the ids that both have in common as `response_template`."
         )
-    start = next(i for i in range(len(both)) if both[i : i + len(ids)] == ids) + len(ids)
     special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
-    return list(ids), next(([token] for token in both[start:] if token in special), None)
+    return list(ids), next(([token] for token in both[start + len(ids) :] if token in special), None)
 
 
 def tokenize_init_text(config: Any, model: nn.Module, vocab_size: int) -> list[int]:
@@ -137,8 +136,6 @@ def find_tokenizer(name: str | None) -> Any:
     """The tokenizer of that name; None if it is not on this machine."""
     if not name:
         return None
-    from transformers import AutoTokenizer
-
     try:
         # Without an answer about remote code, transformers would ask for one at the keyboard.
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)

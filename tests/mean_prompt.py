@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -23,7 +23,7 @@ class MeanPromptConfig(InstancePromptConfig):
         bottleneck_dim (`int`): The width m of the bottleneck. Defaults to 8.
     """
 
-    bottleneck_dim: int = field(default=8, metadata={"help": "The width of the bottleneck."})
+    bottleneck_dim: int = 8
 
 
 class MeanPromptGenerator(PromptGenerator):

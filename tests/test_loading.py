@@ -24,8 +24,9 @@ from tiny import VOCAB, adapted, batch, causal_lm, encoder
 
 from peft_instance_prompt import adapter_files
 from peft_instance_prompt.adapter_files import digest
-from peft_instance_prompt.attaching import expected_tensors, is_loading, make_generator
+from peft_instance_prompt.attaching import expected_tensors, make_generator
 from peft_instance_prompt.engine.stack import describe
+from peft_instance_prompt.guards import is_loading
 
 
 PREFIX = "base_model.model."

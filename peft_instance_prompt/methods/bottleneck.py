@@ -1,23 +1,20 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""Generators with a bottleneck: the field of their configs with which one learning rate suits both of its matrices."""
+"""Generators with a bottleneck: the field `down_factor` of their configs, with which one learning rate suits both matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
 
 from torch import nn
 
 from ..checks import check_number
 from ..config import InstancePromptConfig
+from ..engine.stack import StackInfo
 from ..nn.init import slower_down
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
 
 
 @dataclass
@@ -35,14 +32,15 @@ class BottleneckConfig(InstancePromptConfig):
 
     old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"down_factor": 1.0}}
 
-    down_factor: Optional[float] = field(
-        default=1.0, metadata={"help": "What the down-projection is stored divided by; None: by its width."}
-    )
+    down_factor: Optional[float] = 1.0
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _fill_in(self) -> None:
+        super()._fill_in()
         if self.down_factor is None and self.init_weights == "paper":
             self.down_factor = 1.0
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
         if self.down_factor is not None:
             check_number(self, "down_factor", least=1e-4)
 

@@ -6,25 +6,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from dataclasses import dataclass
+from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_choice, check_int, check_number
-from ..engine.slots import take
+from ..engine.slots import Layout, take
+from ..engine.stack import StackInfo
 from ..generator import INPUT, Instances, Placement, PromptGenerator, Source, Weights
 from ..nn.straight_through import SamplingSwitch, attach_position_gradient, length_gate, straight_through_choice
 from ..registry import register_method
 from ..task_ids import check_task_ids
 from .instance_vector import InstanceVectorConfig, instance_vector, vector_width
-
-
-if TYPE_CHECKING:
-    from ..engine.slots import Layout
-    from ..engine.stack import StackInfo
 
 
 # The variants of the paper.
@@ -96,55 +92,41 @@ class DynamicPromptConfig(InstanceVectorConfig):
 
     paper = ("Dynamic Prompting: A Unified Framework for Prompt Tuning", "2303.02909")
 
-    num_virtual_tokens: int = field(default=20, metadata={"help": "The number of prompt vectors per instance."})
-    prompt_position: Optional[Literal["before", "after_first"]] = field(
-        default=None,
-        metadata={
-            "help": "Vectors before the instance: 'before' or 'after_first' token; None: 'after_first' if it is special."
-        },
-    )
-    position: Union[Literal["off", "task", "instance"], int, list[int]] = field(
-        default="instance",
-        metadata={"help": "Vectors behind the text, per 'task' or 'instance', a fixed number, or none ('off')."},
-    )
-    length: Literal["off", "task", "instance"] = field(
-        default="off", metadata={"help": "Vectors in use, per 'task' or 'instance', or all ('off')."}
-    )
-    representation: Literal["off", "task", "instance"] = field(
-        default="off",
-        metadata={
-            "help": "A mixture of `num_pool` prompts, weighted per 'task' or 'instance', or one prompt ('off')."
-        },
-    )
-    num_pool: int = field(default=4, metadata={"help": "The number of prompts in the mixture."})
-    order: Literal["paper", "dpt"] = field(
-        default="paper", metadata={"help": "Behind the instance go the last ('paper') or the first ('dpt') vectors."}
-    )
-    relu_logits: bool = field(default=False, metadata={"help": "Whether logits per instance go through a ReLU."})
-    tanh_logits: bool = field(default=False, metadata={"help": "Whether logits of the mixture go through a tanh."})
-    init: Literal["random", "embeddings"] = field(
-        default="random", metadata={"help": "The prompts' start: 'random', or the vocabulary's first 'embeddings'."}
-    )
-    num_tasks: Optional[int] = field(default=None, metadata={"help": "The number of tasks that share the prompts."})
-    temperature: float = field(default=1.0, metadata={"help": "The Gumbel-softmax' temperature at the start."})
-    min_temperature: float = field(default=0.5, metadata={"help": "The Gumbel-softmax' temperature at the end."})
-    anneal_steps: int = field(default=680, metadata={"help": "Training passes until the lowest temperature."})
-    sample_at_eval: bool = field(default=False, metadata={"help": "Whether choices are random in evaluation too."})
+    num_virtual_tokens: int = 20
+    prompt_position: Optional[Literal["before", "after_first"]] = None
+    position: Union[Literal["off", "task", "instance"], int, list[int]] = "instance"
+    length: Literal["off", "task", "instance"] = "off"
+    representation: Literal["off", "task", "instance"] = "off"
+    num_pool: int = 4
+    order: Literal["paper", "dpt"] = "paper"
+    relu_logits: bool = False
+    tanh_logits: bool = False
+    init: Literal["random", "embeddings"] = "random"
+    num_tasks: Optional[int] = None
+    temperature: float = 1.0
+    min_temperature: float = 0.5
+    anneal_steps: int = 680
+    sample_at_eval: bool = False
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_int(self, "num_tasks", minimum=1, optional=True)
-        self._check_position()
-        for name in ("length", "representation"):
-            check_choice(self, name, ("off", "task", "instance"))
-        check_choice(self, "init", ("random", "embeddings"))
-        check_choice(self, "order", ("paper", "dpt"))
+    def _check_fields(self) -> None:
+        super()._check_fields()
         if self.instruction_length is not None:
             raise ValueError(
                 f"`instruction_length` must be None, got {self.instruction_length}: the prompt is split around the instance, and the "
                 "part before it would let the first tokens of plain text be predicted from a prompt that has read them. Give rows "
                 "with labels or a `response_template`, or use a different method."
             )
+        if self.layers_to_transform is not None:
+            raise ValueError(
+                f"`layers_to_transform` must be None, as the prompt stands at the input only, got "
+                f"{self.layers_to_transform!r}."
+            )
+        check_int(self, "num_tasks", minimum=1, optional=True)
+        self._check_position()
+        for name in ("length", "representation"):
+            check_choice(self, name, ("off", "task", "instance"))
+        check_choice(self, "init", ("random", "embeddings"))
+        check_choice(self, "order", ("paper", "dpt"))
         check_choice(self, "prompt_position", (None, "before", "after_first"))
         for name in ("relu_logits", "tanh_logits", "sample_at_eval"):
             check_choice(self, name, (True, False))
@@ -152,6 +134,9 @@ class DynamicPromptConfig(InstanceVectorConfig):
             check_int(self, name, minimum=1)
         for name in ("temperature", "min_temperature"):
             check_number(self, name, least=1e-4)
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
         per_task = "task" in (self.position, self.length, self.representation) or isinstance(self.position, list)
         if self.num_tasks is not None and not per_task:
             raise ValueError(
@@ -166,11 +151,6 @@ class DynamicPromptConfig(InstanceVectorConfig):
             raise ValueError(
                 "`init='embeddings'` needs `init_weights='paper'`, got "
                 f"{self.init_weights!r}: in the other forms the prompts are added to a state that they begin as."
-            )
-        if self.layers_to_transform is not None:
-            raise ValueError(
-                f"`layers_to_transform` must be None, as the prompt stands at the input only, got "
-                f"{self.layers_to_transform!r}."
             )
 
     def _check_position(self) -> None:
@@ -232,10 +212,11 @@ class Choices:
 
 
 class DynamicPromptGenerator(PromptGenerator):
-    """The generator of dynamic prompting (https://arxiv.org/abs/2303.02909).
+    """Dynamic prompting (https://arxiv.org/abs/2303.02909): a soft prompt at the input. How it is split around the instance, its
+    length and its content are chosen per task or per instance.
 
-    With P (l, e) a row's prompt and X (n, e) its text, the input is `[P[:l - j]; X; P[l - j:]]`, of whose l prompt vectors the first i
-    are used. The prompt is `P = sum_k beta_k P_k` with `beta = softmax(head(x))`, x the instance vector.
+    With P (l, e) a row's prompt and X (n, e) its text, the input is `[P[:l - j]; X; P[l - j:]]`. Of the prompt vectors, the first i are
+    used. The prompt is `P = sum_k beta_k P_k` with `beta = softmax(head(x))`, x the instance vector.
 
     `encode` makes all choices, once per forward pass. Its output (G, K) holds the weights of each choice's candidates side by side: of
     position and length (l + 1 candidates each), one-hot values with the gradient of the Gumbel-softmax; of the mixture (k candidates),
@@ -441,10 +422,4 @@ class DynamicPromptGenerator(PromptGenerator):
         return take(attached, index.argsort(dim=1))  # (B, N, e)
 
 
-DynamicPromptModel = register_method(
-    "dynamic_prompt",
-    DynamicPromptConfig,
-    DynamicPromptGenerator,
-    doc="""Dynamic prompting (https://arxiv.org/abs/2303.02909): a soft prompt at the input. How it is split around the instance, its
-    length and its content are chosen per task or per instance.""",
-)
+DynamicPromptModel = register_method("dynamic_prompt", DynamicPromptConfig, DynamicPromptGenerator)

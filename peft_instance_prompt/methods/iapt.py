@@ -6,23 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Optional
 
 import torch
 from torch import nn
 
 from ..checks import check_choice, check_int
+from ..engine.stack import StackInfo
 from ..generator import Instances, PromptGenerator, Weights
 from ..nn.init import fan_in_uniform
 from ..nn.pooling import attention_pool, rms
 from ..nn.rational import FIXED_ACTIVATIONS, GELU_FITS, gelu_coefficients, rational
 from ..registry import register_method
 from .bottleneck import BottleneckConfig
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
 
 
 @dataclass
@@ -55,7 +52,7 @@ class IAPTConfig(BottleneckConfig):
         accumulate (`bool`, *optional*): Whether the prompt vectors of a layer are added to the states in the slots, which then read
             the text through the model's own attention, or replace them, the paper's form. At the first layer with prompts they
             replace them in both. Filled in when the adapter is made: `True` in encoders and with `prompt_position="end"`; `False`
-            where slots stand before a causal text, of which they can read nothing, and with `init_weights="paper"`.
+            with `init_weights="paper"`, and where slots stand before a causal text and cannot read it.
         condition (`str`): As for all methods. With `accumulate`, the slots of the control `"constant"` read the text, too, through the
             model's own attention: it tells what the *generator* gains by reading the instance.
 
@@ -70,35 +67,15 @@ class IAPTConfig(BottleneckConfig):
         1: {"slot_vectors": False, "accumulate": False, "activation": "rational"}
     }
 
-    activation: Optional[Literal["rational", "gelu", "relu", "silu", "tanh"]] = field(
-        default=None,
-        metadata={
-            "help": "A fixed 'gelu', 'relu', 'silu' or 'tanh', or 'rational' (learned); None: 'gelu', or the paper's form."
-        },
-    )
-    activation_fit: Literal["wide", "tight"] = field(
-        default="wide", metadata={"help": "The fit of GELU that a rational activation starts from."}
-    )
-    share_layers: int = field(
-        default=1, metadata={"help": "How many consecutive layers share their down- and up-projection."}
-    )
+    activation: Optional[Literal["rational", "gelu", "relu", "silu", "tanh"]] = None
+    activation_fit: Literal["wide", "tight"] = "wide"
+    share_layers: int = 1
+    down_factor: Optional[float] = None
+    slot_vectors: Optional[bool] = None
+    accumulate: Optional[bool] = None
 
-    down_factor: Optional[float] = field(
-        default=None, metadata={"help": "What the down-projection is stored divided by; None: by its width."}
-    )
-    slot_vectors: Optional[bool] = field(
-        default=None,
-        metadata={"help": "Whether each slot has a learned vector; None: unless `init_weights` is 'paper'."},
-    )
-    accumulate: Optional[bool] = field(
-        default=None,
-        metadata={
-            "help": "Whether vectors are added to the states in the slots; None: where these can read the text."
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
+    def _fill_in(self) -> None:
+        super()._fill_in()
         paper = self.init_weights == "paper"
         if self.slot_vectors is None:
             self.slot_vectors = not paper
@@ -106,16 +83,22 @@ class IAPTConfig(BottleneckConfig):
             self.activation = "rational" if paper else "gelu"
         if self.accumulate is None and paper:
             self.accumulate = False
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
         check_choice(self, "slot_vectors", (True, False))
         check_choice(self, "accumulate", (None, True, False))
-        for name in ("slot_vectors", "accumulate"):
-            if paper and getattr(self, name):
-                raise ValueError(
-                    f"`{name}` must be False or None with `init_weights='paper'`, the paper's form, got True."
-                )
         check_choice(self, "activation", ("rational", *FIXED_ACTIVATIONS))
         check_choice(self, "activation_fit", tuple(GELU_FITS))
         check_int(self, "share_layers", minimum=1)
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
+        for name in ("slot_vectors", "accumulate"):
+            if self.init_weights == "paper" and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be False or None with `init_weights='paper'`, the paper's form, got True."
+                )
 
     def complete(self, model: nn.Module, infos: Sequence[StackInfo]) -> None:
         super().complete(model, infos)
@@ -129,7 +112,8 @@ class IAPTConfig(BottleneckConfig):
 
 
 class IAPTGenerator(PromptGenerator):
-    """The generator of IAPT, for all layers (https://arxiv.org/abs/2405.18203).
+    """Instruction-aware prompt tuning (https://arxiv.org/abs/2405.18203): the prompt of each layer is generated from that
+    layer's own input, by self-attention pooling and a bottleneck.
 
     With H (n, d) the input of a layer at the instruction's tokens and s (l, m) the vectors of the slots: `z = H W_down`,
     `A = softmax over tokens (z W_pool)`, `p = g(A^T z + s) W_up`. It has 2*d*m*L weights in its projections, l*m*L each in its pools
@@ -206,10 +190,4 @@ class IAPTGenerator(PromptGenerator):
         return z if self.paper else z / rms(states).to(dtype)
 
 
-IAPTModel = register_method(
-    "iapt",
-    IAPTConfig,
-    IAPTGenerator,
-    doc="""Instruction-aware prompt tuning (https://arxiv.org/abs/2405.18203): the prompt of each layer is generated from that
-    layer's own input, by self-attention pooling and a bottleneck with a learned activation.""",
-)
+IAPTModel = register_method("iapt", IAPTConfig, IAPTGenerator)

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from dataclasses import dataclass
+from typing import Any, Literal, Optional
 
 import torch
 from torch import nn
 from torch.nn.functional import gelu, layer_norm
 
 from ..checks import check_choice, check_dropout, check_int
+from ..engine.stack import StackInfo
 from ..generator import INPUT, Instances, PromptGenerator, Source, Weights, chosen_layers
 from ..nn.phm import phm_linear
-from ..nn.pooling import first_token, last_token, mean_pool, rms_norm
+from ..nn.pooling import rms_norm
 from ..registry import register_method
 from .bottleneck import BottleneckConfig
-from .instance_vector import InstanceVectorConfig, instance_vector, vector_width
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
+from .instance_vector import POOLINGS, InstanceVectorConfig, find_pooling, instance_vector, vector_width
 
 
 # The five settings of the paper's tables.
@@ -96,59 +93,41 @@ class IDPGConfig(InstanceVectorConfig, BottleneckConfig):
     conditions = ("instance", "constant", "bias")
     paper = ("IDPG: An Instance-Dependent Prompt Generation Method", "2204.04497")
 
-    num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
-    bottleneck_dim: Optional[int] = field(
-        default=None, metadata={"help": "The width of the bottleneck; None: 16 if `multi_layer`, else 256."}
-    )
-    prompt_position: Optional[Literal["before", "after_first", "end", "before_separator", "after_separator"]] = field(
-        default=None,
-        metadata={
-            "help": "'before' the first token, 'after_first', at the 'end', 'before_separator' or 'after_separator'; None: "
-            "'after_first' if it is a special token."
-        },
-    )
-    condition: Literal["instance", "constant", "bias"] = field(  # type: ignore[assignment]  # one more than other methods
-        default="instance",
-        metadata={"help": "'instance', or a control: 'constant', or 'bias' for output biases only."},
-    )
-    multi_layer: bool = field(default=True, metadata={"help": "M-IDPG (every layer) or S-IDPG (the input only)."})
-    projection: Literal["phm", "dense"] = field(default="phm", metadata={"help": "The kind of the two matrices."})
-    phm_n: int = field(default=16, metadata={"help": "The number of Kronecker products of a PHM matrix."})
-    phm_share_A: Optional[bool] = field(
-        default=None, metadata={"help": "Whether both PHM matrices share A; None: only if not `multi_layer`."}
-    )
-    layer_sharing: Literal["all", "bias", "none"] = field(
-        default="bias", metadata={"help": "What depths share: 'all', all but the output 'bias', or 'none'."}
-    )
-    depth_input: Literal["previous", "instance"] = field(
-        default="previous", metadata={"help": "What is read between layers: 'previous' states, or M(x) ('instance')."}
-    )
-    instance_pooling: Literal["auto", "first", "last", "mean"] = field(
-        default="auto",
-        metadata={"help": "How states are pooled: 'first' or 'last' instruction token, 'mean', 'auto'."},
-    )
-    generator_residual: bool = field(
-        default=False, metadata={"help": "Whether the prompt at the input is M(x) plus the layer norm of p."}
-    )
-    generator_layer_norm: bool = field(
-        default=False, metadata={"help": "Whether a layer norm ends the generator at the input."}
-    )
-    dropout: float = field(default=0.1, metadata={"help": "The dropout in the bottleneck, in training only."})
+    num_virtual_tokens: int = 5
+    bottleneck_dim: Optional[int] = None
+    prompt_position: Optional[Literal["before", "after_first", "end", "before_separator", "after_separator"]] = None
+    condition: Literal["instance", "constant", "bias"] = "instance"  # type: ignore[assignment]  # one more than other methods
+    multi_layer: bool = True
+    projection: Literal["phm", "dense"] = "phm"
+    phm_n: int = 16
+    phm_share_A: Optional[bool] = None
+    layer_sharing: Literal["all", "bias", "none"] = "bias"
+    depth_input: Literal["previous", "instance"] = "previous"
+    instance_pooling: Literal["auto", "first", "last", "mean"] = "auto"
+    generator_residual: bool = False
+    generator_layer_norm: bool = False
+    dropout: float = 0.1
 
-    def __post_init__(self):
+    def _fill_in(self) -> None:
+        super()._fill_in()
         if self.bottleneck_dim is None:
             self.bottleneck_dim = 16 if self.multi_layer else 256
         if self.phm_share_A is None:
             self.phm_share_A = not self.multi_layer
-        super().__post_init__()
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
         check_int(self, "phm_n", minimum=1)
         for name in ("multi_layer", "phm_share_A", "generator_residual", "generator_layer_norm"):
             check_choice(self, name, (True, False))
         check_choice(self, "projection", ("phm", "dense"))
         check_choice(self, "layer_sharing", ("all", "bias", "none"))
         check_choice(self, "depth_input", ("previous", "instance"))
-        check_choice(self, "instance_pooling", ("auto", "first", "last", "mean"))
+        check_choice(self, "instance_pooling", ("auto", *POOLINGS))
         check_dropout(self)
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
         if not self.multi_layer and self.layers_to_transform is not None:
             raise ValueError(
                 "`layers_to_transform` must be None with `multi_layer=False`, which writes to the input only, got "
@@ -159,12 +138,9 @@ class IDPGConfig(InstanceVectorConfig, BottleneckConfig):
                 "`generator_residual` must be False with `condition='bias'`, which has no M(x), got True."
             )
         layers = self.layers_to_transform
+        at_input = layers is None or 0 in ([layers] if isinstance(layers, int) else layers)
         for name in ("generator_residual", "generator_layer_norm"):
-            if (
-                getattr(self, name)
-                and layers is not None
-                and 0 not in ([layers] if isinstance(layers, int) else layers)
-            ):
+            if getattr(self, name) and not at_input:
                 raise ValueError(
                     f"`{name}` acts on the prompt at the input, so `layers_to_transform` must hold 0 or be None, got {layers!r}."
                 )
@@ -194,7 +170,8 @@ class IDPGConfig(InstanceVectorConfig, BottleneckConfig):
 
 
 class IDPGGenerator(PromptGenerator):
-    """The generator of IDPG, for all depths (https://arxiv.org/abs/2204.04497).
+    """Instance-dependent prompt generation (NAACL 2022, https://arxiv.org/abs/2204.04497): a bottleneck turns a vector of the
+    instance into the prompt at the input and, in the multi-layer variant, into additions to it at the further layers.
 
     With M(x) (k) the vector of the instance: `u = dropout(gelu(M(x) W1 + b1))`, `p = u W2 + b2`, reshaped to (l, d). Over D depths
     it has, dense, `k m + m + m l d` weights and `D l d` output biases; PHM divides `k m` and `m l d` by n and adds `n^3` for each set
@@ -218,10 +195,7 @@ class IDPGGenerator(PromptGenerator):
 
     def __init__(self, config: IDPGConfig, info: StackInfo):
         super().__init__(config, info, depths=depths_of(config, info))
-        pooling = config.instance_pooling
-        if pooling == "auto":
-            pooling = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
-        self.pool = {"first": first_token, "last": last_token, "mean": mean_pool}[pooling]
+        self.pool = find_pooling(config.instance_pooling, info)
         self.dropout = nn.Dropout(config.dropout)
         self.down_factor = config.factor_of(info.hidden_size)
         self.rows: dict[int, dict[str, int]] = {depth: {} for depth in self.depths}
@@ -342,10 +316,4 @@ def widths_of(config: IDPGConfig, info: StackInfo, depth: int) -> tuple[int, int
     return read, config.num_virtual_tokens * (info.embedding_size if depth == INPUT else info.hidden_size)
 
 
-IDPGModel = register_method(
-    "idpg",
-    IDPGConfig,
-    IDPGGenerator,
-    doc="""Instance-dependent prompt generation (NAACL 2022, https://arxiv.org/abs/2204.04497): a bottleneck turns a vector of the
-    instance into the prompt at the input and, in the multi-layer variant, into additions to it at the further layers.""",
-)
+IDPGModel = register_method("idpg", IDPGConfig, IDPGGenerator)

@@ -5,22 +5,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Optional
+from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import nn
 
 from ..checks import check_dropout, check_int
+from ..engine.stack import StackInfo
 from ..generator import Instances, Source, Weights
 from ..nn.init import fan_in_uniform
 from ..nn.pooling import mean_attention, rms_norm
 from ..registry import register_method
 from .late_prompt import LatePromptConfig, LatePromptGenerator
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
 
 
 @dataclass
@@ -55,15 +52,13 @@ class IDSPAMConfig(LatePromptConfig):
 
     paper = ("Leveraging Self-Attention for Input-Dependent Soft Prompting in LLMs", "2506.05629")
 
-    num_virtual_tokens: int = field(default=10, metadata={"help": "The number of prompt vectors per instance."})
-    attention_dim: Optional[int] = field(
-        default=None, metadata={"help": "The width of queries and keys; None: that of the embeddings."}
-    )
-    bottleneck_dim: int = field(default=34, metadata={"help": "The width of the generator's bottleneck."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout in the bottleneck, in training only."})
+    num_virtual_tokens: int = 10
+    attention_dim: Optional[int] = None
+    bottleneck_dim: int = 34
+    dropout: float = 0.1
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check_fields(self) -> None:
+        super()._check_fields()
         check_int(self, "attention_dim", minimum=1, optional=True)
         check_dropout(self)
 
@@ -90,7 +85,8 @@ class TokenAttention(nn.Module):
 
 
 class IDSPAMGenerator(LatePromptGenerator):
-    """The generator of ID-SPAM (https://arxiv.org/abs/2506.05629).
+    """ID-SPAM (ACL 2025, https://arxiv.org/abs/2506.05629): one head of self-attention over the token embeddings of the
+    instance, averaged over the tokens, and a bottleneck generate a prompt that enters at one layer and stays in the residual stream.
 
     With E (n, e) the token embeddings of the instance, equations 1 and 2 of the paper:
 
@@ -134,10 +130,4 @@ class IDSPAMGenerator(LatePromptGenerator):
         return (torch.relu(p) if self.paper else p).unflatten(-1, (self.num_slots, -1)).flatten(-3, -2)  # (G, l, d)
 
 
-IDSPAMModel = register_method(
-    "idspam",
-    IDSPAMConfig,
-    IDSPAMGenerator,
-    doc="""ID-SPAM (ACL 2025, https://arxiv.org/abs/2506.05629): one head of self-attention over the token embeddings of the
-    instance, averaged over the tokens, and a bottleneck generate a prompt that enters at one layer and stays in the residual stream.""",
-)
+IDSPAMModel = register_method("idspam", IDSPAMConfig, IDSPAMGenerator)

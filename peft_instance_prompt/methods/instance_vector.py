@@ -1,25 +1,27 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The instance vector that IDPG and dynamic prompting read: the config's fields for it, its sources and its checks."""
+"""The instance vector that IDPG and dynamic prompting read: the fields of their configs, the sources of the vector, and checks."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Optional
+from dataclasses import dataclass
+from typing import Literal, Optional
 
 import torch
 
 from ..checks import check_choice, check_int
 from ..config import InstancePromptConfig
+from ..engine.stack import StackInfo
 from ..generator import Source
-from ..nn.pooling import mean_pool
+from ..nn.pooling import first_token, last_token, mean_pool
 
 
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
+# From states (G, n, d) and their mask (G, n) to vectors (G, d).
+Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+POOLINGS: dict[str, Pool] = {"first": first_token, "last": last_token, "mean": mean_pool}
 
 
 @dataclass
@@ -36,15 +38,16 @@ class InstanceVectorConfig(InstancePromptConfig):
         ValueError: `instance_embeds_dim` is set without `instance_source="instance_embeds"`, or missing with it.
     """
 
-    instance_source: Literal["frozen", "embeddings", "instance_embeds"] = field(
-        default="frozen", metadata={"help": "The instance vector: 'frozen', 'embeddings' or 'instance_embeds'."}
-    )
-    instance_embeds_dim: Optional[int] = field(default=None, metadata={"help": "The width of `instance_embeds`."})
+    instance_source: Literal["frozen", "embeddings", "instance_embeds"] = "frozen"
+    instance_embeds_dim: Optional[int] = None
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check_fields(self) -> None:
+        super()._check_fields()
         check_choice(self, "instance_source", ("frozen", "embeddings", "instance_embeds"))
         check_int(self, "instance_embeds_dim", minimum=1, optional=True)
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
         if (self.instance_source == "instance_embeds") != (self.instance_embeds_dim is not None):
             raise ValueError(
                 "`instance_embeds_dim` must be the width of the given vectors with `instance_source='instance_embeds'` and "
@@ -58,18 +61,22 @@ def vector_width(config: InstanceVectorConfig, info: StackInfo) -> int:
     return widths.get(config.instance_source, config.instance_embeds_dim)
 
 
-def instance_vector(
-    config: InstanceVectorConfig,
-    source: Source,
-    pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = mean_pool,
-) -> torch.Tensor:
+def find_pooling(name: str, info: StackInfo) -> Pool:
+    """The pooling of a name in `POOLINGS`.
+
+    `"auto"` is the last token in a causal model, the mean in the encoder of an encoder-decoder model, otherwise the first token.
+    """
+    auto = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
+    return POOLINGS[auto if name == "auto" else name]
+
+
+def instance_vector(config: InstanceVectorConfig, source: Source, pool: Pool = mean_pool) -> torch.Tensor:
     """The vector (G, k) of each instance, without gradient to the base model.
 
     Args:
         config (`InstanceVectorConfig`): The config.
         source (`Source`): The input of the generator's `encode`.
-        pool (`Callable`): From the plain pass's last hidden states (G, n, d) and the mask (G, n) to (G, d). Defaults to the
-            mean.
+        pool (`Callable`): Pools the plain pass's last hidden states. Defaults to the mean.
 
     Raises:
         ValueError: `instance_embeds` is missing or has a shape other than (G, k).

@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Optional, Union
+from dataclasses import dataclass
+from typing import Literal, Optional, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,15 +18,12 @@ from torch import nn
 
 from ..checks import check_choice, check_dropout, check_int, check_number
 from ..config import InstancePromptConfig
+from ..engine.stack import StackInfo
 from ..generator import INPUT, Instances, Placement, PromptGenerator, Source, Weights, chosen_layers
 from ..nn.encoders import ENCODERS, Table
 from ..nn.init import fan_in_uniform
 from ..nn.pooling import rms_norm
 from ..registry import register_method
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
 
 
 @dataclass
@@ -79,38 +76,29 @@ class IPTConfig(InstancePromptConfig):
 
     paper = ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958")
 
-    num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
-    strategy: Literal["lookup", "encoder"] = field(
-        default="lookup", metadata={"help": "A prompt vector per token ('lookup'), or a small network ('encoder')."}
-    )
-    encoder: Literal["cnn", "mlp", "lstm"] = field(
-        default="cnn", metadata={"help": "The network: 'cnn', 'mlp', 'lstm'."}
-    )
-    max_instance_tokens: int = field(default=100, metadata={"help": "How many tokens the encoder reads."})
-    host: Literal["prompt", "deep"] = field(
-        default="prompt", metadata={"help": "Prompt at the input ('prompt') or at every layer ('deep')."}
-    )
-    task_prompt: Optional[bool] = field(
-        default=None, metadata={"help": "Whether there is a task prompt as well; None: only with the host 'deep'."}
-    )
-    instance_scale: float = field(default=0.05, metadata={"help": "The factor of the instance's part if 'deep'."})
-    table_rank: Optional[Union[int, Literal["auto"]]] = field(
-        default="auto", metadata={"help": "The rank of the table; None: full; 'auto': 64 where that is possible."}
-    )
-    init: Literal["random", "pretrained", "embeddings"] = field(
-        default="random", metadata={"help": "What the table starts from: 'random', 'pretrained' or 'embeddings'."}
-    )
-    init_file: Optional[str] = field(default=None, metadata={"help": "The safetensors file for init='pretrained'."})
-    trainable: bool = field(default=True, metadata={"help": "Whether the table is trained."})
-    dropout: float = field(default=0.1, metadata={"help": "The dropout on the encoder's features, in training only."})
-    vocab_size: Optional[int] = field(default=None, metadata={"help": "The number of embeddings; filled in."})
+    num_virtual_tokens: int = 5
+    strategy: Literal["lookup", "encoder"] = "lookup"
+    encoder: Literal["cnn", "mlp", "lstm"] = "cnn"
+    max_instance_tokens: int = 100
+    host: Literal["prompt", "deep"] = "prompt"
+    task_prompt: Optional[bool] = None
+    instance_scale: float = 0.05
+    table_rank: Optional[Union[int, Literal["auto"]]] = "auto"
+    init: Literal["random", "pretrained", "embeddings"] = "random"
+    init_file: Optional[str] = None
+    trainable: bool = True
+    dropout: float = 0.1
+    vocab_size: Optional[int] = None
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _fill_in(self) -> None:
+        super()._fill_in()
         if self.task_prompt is None:
             self.task_prompt = self.host == "deep"
         if self.table_rank == "auto":
             self.table_rank = None if self.init == "embeddings" else 64
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
         check_choice(self, "strategy", ("lookup", "encoder"))
         check_choice(self, "encoder", ("cnn", "mlp", "lstm"))
         check_choice(self, "host", ("prompt", "deep"))
@@ -122,6 +110,9 @@ class IPTConfig(InstancePromptConfig):
         for name in ("table_rank", "vocab_size"):
             check_int(self, name, minimum=1, optional=True)
         check_dropout(self)
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
         if self.init == "embeddings" and self.table_rank is not None:
             raise ValueError(f"`table_rank` must be None with `init='embeddings'`, got {self.table_rank}.")
         loaded = self.hidden_size is not None  # a saved adapter does not keep the file
@@ -154,7 +145,8 @@ LARGE_VOCABULARY = 50_000
 
 
 class IPTGenerator(PromptGenerator):
-    """The generator of IPT (https://arxiv.org/abs/2206.01958).
+    """Instance-wise prompt tuning (https://arxiv.org/abs/2206.01958): a second embedding table and, as an option, a small network
+    turn the instance's token ids into the prompt.
 
     With E the table and x_1..x_T the first instruction tokens, the instance's part S (P, w) is `E[x_1]..E[x_P]`, or
     `W encoder(E[x_1]..E[x_T]) + b`. The prompt at the input is S, plus a task prompt if there is one. With the deep host, each layer's
@@ -329,10 +321,4 @@ def check_file(file: str, wanted: dict[str, torch.Tensor]) -> None:
         )
 
 
-IPTModel = register_method(
-    "ipt",
-    IPTConfig,
-    IPTGenerator,
-    doc="""Instance-wise prompt tuning (https://arxiv.org/abs/2206.01958): a second embedding table and, as an option, a small network
-    turn the instance's token ids into the prompt.""",
-)
+IPTModel = register_method("ipt", IPTConfig, IPTGenerator)

@@ -5,16 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from dataclasses import dataclass
+from typing import Any, Optional
 
 from ..checks import check_int
+from ..engine.stack import StackInfo
 from ..generator import PromptGenerator
 from .bottleneck import BottleneckConfig
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
 
 
 @dataclass
@@ -30,12 +27,10 @@ class LatePromptConfig(BottleneckConfig):
         ValueError: `layers_to_transform` is set, which late prompts do not have.
     """
 
-    insertion_layer: Optional[int] = field(
-        default=None, metadata={"help": "The layer at whose input the prompt enters; None for the middle."}
-    )
+    insertion_layer: Optional[int] = None
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check_fields(self) -> None:
+        super()._check_fields()
         check_int(self, "insertion_layer", minimum=0, optional=True)
         if self.layers_to_transform is not None:
             raise ValueError(

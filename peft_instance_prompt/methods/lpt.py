@@ -5,22 +5,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ..checks import check_choice, check_dropout
+from ..engine.stack import StackInfo
 from ..generator import Instances, Weights
 from ..nn.init import fan_in_uniform
 from ..nn.pooling import adaptive_avg_pool, adaptive_max_pool, first_token, last_token, rms
 from ..registry import register_method
 from .late_prompt import LatePromptConfig, LatePromptGenerator
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
 
 
 @dataclass
@@ -54,21 +51,20 @@ class LPTConfig(LatePromptConfig):
 
     paper = ("Late Prompt Tuning: A Late Prompt Could Be Better Than Many Prompts", "2210.11292")
 
-    num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
-    bottleneck_dim: int = field(default=128, metadata={"help": "The width of the generator's bottleneck."})
-    generator_type: Literal["npg", "appg", "mppg", "none"] = field(
-        default="npg", metadata={"help": "'npg' (one token's state), 'appg', 'mppg' (pooled states), or 'none'."}
-    )
-    dropout: float = field(default=0.1, metadata={"help": "Dropout on the generated vectors in training."})
+    num_virtual_tokens: int = 5
+    bottleneck_dim: int = 128
+    generator_type: Literal["npg", "appg", "mppg", "none"] = "npg"
+    dropout: float = 0.1
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check_fields(self) -> None:
+        super()._check_fields()
         check_choice(self, "generator_type", ("npg", "appg", "mppg", "none"))
         check_dropout(self)
 
 
 class LPTGenerator(LatePromptGenerator):
-    """The generator of late prompt tuning (https://arxiv.org/abs/2210.11292).
+    """Late prompt tuning (https://arxiv.org/abs/2210.11292): a prompt is generated from the states in the middle of the model,
+    enters there and stays in the residual stream. Training builds no autograd graph for the layers below.
 
     With H (n, d) the input of layer k at the instruction's tokens and h one of its rows:
 
@@ -146,10 +142,4 @@ class LPTGenerator(LatePromptGenerator):
         return (last_token if self.causal else first_token)(states, mask)[:, None]
 
 
-LPTModel = register_method(
-    "lpt",
-    LPTConfig,
-    LPTGenerator,
-    doc="""Late prompt tuning (https://arxiv.org/abs/2210.11292): a prompt is generated from the states in the middle of the model,
-    enters there and stays in the residual stream. Training builds no autograd graph for the layers below.""",
-)
+LPTModel = register_method("lpt", LPTConfig, LPTGenerator)

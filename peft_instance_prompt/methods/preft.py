@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from ..checks import check_choice, check_int, check_number
 from ..config import InstanceConfig
+from ..engine.stack import StackInfo
 from ..generator import EditGenerator, Instances, Weights
 from ..nn.init import slower_down
 from ..registry import register_method
-
-
-if TYPE_CHECKING:
-    from ..engine.stack import StackInfo
 
 
 @dataclass
@@ -50,11 +47,9 @@ class PreFTConfig(InstanceConfig):
     paper = ("PreFT: Prefill-only finetuning for efficient inference", "2605.14217")
     sized_by = ("r",)
 
-    r: int = field(default=16, metadata={"help": "The rank of the edit."})
-    down_factor: Optional[float] = field(
-        default=None, metadata={"help": "What the down-projection is stored divided by; None: by its width."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "True: no-op; False: random."})
+    r: int = 16
+    down_factor: Optional[float] = None
+    init_weights: bool = True
 
     def _check_fields(self) -> None:
         super()._check_fields()
@@ -73,7 +68,8 @@ class PreFTConfig(InstanceConfig):
 
 
 class PreFTGenerator(EditGenerator):
-    """The generator of PreFT (https://arxiv.org/abs/2605.14217).
+    """PreFT (https://arxiv.org/abs/2605.14217): low-rank edits of the instruction's own states at each layer's input. Prefill
+    computes them; decoding is the base model's.
 
     With h (d,) the state of an instruction token at a layer's input: `h + (h W_down + b) W_up`. It has `2 d r L + r L` weights.
 
@@ -106,10 +102,4 @@ class PreFTGenerator(EditGenerator):
         return z @ weights["up"]  # (G, n, d)
 
 
-PreFTModel = register_method(
-    "preft",
-    PreFTConfig,
-    PreFTGenerator,
-    doc="""PreFT (https://arxiv.org/abs/2605.14217): low-rank edits of the instruction's own states at each layer's input. Prefill
-    computes them; decoding is the base model's.""",
-)
+PreFTModel = register_method("preft", PreFTConfig, PreFTGenerator)

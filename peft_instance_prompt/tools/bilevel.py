@@ -170,12 +170,10 @@ class BilevelCallback(TrainerCallback):
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, batch)
             loss.backward()  # not autograd.grad, which re-entrant gradient checkpointing refuses
-            # A coefficient on which the loss does not depend has no gradient.
-            each = [torch.zeros_like(c) if c.grad is None else c.grad for c in self.coefficients]
-            gradient = torch.cat([grad.flatten() for grad in each])  # (numbers,)
-            gradient = trainer.accelerator.reduce(gradient, "mean")
-            for coefficient, part in zip(self.coefficients, gradient.split([c.numel() for c in self.coefficients])):
-                coefficient.grad = part.view_as(coefficient)
+            for coefficient in self.coefficients:
+                # A coefficient on which the loss does not depend has no gradient.
+                gradient = torch.zeros_like(coefficient) if coefficient.grad is None else coefficient.grad
+                coefficient.grad = trainer.accelerator.reduce(gradient, "mean")
             self.optimizer.step()
         finally:
             self._freeze()

@@ -16,10 +16,7 @@ from transformers import PreTrainedModel
 
 from ..engine.open import run_plain
 from ..engine.stack import describe
-from ..nn.pooling import first_token, last_token, mean_pool
-
-
-POOLINGS = {"first": first_token, "last": last_token, "mean": mean_pool}
+from ..methods.instance_vector import POOLINGS, find_pooling
 
 
 def add_instance_embeds(
@@ -103,11 +100,11 @@ def add_column(
             )
         return {column: vectors.numpy()}
 
-    options: dict[str, Any] = {"batched": True, "batch_size": batch_size, "input_columns": text_column}
     # A fingerprint of our own: otherwise `datasets` pickles the encoder with all its weights to compute one.
     extra = {"new_fingerprint": uuid.uuid4().hex[:16], "desc": f"Computing {column}"}
     taken = inspect.signature(dataset.map).parameters  # an IterableDataset's `map` takes neither
-    return dataset.map(of_batch, **options, **{name: value for name, value in extra.items() if name in taken})
+    extra = {name: value for name, value in extra.items() if name in taken}
+    return dataset.map(of_batch, batched=True, batch_size=batch_size, input_columns=text_column, **extra)
 
 
 def as_function(encoder: Any, pooling: str) -> Callable[[list[str]], Any]:
@@ -130,15 +127,13 @@ def encode_with_model(model: nn.Module, tokenizer: Any, texts: Sequence[str], po
     info = next((info for info in describe(model) if not info.decoder_of_pair), None)
     if info is None:
         raise ValueError(f"No transformer stack was found in {type(model).__name__}.")
-    if pooling == "auto":
-        pooling = "last" if info.causal else "mean" if info.encoder_of_pair else "first"
     stack: PreTrainedModel = model.get_submodule(info.name)
     # Padding on the right: causal tokens do not attend to it, and it shifts no position.
     inputs = tokenizer(list(texts), padding=True, truncation=True, padding_side="right", return_tensors="pt")
     inputs = inputs.to(stack.get_input_embeddings().weight.device)
     wanted = {name: value for name, value in inputs.items() if name in info.forward_args}
     states = run_plain(stack, wanted)  # (N, S, d)
-    return POOLINGS[pooling](states, inputs["attention_mask"].bool().to(states.device))  # (N, d)
+    return find_pooling(pooling, info)(states, inputs["attention_mask"].bool().to(states.device))  # (N, d)
 
 
 class InstanceEmbedsCollator:

@@ -34,7 +34,7 @@ class Broken(AssertionError):
 def outputs(model: PreTrainedModel | PeftModel, **inputs: Any) -> torch.Tensor:
     """The logits (B, S, V), or the last states (B, S, d) of an encoder without a head.
 
-    Of an encoder-decoder model, the logits (B, T, V) at its decoder's tokens; without labels, at the same three for all rows.
+    An encoder-decoder model gives the logits (B, T, V) at its decoder's tokens; without labels, these are the same three for all rows.
     """
     if model.config.is_encoder_decoder and not {"labels", "decoder_input_ids"} & inputs.keys():
         inputs["decoder_input_ids"] = torch.tensor([[0, 5, 6]]).expand(len(inputs["input_ids"]), -1)  # (B, 3)
@@ -150,7 +150,7 @@ def only(model: PeftModel, name: str) -> Iterator[None]:
 
 
 def effect(probe: Probe, inputs: Inputs, least: float = 1e-3) -> None:
-    """The adapter changes the outputs, and not their shape. Without an effect, the other promises hold of themselves."""
+    """The adapter changes the outputs, and not their shape. Without an effect, the other promises hold trivially."""
     with probe.model.disable_adapter():
         bare = probe(**inputs)
     difference = off(probe(**inputs), bare)
@@ -232,8 +232,8 @@ def mixed(probe: Probe, inputs: Inputs, names: list[str], whole: bool = False) -
     """A row of a mixed batch has the outputs of the row with its adapter alone, a [`BASE`] row those of the base model.
 
     Args:
-        whole (`bool`): Compare with the whole batch under one adapter, and not with the row alone. So it is for [`BASE`] rows:
-            some models count padding as positions if they are left to themselves.
+        whole (`bool`): Compare with the whole batch under one adapter, and not with the row alone. [`BASE`] rows always are, since
+            some bare models count padding as positions.
     """
     together = probe(**inputs, adapter_names=names)
     for row, name in enumerate(names):

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,9 @@ class InstanceReport:
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """By measure and by prompt, or difference such as `"own - none"`: the mean and the `low` and `high` end of its interval."""
-        return {
-            measure: {
-                name: {"mean": mean, "low": low, "high": high}
-                for name, (mean, low, high) in self._bootstrap(by_prompt).items()
-            }
-            for measure, by_prompt in self.values.items()
-        }
+        return {measure: self._bootstrap(by_prompt) for measure, by_prompt in self.values.items()}
 
-    def _bootstrap(self, by_prompt: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    def _bootstrap(self, by_prompt: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
         pairs = {f"own - {other}": by_prompt["own"] - by_prompt[other] for other in PROMPTS[1:]}
         series = {**by_prompt, **pairs}
         table = torch.stack(list(series.values()), dim=1)  # (n, 7)
@@ -85,7 +80,8 @@ class InstanceReport:
         means = torch.stack([table[pick].mean(dim=0) for pick in picks])  # (resamples, 7)
         tail = (1 - self.level) / 2
         low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype), dim=0)  # (7,) each
-        return dict(zip(series, torch.stack([table.mean(dim=0), low, high], dim=1).tolist()))
+        cells = torch.stack([table.mean(dim=0), low, high], dim=1)  # (7, 3)
+        return {name: dict(zip(("mean", "low", "high"), cell)) for name, cell in zip(series, cells.tolist())}
 
     def to_json(self) -> str:
         """The setting, the summary, the spread and the values of all instances, as JSON."""
@@ -121,9 +117,8 @@ class InstanceReport:
         lines = [f"{len(self)} instances, {self.level:.0%} intervals of {self.resamples} bootstrap resamples"]
         lines.append(f"{'prompt':<16}" + "".join(f"{measure:<28}" for measure in summary).rstrip())
         for name in next(iter(summary.values())):
-            cells = (by_name[name] for by_name in summary.values())
-            texts = (f"{c['mean']:.4f} [{c['low']:.4f}, {c['high']:.4f}]" for c in cells)
-            lines.append(f"{name:<16}" + "".join(f"{text:<28}" for text in texts).rstrip())
+            cells = (report_html.as_text(by_name[name]) for by_name in summary.values())
+            lines.append(f"{name:<16}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
         lines += [self.spread_in_words()] if self.spread else []
         return "\n".join(lines)
 
@@ -158,9 +153,9 @@ def instance_report(
             unless the config or the batch says otherwise where it ends.
         batch_size (`int`): For a data set. Defaults to 8; at least 2.
         collate_fn (`Callable`, *optional*): For a data set. Defaults to transformers' `default_data_collator`.
-        metric (`Callable`, *optional*): From logits and batch to a number for each row. Defaults to accuracy: of classes, 1 if
-            the likeliest is the label; of tokens, the share of a row's labelled tokens that are the likeliest; of regression,
-            nothing.
+        metric (`Callable`, *optional*): From logits and batch to a number for each row. Defaults to accuracy: for classes, 1 if
+            the likeliest is the label; for tokens, the share of a row's labelled tokens that are the likeliest; for regression,
+            none.
         level (`float`): The share of bootstrap resamples that an interval covers. Defaults to 0.95.
         resamples (`int`): The number of bootstrap resamples over instances. Defaults to 1000.
         seed (`int`): The seed of the exchange of prompts and of the resampling. Defaults to 0.
@@ -185,7 +180,8 @@ def instance_report(
         raise ValueError("At least two instances are needed for one to get the prompt of another.")
     with evaluating(model):
         values, spread = compare_prompts(model, batches, metric, torch.Generator().manual_seed(seed))
-        shown = read_first(model, batches, tokenizer, texts) if tokenizer is not None else []
+        every = (reading for batch in batches for reading in readings(model, batch, tokenizer))
+        shown = [] if tokenizer is None else list(islice(every, texts))
     return InstanceReport(values, level, resamples, seed, describe(generator), shown, spread)
 
 
@@ -234,15 +230,6 @@ def compare_prompts(
     return by_measure, spread.shares()
 
 
-def read_first(model: nn.Module, batches: list[Mapping[str, Any]], tokenizer: Any, number: int) -> list[Reading]:
-    """What the prompt vectors read of the first `number` instances."""
-    found: list[Reading] = []
-    for batch in batches:
-        if len(found) < number:
-            found += readings(model, batch, tokenizer)
-    return found[:number]
-
-
 class Spread:
     """Sums over instances, from which `spread` of an [`InstanceReport`] is computed."""
 
@@ -278,7 +265,7 @@ def describe(generator: PromptGenerator) -> str:
 
 def exchangeable(made: Mapping[int | None, Generated]) -> dict[int | None, torch.Tensor]:
     """The values by depth that instances can exchange: all but an `encode` output with a dimension over tokens, as IPT's."""
-    # That dimension is as long as the batch's longest row. The vectors made of it are exchanged anyway.
+    # That dimension is as long as the batch's longest row. The vectors that are made from such an output are exchanged anyway.
     return {depth: m.values for depth, m in made.items() if depth is not None or m.values.dim() == 2}
 
 

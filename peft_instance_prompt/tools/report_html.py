@@ -100,6 +100,11 @@ def make_page(report: Any) -> str:
     )
 
 
+def as_text(cell: Cell) -> str:
+    """Mean and interval, e.g. "0.5000 [0.4000, 0.6000]"."""
+    return f"{cell['mean']:.4f} [{cell['low']:.4f}, {cell['high']:.4f}]"
+
+
 def make_frame(report: Any) -> str:
     """The page in an iframe, for notebooks: the page's style and the notebook's do not mix."""
     page = escape(make_page(report), quote=True)
@@ -110,8 +115,7 @@ def make_style(readings: list[Reading]) -> str:
     """The page's style sheet: the themes' colours, a rule for each kind of prompt, shade and layer."""
     style = STYLE
     for name, theme in THEMES.items():
-        names = {"paper": theme.paper, "ink": theme.ink, "soft": theme.soft, "line": theme.line}
-        names |= {"more": theme.more, "less": theme.less}
+        names = {key: getattr(theme, key) for key in ("paper", "ink", "soft", "line", "more", "less")}
         names |= dict(zip(MEANING, theme.series))
         style = style.replace(name.upper(), " ".join(f"--{key}: {colour};" for key, colour in names.items()))
     rules = [f"svg .{name} {{ stroke: var(--{name}); fill: var(--{name}); }}" for name in MEANING]
@@ -160,7 +164,7 @@ def answer(summary: dict[str, dict[str, Cell]]) -> list[str]:
 
 
 def verdict(measure: str, difference: Cell) -> str:
-    """Of a difference to own: "better" or "worse"; "same" if the interval holds 0; "differs" if the better sign is not known."""
+    """How own prompts are in a difference: "better" or "worse"; "same" if its interval holds 0; "differs" if the better sign is not known."""
     if difference["low"] <= 0 <= difference["high"]:
         return "same"
     sign = BETTER.get(measure)
@@ -179,9 +183,8 @@ def table(summary: dict[str, dict[str, Cell]]) -> str:
     head = "".join(f"<th>{escape(measure)}</th>" for measure in summary)
     rows = []
     for name in next(iter(summary.values())):
-        cells = (by_name[name] for by_name in summary.values())
-        texts = (f"<td>{c['mean']:.4f} [{c['low']:.4f}, {c['high']:.4f}]</td>" for c in cells)
-        rows.append(f"<tr><th>{name.replace('-', '−')}</th>{''.join(texts)}</tr>")
+        cells = "".join(f"<td>{as_text(by_name[name])}</td>" for by_name in summary.values())
+        rows.append(f"<tr><th>{name.replace('-', '−')}</th>{cells}</tr>")
     return f'<div class="wide"><table><tr><th>prompt</th>{head}</tr>{"".join(rows)}</table></div>'
 
 
@@ -206,8 +209,8 @@ def chart(measure: str, by_name: dict[str, Cell]) -> str:
             f'<text x="{place(value)}" y="{height + 16}" text-anchor="middle">{value:g}</text></g>'
         )
     for number, (name, cell) in enumerate(cells.items()):
-        y, numbers = 38 * number + 14, f"{cell['mean']:.4f} [{cell['low']:.4f}, {cell['high']:.4f}]"
-        marks.append(f'<text x="2%" y="{y}">{name}: {numbers}</text>')
+        y = 38 * number + 14
+        marks.append(f'<text x="2%" y="{y}">{name}: {as_text(cell)}</text>')
         y += 12
         if low <= cell["low"] and cell["high"] <= high:
             marks.append(
