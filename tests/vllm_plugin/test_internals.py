@@ -154,7 +154,7 @@ def hashed(
     init_none_hash(sha256)
     placed = placed if isinstance(placed, Placed) else Edited("a", placed)
     params = SamplingParams(extra_args={internals.KEY: asdict(placed)})
-    named, hasher = SimpleNamespace(lora_name="a"), get_request_block_hasher(block, sha256)
+    named, hasher = SimpleNamespace(lora_name="a", lora_path="a"), get_request_block_hasher(block, sha256)
     made = Request("r", prompt, params, None, lora_request=named, cache_salt="a", block_hasher=hasher)
     Scheduler().add_request(made)
     for token in generated:
