@@ -150,43 +150,43 @@ def add_gauge(logger: Any, most: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ the scheduler
 
 
-def hash_edits(request: Any, edited: Edited) -> None:
-    """Let the hashes of a request's blocks tell which of their tokens are edited.
+def hash_again(request: Any, placed: Placed | Edited) -> None:
+    """Let the hashes of a request's blocks tell which of their tokens are slots or are edited, and no longer name a LoRA.
 
-    What was generated in one turn, and is not edited, comes back in the prompt of the next, where a role may say otherwise: the two must not
-    share blocks.
+    What was generated in one turn comes back in the prompt of the next. With slots it must have the hashes of then, which a LoRA's name in
+    those of the prompt alone would change. Where a role says of it now that it is edited, the two must not share blocks.
     """
     if (hasher := request._block_hasher) is not None:
-        request._block_hasher = lambda request: hasher(Hashed(request, edited))
+        request._block_hasher = lambda request: hasher(Hashed(request, placed))
         request.block_hashes.clear()
         request.update_block_hashes()
 
 
 class Hashed:
-    """A request as vLLM's function that hashes blocks reads it, in which the ids of tokens that are not edited are negative.
+    """A request as vLLM's function that hashes blocks reads it, in which the ids of tokens that are not written are negative.
 
-    So whatever blocks that function makes, they have the same hash only if the same tokens are edited.
+    So whatever blocks that function makes, they have the same hash only if the same tokens are slots or are edited.
     """
 
-    def __init__(self, request: Any, edited: Edited):
-        self._request, self.all_token_ids = request, MarkedIds(request.all_token_ids, edited)
+    def __init__(self, request: Any, placed: Placed | Edited):
+        self._request, self.all_token_ids = request, MarkedIds(request.all_token_ids, placed)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._request, name)
 
 
 class MarkedIds:
-    """Token ids, of which those of tokens that are not edited read as `~id`."""
+    """Token ids, of which those of tokens that are no slots and are not edited read as `~id`."""
 
-    def __init__(self, ids: Sequence[int], edited: Edited):
-        self._ids, self._edited = ids, edited
+    def __init__(self, ids: Sequence[int], placed: Placed | Edited):
+        self._ids, self._placed = ids, placed
 
     def __getitem__(self, at: int | slice) -> int | list[int]:
         if not isinstance(at, slice):
             return self[at : at + 1][0]  # type: ignore[index]
         start, stop, _ = at.indices(len(self._ids))
-        edited = set(self._edited.positions(start, stop - start))
-        return [number if at in edited else ~number for at, number in enumerate(self._ids[start:stop], start)]
+        written = set(self._placed.positions(start, stop - start))
+        return [number if at in written else ~number for at, number in enumerate(self._ids[start:stop], start)]
 
 
 def report(output: Any, failures: Mapping[str, str]) -> None:

@@ -54,9 +54,13 @@ class Placed:
         """The number of tokens that one step must compute: up to the last of the instruction and the slots."""
         return max(*self.slots, *self.text[-1:]) + 1
 
+    def positions(self, done: int, length: int) -> list[int]:
+        """The slots among `length` tokens behind the first `done`."""
+        return [at for at in self.slots if done <= at < done + length]
+
     def writes(self, done: int, length: int) -> bool:
         """Whether there are slots to write in a step that computes `length` tokens behind `done` computed ones."""
-        return any(done <= at < done + length for at in self.slots)
+        return bool(self.positions(done, length))
 
     def is_due(self, done: int, length: int) -> bool:
         """Whether the plan of such a step has the request: not all of its slots are in the cache."""

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The scheduler, which keeps an instruction and its slots in one step, tells edited tokens apart in the prefix cache, and fails requests
-whose prompt was not written.
+"""The scheduler, which keeps an instruction and its slots in one step, tells slots and edited tokens apart in the prefix cache, and fails
+requests whose prompt was not written.
 
 vLLM makes it from the configuration (`scheduler_cls`), which names [`PromptScheduler`] or, with asynchronous scheduling, [`AsyncPromptScheduler`].
 """
@@ -15,7 +15,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from . import internals
-from .plan import Edited
 
 
 class Prompts:
@@ -27,8 +26,7 @@ class Prompts:
     def add_request(self, request: Any) -> None:
         if (placed := internals.placed_of(request)) is not None:
             request.lora_request = None  # a request to the base model, which no number of LoRAs limits
-        if isinstance(placed, Edited):
-            internals.hash_edits(request, placed)
+            internals.hash_again(request, placed)
         super().add_request(request)  # type: ignore[misc]
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""A real engine with adapters that edit tokens: in chunks, in chats whose blocks are cached, and in requests that are preempted.
+"""A real engine with adapters that edit tokens, and some with slots: in chunks, in chats whose blocks are cached, and preempted.
 
 The model is small and random. Steps have 64 tokens and the KV cache 13 blocks of 32, so that prompts are cut and blocks are evicted.
 """
@@ -29,8 +29,9 @@ CONFIGS = {
     "some": lambda: PreFTConfig(r=4, layers_to_transform=[1], instruction_length=20),
     "chat": lambda: PreFTConfig(r=8, response_template=TEMPLATE, response_end=[END]),
     "iapt": lambda: IAPTConfig(bottleneck_dim=8),
+    "iapt_chat": lambda: IAPTConfig(bottleneck_dim=8, response_template=TEMPLATE),
 }
-LENGTHS = {"iapt": (5, 20, 50)}  # its instructions must fit into a step
+LENGTHS = dict.fromkeys(("iapt", "iapt_chat"), (5, 20, 50))  # their instructions must fit into a step
 
 
 def tokens(number: int, seed: int) -> list[int]:
@@ -56,7 +57,7 @@ def models(tmp_path_factory):
     for name, model in adapted.items():
         prompts = [tokens(n, seed) for seed, n in enumerate(LENGTHS.get(name, (5, 50, 150)))]
         made.prompts[name] = [[*ids, *TEMPLATE] for ids in prompts]
-        made.answers[name], made.firsts[name] = scored(model, made.prompts[name])
+        made.answers[name], made.scores[name] = scored(model, made.prompts[name])
     return adapted, made
 
 
@@ -81,9 +82,9 @@ def ask(engine: Engine, name: str, ids: list[int], **params):
 
 
 @torch.no_grad()
-def difference(output, model: torch.nn.Module) -> float:
+def difference(output, prompt: list[int], model: torch.nn.Module) -> float:
     """How far the log-probabilities of an output's first token are from those of transformers for the whole prompt."""
-    ids = torch.tensor([output.prompt_token_ids])  # (1, S)
+    ids = torch.tensor([prompt])  # (1, S)
     kept = {"return_dict_in_generate": True, "output_logits": True}
     logits = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, **kept
@@ -101,25 +102,26 @@ def test_answers_are_those_of_transformers(engine, models) -> None:
     chunks = watch_chunks(engine)
     assert engine.answers(names) == served.answers_of(names)
     assert chunks["cut"] > 0 and chunks["held"] > 0
-    differences = engine.first_differences(names)
+    differences = engine.differences(names, served)
     print(differences)
     assert max(differences.values()) < 1e-4
     assert all(served.answers[name] != served.answers[BASE] for name in CONFIGS)
 
 
-def test_chat_of_three_turns_goes_on_from_its_blocks(engine, models) -> None:
+@pytest.mark.parametrize("name", ["chat", "iapt_chat"])
+def test_chat_of_three_turns_goes_on_from_its_blocks(engine, models, name) -> None:
     """Those of generated tokens among them, whose hashes were made token by token."""
     history: list[int] = []
     words = {"logit_bias": {token: -100.0 for token in (END, *TEMPLATE)}}
     computed = 0
     for turn in range(3):
         prompt = [*history, *tokens(11, seed=turn), *TEMPLATE]
-        found = ask(engine, "chat", prompt, **words)
+        found = ask(engine, name, prompt, **words)
         assert found.num_cached_tokens == computed // BLOCK * BLOCK
-        assert answer(ask(engine, "chat", prompt, skip_reading_prefix_cache=True, **words)) == answer(found)
-        assert difference(found, models[0]["chat"]) < 1e-4
+        assert answer(ask(engine, name, prompt, skip_reading_prefix_cache=True, **words)) == answer(found)
+        assert difference(found, prompt, models[0][name]) < 1e-4
         history = [*prompt, *answer(found), END]
-        computed = len(prompt) + LONG - 1  # the last token is sampled, and not computed
+        computed = len(found.prompt_token_ids) + LONG - 1  # with slots; the last token is sampled, and not computed
     assert computed > 4 * BLOCK
 
 
@@ -130,8 +132,8 @@ def test_what_was_generated_is_not_what_the_next_turn_edits(engine, models, name
     answered = answer(ask(engine, name, first, **words))
     second = [*first, *answered, *tokens(8, seed=8), *TEMPLATE]
     found = ask(engine, name, second)
-    print(found.num_cached_tokens, difference(found, models[0][name]))
-    assert difference(found, models[0][name]) < 1e-4
+    print(found.num_cached_tokens, difference(found, second, models[0][name]))
+    assert difference(found, second, models[0][name]) < 1e-4
     assert found.num_cached_tokens == BLOCK  # and not the next, in which the answer begins
     assert answer(ask(engine, name, second, skip_reading_prefix_cache=True)) == answer(found)
 

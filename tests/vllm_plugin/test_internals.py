@@ -134,19 +134,29 @@ def test_second_runner_runs_chunks_with_edits_eagerly(second_runner) -> None:
 
 
 def hashed(
-    prompt: list[int], ranges: list[list[int]] | None, generated: list[int] = [], block: int = 4
+    prompt: list[int], placed: Placed | list[list[int]], generated: list[int] = [], block: int = 4
 ) -> list[bytes]:
-    """The hashes of a request's blocks, which has generated some tokens one by one."""
+    """The hashes of a request's blocks, which came with its adapter's name and has generated some tokens one by one."""
     from vllm import SamplingParams
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
     from vllm.v1.request import Request
 
+    from peft_instance_prompt.vllm.scheduler import Prompts
+
+    class Bare:
+        def add_request(self, request):
+            self.added = request
+
+    class Scheduler(Prompts, Bare):
+        """Ours, over one that does nothing."""
+
     init_none_hash(sha256)
-    params, hasher = SamplingParams(), get_request_block_hasher(block, sha256)
-    made = Request("r", prompt, params, None, cache_salt="a", block_hasher=hasher)
-    if ranges is not None:
-        internals.hash_edits(made, Edited("a", ranges))
+    placed = placed if isinstance(placed, Placed) else Edited("a", placed)
+    params = SamplingParams(extra_args={internals.KEY: asdict(placed)})
+    named, hasher = SimpleNamespace(lora_name="a", lora_path="a"), get_request_block_hasher(block, sha256)
+    made = Request("r", prompt, params, None, lora_request=named, cache_salt="a", block_hasher=hasher)
+    Scheduler().add_request(made)
     for token in generated:
         made.append_output_token_ids(token)
     return made.block_hashes
@@ -165,8 +175,16 @@ def test_blocks_are_told_apart_by_what_is_edited() -> None:
     assert later[:2] == turn[:2] and later[2] != turn[2] and later[3] != turn[3]
     # Without a cache there is nothing to hash.
     bare = SimpleNamespace(_block_hasher=None)
-    internals.hash_edits(bare, Edited("a", whole))
+    internals.hash_again(bare, Edited("a", whole))
     assert bare._block_hasher is None
+
+
+def test_blocks_with_slots_are_found_by_the_next_turn() -> None:
+    """Its prompt holds what was generated behind the instruction, which is the same."""
+    ids = list(range(16))
+    turn = hashed(ids[:6], PLACED, ids[6:])
+    assert len(turn) == 4 and hashed(ids, PLACED) == turn
+    assert not set(hashed(ids, Placed("a", 3, [1, 2], [0, 1]))) & {*turn, *hashed(ids, [[0, 3]])}
 
 
 @pytest.mark.parametrize("name", ["", "model_runner_output", "_model_runner_output"])
