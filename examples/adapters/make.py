@@ -18,6 +18,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401, first: the other imports may fail
+
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
@@ -26,10 +31,6 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from peft_instance_prompt import IAPTConfig
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from reviews import accuracy, load_base, make_parser, parse
 from splits import three_splits
 from vader import FILES, load_sentences
@@ -154,10 +155,10 @@ def make(name, model, tokenizer, train, test, args):
     adapted.save_pretrained(folder)
 
     loaded = PeftModel.from_pretrained(adapted.unload(), folder)  # what is measured is what lies in the folder
-    examples = asked(test, name)
+    examples = asked(test, name)[: args.n_test]
     after = accuracy(loaded, tokenizer, examples, task.labels)
     model = loaded.unload()
-    before = accuracy(model, tokenizer, asked(test, name, task.cue), task.labels)
+    before = accuracy(model, tokenizer, asked(test, name, task.cue)[: args.n_test], task.labels)
     labels = [example["label"] for example in examples]
     commonest = max(task.labels, key=labels.count)
     guess = labels.count(commonest) / len(labels)
@@ -191,7 +192,7 @@ def main(args):
         model.name_or_path = model.config._name_or_path = BASE
     train, test = load_texts()
     for name in args.names:
-        model = make(name, model, tokenizer, train, test[: args.n_test], args)
+        model = make(name, model, tokenizer, train, test, args)
 
 
 if __name__ == "__main__":
