@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.config import PeftConfig
+from peft.config import PeftConfig, PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError, safe_open
@@ -46,7 +46,7 @@ from .attaching import (
     settle,
     taken_out_on_error,
 )
-from .files import read_kind, staged
+from .files import kind_of, read_kind, staged
 
 
 if TYPE_CHECKING:
@@ -304,6 +304,15 @@ def guard_loading(config_cls: type) -> None:
         if isinstance(peft_config, config_cls):
             mark_as_loading(peft_config)
 
+    read = PeftConfigMixin.from_json_file.__func__
+
+    @functools.wraps(read)
+    def from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # PEFT's way to each config file; it asks the result for its method.
+        content = read(cls, *args, **kwargs)
+        return {**content, "peft_type": kind_of(content)} if "peft_type" in content else content
+
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)
     PeftModel._check_new_adapter_config = check_new_adapter_config
     PeftModel.from_pretrained = classmethod(_guard_from_pretrained(PeftModel.from_pretrained.__func__, config_cls))
     PeftModel.load_adapter = _guard_load_adapter(PeftModel.load_adapter, config_cls)
