@@ -3,7 +3,7 @@
 """
 Train the two adapters that lie beside this script, and write their model cards.
 
-    python examples/adapters/make.py sentiment --steps 80 --n-test 200 --output examples/adapters     # as they were made
+    python examples/adapters/make.py sentiment --steps 80 --n-test 160 --output examples/adapters
     python examples/adapters/make.py source --steps 90 --n-test 120 --output examples/adapters
     python examples/adapters/make.py source --steps 400             # one of them, longer, into outputs/adapters
     python examples/adapters/make.py --short                        # does it run?
@@ -129,7 +129,8 @@ text. After the prompt `Text: ...`, line break, `Answer:` it says {says}, and st
 | always "{commonest}" | {guess:.3f} |
 | licence | Apache-2.0, as the base model's |
 
-The figures are what the script printed that made it, `{command}`. It is an example: trained for minutes, on
+The figures are what the script printed that made it, `{command}`. The lead over the
+base model is {lead:.3f}, with a standard error of {error:.3f}, as of two independent samples. It is an example: trained for minutes, on
 short texts from before 2014. Decide nothing by it.
 """
 
@@ -179,6 +180,8 @@ def make(name, model, tokenizer, train, test, args):
             "command": args.command.replace(".py", f".py {name}"),
         },
         **{"after": after, "before": before, "commonest": commonest, "guess": guess},
+        lead=after - before,
+        error=((after * (1 - after) + before * (1 - before)) / len(examples)) ** 0.5,
         **{"tokens": config.num_virtual_tokens, "bottleneck": config.bottleneck_dim},
         parameters=sum(parameter.numel() for parameter in trained),
         size=(folder / "adapter_model.safetensors").stat().st_size,
