@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from one_line import short_form
+
 import torch
 from datasets import load_dataset
 from peft import PeftModel
@@ -55,6 +57,7 @@ def parse(parser, argv=None):
     args = parser.parse_args(argv)
     if args.short:
         args.steps, args.n_test = min(args.steps, SHORT_STEPS), min(args.n_test, SHORT_TEST)
+        short_form(args.steps)
     return args
 
 

@@ -9,13 +9,28 @@ Importing the package registers them.
 from importlib import import_module
 from typing import Any
 
-from . import methods
 from .adapter_files import guard_loading, guard_saving
 from .config import InstanceConfig, InstancePromptConfig
 from .engine.calls import warn_of_untested_release
 from .engine.request import instruction_scope
 from .guards import guard_attaching
-from .methods import *  # noqa: F403
+from .methods import (
+    Choices,
+    DynamicPromptConfig,
+    DynamicPromptModel,
+    IAPTConfig,
+    IAPTModel,
+    IDPGConfig,
+    IDPGModel,
+    IDSPAMConfig,
+    IDSPAMModel,
+    IPTConfig,
+    IPTModel,
+    LPTConfig,
+    LPTModel,
+    PreFTConfig,
+    PreFTModel,
+)
 from .model_card import teach_peft
 from .registry import register_method
 from .task_ids import carry_task_ids
@@ -54,10 +69,31 @@ guard_saving()
 carry_task_ids()
 
 __all__ = [
+    "Choices",
+    "DynamicPromptConfig",
+    "DynamicPromptModel",
+    "IAPTConfig",
+    "IAPTModel",
+    "IDPGConfig",
+    "IDPGModel",
+    "IDSPAMConfig",
+    "IDSPAMModel",
+    "IPTConfig",
+    "IPTModel",
     "InstanceConfig",
+    "InstanceEmbedsCollator",
     "InstancePromptConfig",
+    "LPTConfig",
+    "LPTModel",
+    "PreFTConfig",
+    "PreFTModel",
+    "add_instance_embeds",
+    "encode_prompt_embeds",
+    "instance_report",
     "instruction_scope",
+    "learn_activations",
+    "learned_position",
+    "record_choices",
     "register_method",
-    *_TOOLS,
-    *methods.__all__,
+    "to_prompt_embeds",
 ]

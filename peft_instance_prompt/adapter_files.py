@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.config import PeftConfig
+from peft.config import PeftConfig, PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.peft_model import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
@@ -39,7 +39,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from .attaching import PREFIX, Expected, check_adapter_name, embedding_names, expected_for, is_whole, prepare
 from .config import InstanceConfig
-from .files import read_kind, staged
+from .files import kind_of, read_kind, staged
 from .guards import check_free, is_loading, mark_as_loading, settle, taken_out_on_error
 
 
@@ -284,6 +284,15 @@ def guard_loading() -> None:
         if isinstance(peft_config, InstanceConfig):
             mark_as_loading(peft_config)
 
+    read = PeftConfigMixin.from_json_file.__func__
+
+    @functools.wraps(read)
+    def from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # PEFT's way to each config file; it asks the result for its method.
+        content = read(cls, *args, **kwargs)
+        return {**content, "peft_type": kind_of(content)} if "peft_type" in content else content
+
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)
     PeftModel._check_new_adapter_config = check_new_adapter_config
     PeftModel.from_pretrained = classmethod(_guard_from_pretrained(PeftModel.from_pretrained.__func__))
     PeftModel.load_adapter = _guard_load_adapter(PeftModel.load_adapter)

@@ -13,16 +13,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 
+# Where PEFT itself has a method of the same name: by the `peft_type` and the package in a config file, the `peft_type` here.
+RENAMED: dict[tuple[str, str], str] = {}
 STAGE = ".saving-"
 LEFT_OVER = 3600  # seconds after which the files of a killed writer are removed
 
 
 def read_kind(folder: Path) -> str | None:
-    """The `peft_type` that a folder's config names; None if it has no config.
+    """The `peft_type` that a folder's config names, as [`kind_of`]; None if it has no config.
 
     Raises:
         ValueError: The config is no JSON object with a `peft_type`.
@@ -34,10 +37,16 @@ def read_kind(folder: Path) -> str | None:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no adapter's config: {error!r}.") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
+    kind = kind_of(content) if isinstance(content, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f"{file} is no adapter's config: its `peft_type` must be a text, got {kind!r}.")
     return kind
+
+
+def kind_of(content: dict[str, Any]) -> Any:
+    """The `peft_type` of what a config file holds, under the name that the method has in this process."""
+    kind, package = content.get("peft_type"), content.get("import_first")
+    return RENAMED.get((kind, package), kind) if isinstance(kind, str) and isinstance(package, str) else kind
 
 
 @contextmanager

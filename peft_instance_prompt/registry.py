@@ -13,6 +13,7 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
 from .config import InstanceConfig
+from .files import RENAMED
 from .generator import EditGenerator, InstanceGenerator, PromptGenerator
 from .model import InstancePromptModel
 
@@ -54,7 +55,7 @@ def add_peft_type(name: str) -> PeftType:
 def register_method(
     name: str, config_cls: type[InstanceConfig], generator_cls: type[InstanceGenerator], doc: str | None = None
 ) -> type[InstancePromptModel]:
-    """Register a method with PEFT. If PEFT itself has a method of that name, warn and leave PEFT's in place.
+    """Register a method with PEFT. If PEFT itself has a method of that name, warn, leave PEFT's in place, and register `instance_NAME`.
 
     Args:
         name (`str`): The method's name in lower case, e.g. `"iapt"`. Configs carry it as `peft_type`, in upper case.
@@ -92,24 +93,37 @@ def register_method(
     check_classes(name, config_cls, generator_cls)
     if not (name.isidentifier() and name.islower()):
         raise ValueError(f"A method's name must be an identifier in lower case, as in 'mean_prompt', got {name!r}.")
+    prefix, name = f"{name}_", free_name(name, config_cls)
     member = add_peft_type(name.upper())
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is not None and full_name(known) == full_name(config_cls):  # its module was imported again
         return PEFT_TYPE_TO_TUNER_MAPPING[member]
-    if known is not None and issubclass(known, InstanceConfig):
+    if known is not None:
         raise ValueError(
             f"The method {name!r} is registered already, with the config {full_name(known)}: choose another name."
         )
-    model_cls = make_tuner(name, config_cls, generator_cls, doc)
+    model_cls = make_tuner(prefix, config_cls, generator_cls, doc)
     config_cls.method = name
-    if known is None:
-        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
-    else:
-        warnings.warn(
-            f"PEFT has a method named '{name}' of its own ({full_name(known)}). "
-            "peft_instance_prompt leaves it in place; adapters of that name are PEFT's."
-        )
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)
     return model_cls
+
+
+def free_name(name: str, config_cls: type[InstanceConfig]) -> str:
+    """The name under which a method is registered: its own, or `instance_NAME` where PEFT itself has a method of that name.
+
+    Folders that were saved under the method's own name are then read as adapters of `instance_NAME`, and PEFT's as PEFT's: a config
+    file says which package saved it. The names of the tensors do not change.
+    """
+    theirs = PEFT_TYPE_TO_CONFIG_MAPPING.get(name.upper())
+    if theirs is None or issubclass(theirs, InstanceConfig):
+        return name
+    free, package = f"instance_{name}", config_cls.__module__.partition(".")[0]
+    RENAMED[name.upper(), package] = free.upper()
+    warnings.warn(
+        f"PEFT has a method named '{name}' of its own ({full_name(theirs)}), which stays in place. The one of "
+        f"{package} is '{free}', and folders that it saved as '{name}' load as that."
+    )
+    return free
 
 
 def check_classes(name: str, config_cls: type[InstanceConfig], generator_cls: type[InstanceGenerator]) -> None:
@@ -142,12 +156,12 @@ def full_name(cls: type) -> str:
 
 
 def make_tuner(
-    name: str, config_cls: type[InstanceConfig], generator_cls: type[InstanceGenerator], doc: str | None
+    prefix: str, config_cls: type[InstanceConfig], generator_cls: type[InstanceGenerator], doc: str | None
 ) -> type[InstancePromptModel]:
     """The tuner class of a method. It is named after the generator and belongs to its module, so that it can be pickled."""
-    doc = doc or (generator_cls.__doc__ or name).split("\n\n")[0]
+    doc = doc or (generator_cls.__doc__ or prefix.removesuffix("_")).split("\n\n")[0]
     fields = {
-        "prefix": f"{name}_",
+        "prefix": prefix,
         "generator_cls": generator_cls,
         "__module__": generator_cls.__module__,
         "__doc__": TUNER_DOC.format(doc=doc, config=config_cls.__name__, package=config_cls.__module__.split(".")[0]),

@@ -26,6 +26,7 @@ OTHER_LANGUAGES = {
     "sh": "commands; a test looks whether the files and targets that they name are there",
     "yaml": "a file for a command, which tests/test_commands_real_tools.py has too",
     "toml": "a proposal for other packages",
+    "text": "a few lines for a file of PEFT's",
 }
 
 # Blocks that do not run, by page and first line.
@@ -127,7 +128,7 @@ assert all(part.shape[0] == 3 for part in (record[0].positions, record[0].length
     "docs/tools.md: from peft_instance_prompt import to_prompt_embeds": "assert len(embeds) == len(prompts)",
 }
 # These are programs, and not fragments: nothing is there before they run.
-WHOLE = ("README.md", "docs/tour.md")
+WHOLE = ("README.md", "docs/tour.md", "docs/upstream.md")
 
 
 @dataclass(frozen=True)

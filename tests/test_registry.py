@@ -12,15 +12,17 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from methods import METHODS
 from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType as TheSame
 
 from peft_instance_prompt import InstancePromptConfig
+from peft_instance_prompt.files import RENAMED
 from peft_instance_prompt.generator import PromptGenerator
 from peft_instance_prompt.model import InstancePromptModel
 from peft_instance_prompt.registry import add_peft_type, register_method
@@ -65,8 +67,12 @@ class AnotherGenerator(PromptGenerator):
 def test_stands_aside_for_peft() -> None:
     lora = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA]
     with pytest.warns(UserWarning, match="PEFT has a method named 'lora' of its own .*LoraConfig"):
-        register_method("lora", AnotherConfig, AnotherGenerator)
+        tuner = register_method("lora", AnotherConfig, AnotherGenerator)
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is lora
+    assert PEFT_TYPE_TO_TUNER_MAPPING["INSTANCE_LORA"] is tuner
+    del RENAMED["LORA", "test_registry"]
+    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        del mapping["INSTANCE_LORA"]  # the doctor's tests run over all methods
 
 
 def test_a_name_that_is_taken() -> None:
@@ -147,6 +153,79 @@ assert list(PeftType).count("IAPT") == 1
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# A PEFT that has a method of the name `iapt`: LoRA under that name.
+PEFT_WITH_IAPT = """
+from dataclasses import dataclass
+from peft import LoraConfig, LoraModel, PeftType
+from peft.utils import register_peft_method
+member = str.__new__(PeftType, "IAPT")
+member._name_ = member._value_ = "IAPT"
+type.__setattr__(PeftType, "IAPT", member)
+PeftType._member_map_["IAPT"] = PeftType._value2member_map_["IAPT"] = member
+PeftType._member_names_.append("IAPT")
+@dataclass
+class TheirConfig(LoraConfig):
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.IAPT
+register_peft_method(name="iapt", config_cls=TheirConfig, model_cls=LoraModel, prefix="lora_")
+"""
+# Both methods in one process: folders of 0.2.0, those that are saved now, and PEFT's own.
+BOTH = """
+import sys
+from pathlib import Path
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+import peft_instance_prompt
+from peft_instance_prompt import IAPTConfig, IAPTModel
+from peft_instance_prompt.__main__ import main
+saved, base, out = map(Path, sys.argv[1:])
+call = load_file(saved / "expected.safetensors")
+expected = call.pop("logits")
+
+def fresh():
+    return AutoModelForCausalLM.from_pretrained(base).eval()
+
+def check(model, name="default"):
+    model.set_adapter(name)
+    assert type(model.peft_config[name]) is IAPTConfig and type(model.base_model) is IAPTModel, model.peft_config
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**call).logits, expected, atol=1e-5, rtol=0)
+
+assert PEFT_TYPE_TO_CONFIG_MAPPING["IAPT"] is TheirConfig
+assert type(PeftConfig.from_pretrained(saved)) is IAPTConfig
+model = PeftModel.from_pretrained(fresh(), saved)
+model.load_adapter(saved, adapter_name="two")
+check(model)
+check(model, "two")
+model.save_pretrained(out / "again")
+check(PeftModel.from_pretrained(fresh(), out / "again"))
+assert main(["inspect", str(saved)]) == 0
+native = fresh()
+native.load_adapter(str(saved))
+with torch.no_grad():
+    torch.testing.assert_close(native(**call).logits, expected, atol=1e-5, rtol=0)
+
+theirs = get_peft_model(fresh(), TheirConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+theirs.save_pretrained(out / "theirs")
+assert type(PeftModel.from_pretrained(fresh(), out / "theirs").peft_config["default"]) is TheirConfig
+new = get_peft_model(fresh(), IAPTConfig(task_type="CAUSAL_LM"))
+assert type(new.base_model) is IAPTModel and new.peft_type == "INSTANCE_IAPT"
+"""
+SAVED = Path(__file__).parent / "saved_by_0_2_0"
+
+
+def test_the_day_peft_has_a_method_of_our_name(tmp_path: Path) -> None:
+    """PEFT's is PEFT's; ours goes on under another name, and folders that were saved before that day load as before."""
+    command = [sys.executable, "-c", PEFT_WITH_IAPT + BOTH, SAVED / "llama/iapt", SAVED / "base/llama", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "PEFT has a method named 'iapt' of its own (__main__.TheirConfig), which stays in place" in done.stderr
 
 
 def test_registration_while_peft_is_being_imported() -> None:

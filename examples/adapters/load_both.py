@@ -13,6 +13,11 @@ with the hub, it is AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401, first: the other imports may fail
+
 from peft import PeftModel
 
 import peft_instance_prompt  # noqa: F401, teaches PEFT to load such adapters

@@ -3,7 +3,7 @@
 """
 Train the two adapters that lie beside this script, and write their model cards.
 
-    python examples/adapters/make.py sentiment --steps 80 --n-test 200 --output examples/adapters     # as they were made
+    python examples/adapters/make.py sentiment --steps 80 --n-test 160 --output examples/adapters
     python examples/adapters/make.py source --steps 90 --n-test 120 --output examples/adapters
     python examples/adapters/make.py source --steps 400             # one of them, longer, into outputs/adapters
     python examples/adapters/make.py --short                        # does it run?
@@ -18,6 +18,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401, first: the other imports may fail
+
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
@@ -26,10 +31,6 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from peft_instance_prompt import IAPTConfig
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from reviews import accuracy, load_base, make_parser, parse
 from splits import three_splits
 from vader import FILES, load_sentences
@@ -128,7 +129,8 @@ text. After the prompt `Text: ...`, line break, `Answer:` it says {says}, and st
 | always "{commonest}" | {guess:.3f} |
 | licence | Apache-2.0, as the base model's |
 
-The figures are what the script printed that made it, `{command}`. It is an example: trained for minutes, on
+The figures are what the script printed that made it, `{command}`. The lead over the
+base model is {lead:.3f}, with a standard error of {error:.3f}, as of two independent samples. It is an example: trained for minutes, on
 short texts from before 2014. Decide nothing by it.
 """
 
@@ -154,10 +156,10 @@ def make(name, model, tokenizer, train, test, args):
     adapted.save_pretrained(folder)
 
     loaded = PeftModel.from_pretrained(adapted.unload(), folder)  # what is measured is what lies in the folder
-    examples = asked(test, name)
+    examples = asked(test, name)[: args.n_test]
     after = accuracy(loaded, tokenizer, examples, task.labels)
     model = loaded.unload()
-    before = accuracy(model, tokenizer, asked(test, name, task.cue), task.labels)
+    before = accuracy(model, tokenizer, asked(test, name, task.cue)[: args.n_test], task.labels)
     labels = [example["label"] for example in examples]
     commonest = max(task.labels, key=labels.count)
     guess = labels.count(commonest) / len(labels)
@@ -178,6 +180,8 @@ def make(name, model, tokenizer, train, test, args):
             "command": args.command.replace(".py", f".py {name}"),
         },
         **{"after": after, "before": before, "commonest": commonest, "guess": guess},
+        lead=after - before,
+        error=((after * (1 - after) + before * (1 - before)) / len(examples)) ** 0.5,
         **{"tokens": config.num_virtual_tokens, "bottleneck": config.bottleneck_dim},
         parameters=sum(parameter.numel() for parameter in trained),
         size=(folder / "adapter_model.safetensors").stat().st_size,
@@ -191,7 +195,7 @@ def main(args):
         model.name_or_path = model.config._name_or_path = BASE
     train, test = load_texts()
     for name in args.names:
-        model = make(name, model, tokenizer, train, test[: args.n_test], args)
+        model = make(name, model, tokenizer, train, test, args)
 
 
 if __name__ == "__main__":

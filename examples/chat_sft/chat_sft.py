@@ -20,6 +20,11 @@ import argparse
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # first: the other imports may fail
+
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -28,10 +33,6 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from peft_instance_prompt import IAPTConfig
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from reviews import load_base, sentiment_splits
 
 
@@ -130,4 +131,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.short:
         args.steps, args.n_test = min(args.steps, 4), min(args.n_test, SHOWN)
+        one_line.short_form(args.steps)
     main(args)

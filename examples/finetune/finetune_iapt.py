@@ -21,15 +21,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401, first: the other imports may fail
+
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 # The import adds the methods of this package to PEFT. It is needed to load such an adapter, too.
 from peft_instance_prompt import IAPTConfig, PreFTConfig
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from reviews import Collator, accuracy, fit, load_base, load_examples, make_parser, make_prompt, parse
 
 

@@ -7,7 +7,7 @@ Ask whether the instance mattered to a trained IAPT adapter, and draw what its p
     python examples/instance_report/pictures.py
 
 prints the report, and writes it as a page, `outputs/report.html`. Writes `prompts-light.png` and `prompts-dark.png` to
-`docs/images`. In about three minutes on two CPU cores. Needs matplotlib.
+`outputs/pictures`. In about three minutes on two CPU cores. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ import argparse
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401, first: the other imports may fail
+
 from matplotlib.figure import Figure
 from peft import PeftModel
 from torch.utils.data import DataLoader
@@ -23,10 +28,6 @@ from torch.utils.data import DataLoader
 from peft_instance_prompt import instance_report
 from peft_instance_prompt.tools.plots import plot_reading, plot_report, plot_separation
 from peft_instance_prompt.tools.themes import THEMES
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from reviews import N_TEST, Collator, load_base, load_examples
 
 
@@ -34,7 +35,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--adapter", default="outputs/iapt", help="folder of a trained adapter (default: %(default)s)")
 parser.add_argument("--layer", type=int, default=22, help="the layer that is read (default: %(default)s)")
 parser.add_argument("--report", default="outputs/report.html", help="where the page goes (default: %(default)s)")
-parser.add_argument("--output", default="docs/images", help="folder for the pictures (default: %(default)s)")
+parser.add_argument("--output", default="outputs/pictures", help="folder for the pictures (default: %(default)s)")
 parser.add_argument("--n-test", type=int, default=N_TEST, help="held-out sentences (default: %(default)s)")
 
 

@@ -15,16 +15,17 @@ Model and reviews come from PyPI packages. `report.json` in the output folder ha
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401, first: the other imports may fail
+
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import set_seed
 
 from peft_instance_prompt import IAPTConfig, instance_report
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from reviews import Collator, fit, load_base, load_examples, make_parser, parse
 
 

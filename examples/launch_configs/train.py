@@ -16,6 +16,11 @@ import os
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401, first: the other imports may fail
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather
@@ -23,10 +28,6 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from peft_instance_prompt import IAPTConfig
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from reviews import Collator, accuracy, fit, load_base, load_examples, make_parser, parse
 
 

@@ -20,6 +20,11 @@ import random
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # first: the other imports may fail
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -130,6 +135,8 @@ def main(args):
 
 if __name__ == "__main__":
     args = parser.parse_args()
-    args.n_test = 50 if args.short else N_TEST
-    args.steps = min(args.steps, 10) if args.short else args.steps
+    args.n_test = N_TEST
+    if args.short:
+        args.steps, args.n_test = min(args.steps, 10), 50
+        one_line.short_form(args.steps)
     main(args)

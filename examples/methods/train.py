@@ -18,6 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401, first: the other imports may fail
+
 from peft import get_peft_model
 from transformers import set_seed
 
@@ -32,10 +37,6 @@ from peft_instance_prompt import (
     learned_position,
     record_choices,
 )
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from reviews import (
     Collator,
     accuracy,

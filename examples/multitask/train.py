@@ -16,6 +16,11 @@ import random
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # first: the other imports may fail
+
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -154,4 +159,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.short:
         args.steps, args.n_test = min(args.steps, 5), min(args.n_test, 25)
+        one_line.short_form(args.steps)
     main(args)

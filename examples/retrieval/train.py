@@ -16,6 +16,11 @@ import copy
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # first: the other imports may fail
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -138,4 +143,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.short:
         args.steps, args.n_test = min(args.steps, 4), min(args.n_test, 50)
+        one_line.short_form(args.steps)
     main(args)

@@ -15,7 +15,13 @@ for all words can command one of the two only.
 
 import argparse
 import random
+import sys
 from pathlib import Path
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # first: the other imports may fail
 
 import torch
 from datasets import Dataset
@@ -189,4 +195,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.short:
         args.steps, args.base_steps, args.n_test = 20, 20, 20
+        one_line.short_form(args.steps)
     main(args)

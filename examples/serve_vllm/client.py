@@ -11,9 +11,16 @@ It needs no packages.
 
 import argparse
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.request import Request, urlopen
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401
 
 
 MODELS = ("sentiment", "source", "base")

@@ -15,6 +15,11 @@ import random
 import sys
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # first: the other imports may fail
+
 import torch
 from peft import get_peft_model
 from tqdm import trange
@@ -89,4 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of {ROWS} sentences (default: %(default)s)")
     parser.add_argument("--short", action="store_true", help="does it run? 3 steps")
     args = parser.parse_args()
-    main(args.folder, min(args.steps, 3) if args.short else args.steps)
+    if args.short:
+        args.steps = min(args.steps, 3)
+        one_line.short_form(args.steps)
+    main(args.folder, args.steps)

@@ -14,6 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import one_line  # noqa: F401, first: the other imports may fail
+
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from peft import get_peft_model
@@ -22,7 +27,7 @@ from transformers import set_seed
 from peft_instance_prompt import IDPGConfig, InstanceEmbedsCollator, add_instance_embeds
 
 
-sys.path += [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "realdata")]
+sys.path.append(str(Path(__file__).resolve().parents[2] / "realdata"))
 
 from minilm import encode
 from reviews import (
