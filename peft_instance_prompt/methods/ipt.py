@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,8 +43,8 @@ class IPTConfig(InstancePromptConfig):
     with AdamW (weight, gradient and two moments); the full table is 263 M, 1.05 GB and 4.2 GB. The rest is small there
     (the CNN 0.4 M and 0.1 M per prompt vector), so that any strategy with P up to 20 stays between 0.5 and 1.5 %.
 
-    Deviations from the paper: by default the adapter starts as a near no-op, and looked-up vectors are divided by their root mean
-    square (`init_weights`; `"paper"` does neither); fewer prompt vectors (5 and not 100); the low-rank table; the encoders' inner
+    Deviations from the paper: by default the adapter starts as a near no-op: a table of zeros, which `lookup` reads as it is; of
+    other tables the vectors are divided by their root mean square (`init_weights`; `"paper"` has neither); fewer prompt vectors (5 and not 100); the low-rank table; the encoders' inner
     width is `bottleneck_dim` (the released CNN has 1, the LSTM 64, and the MLP is one matrix from the mean to all prompt vectors,
     105 M weights); padding is never looked up; dropout is active in training only.
 
@@ -65,9 +65,11 @@ class IPTConfig(InstancePromptConfig):
         instance_scale (`float`): The factor of the instance's part with `host="deep"`. Defaults to 0.05.
         table_rank (`int`, `None` or `"auto"`): The rank of the table; `None` for a full one. Defaults to `"auto"`: 64, and a
             full table with `init="embeddings"`.
-        init (`str`): The start of the table. `"random"`, the default: uniform in [-0.5, 0.5], in a low-rank table the first
-            factor. `"pretrained"`: the table (and the encoder) in `init_file`. `"embeddings"`: a copy of the base model's input
-            embeddings; with `trainable=False`, no copy is made and the base model's own are read.
+        init (`str`, *optional*): The start of the table. `"zeros"`: a token that training never meets keeps the vector zero, whose
+            slot changes next to nothing, instead of a random one; for `lookup` in a table that is trained, and not with
+            `init_weights="paper"`. There it is the default, elsewhere `"random"`: uniform in [-0.5, 0.5]. In a low-rank table both
+            are of the first factor. `"pretrained"`: the table (and the encoder) in `init_file`. `"embeddings"`: a copy of the base
+            model's input embeddings; with `trainable=False`, no copy is made and the base model's own are read.
         init_file (`str`, *optional*): A safetensors file with `table.*` (and `encoder_*`), as `examples/methods/pretrain_ipt.py` in
             the project's repository writes it. Saved adapters do not name it: loading them does not need it.
         trainable (`bool`): Whether the table is trained. Defaults to `True`.
@@ -78,6 +80,7 @@ class IPTConfig(InstancePromptConfig):
     """
 
     paper = ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958")
+    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"init": "random"}}
 
     num_virtual_tokens: int = field(default=5, metadata={"help": "The number of prompt vectors per instance."})
     strategy: Literal["lookup", "encoder"] = field(
@@ -97,8 +100,11 @@ class IPTConfig(InstancePromptConfig):
     table_rank: Optional[Union[int, Literal["auto"]]] = field(
         default="auto", metadata={"help": "The rank of the table; None: full; 'auto': 64 where that is possible."}
     )
-    init: Literal["random", "pretrained", "embeddings"] = field(
-        default="random", metadata={"help": "What the table starts from: 'random', 'pretrained' or 'embeddings'."}
+    init: Optional[Literal["zeros", "random", "pretrained", "embeddings"]] = field(
+        default=None,
+        metadata={
+            "help": "What the table starts from: 'zeros', 'random', 'pretrained' or 'embeddings'; None: 'zeros', if it can learn so."
+        },
     )
     init_file: Optional[str] = field(default=None, metadata={"help": "The safetensors file for init='pretrained'."})
     trainable: bool = field(default=True, metadata={"help": "Whether the table is trained."})
@@ -109,12 +115,15 @@ class IPTConfig(InstancePromptConfig):
         super().__post_init__()
         if self.task_prompt is None:
             self.task_prompt = self.host == "deep"
+        can_be_zero = self.strategy == "lookup" and self.trainable is True and self.init_weights != "paper"
+        if self.init is None:
+            self.init = "zeros" if can_be_zero else "random"
         if self.table_rank == "auto":
             self.table_rank = None if self.init == "embeddings" else 64
         check_choice(self, "strategy", ("lookup", "encoder"))
         check_choice(self, "encoder", ("cnn", "mlp", "lstm"))
         check_choice(self, "host", ("prompt", "deep"))
-        check_choice(self, "init", ("random", "pretrained", "embeddings"))
+        check_choice(self, "init", ("zeros", "random", "pretrained", "embeddings"))
         for name in ("task_prompt", "trainable"):
             check_choice(self, name, (True, False))
         check_int(self, "max_instance_tokens", minimum=1)
@@ -122,6 +131,11 @@ class IPTConfig(InstancePromptConfig):
         for name in ("table_rank", "vocab_size"):
             check_int(self, name, minimum=1, optional=True)
         check_dropout(self)
+        if self.init == "zeros" and not can_be_zero:
+            raise ValueError(
+                "`init='zeros'` needs `strategy='lookup'`, `trainable=True` and an `init_weights` other than 'paper', got "
+                f"{self.strategy!r}, {self.trainable} and {self.init_weights!r}; leave `init` out."
+            )
         if self.init == "embeddings" and self.table_rank is not None:
             raise ValueError(f"`table_rank` must be None with `init='embeddings'`, got {self.table_rank}.")
         loaded = self.hidden_size is not None  # a saved adapter does not keep the file
@@ -162,7 +176,8 @@ class IPTGenerator(PromptGenerator):
 
     Attributes:
         table (`Table`, *optional*): The table. None if the generator reads the base model's embeddings or a constant.
-        gate (`nn.Parameter`): Shape (1, 1, w). The factor of the looked-up vectors. `init_weights="paper"` has none.
+        gate (`nn.Parameter`): Shape (1, 1, w). The factor of the looked-up vectors. With `init="zeros"` and with
+            `init_weights="paper"` there is none.
         encoder_... (`nn.Parameter`): The parameters of the encoder, see `nn/encoders.py`.
         out, out_bias (`nn.Parameter`): Shapes (1, f, P*w) and (1, 1, P*w): W and b behind the encoder.
         task (`nn.Parameter`): Shape (D, P, w). The task prompts.
@@ -180,6 +195,7 @@ class IPTGenerator(PromptGenerator):
         self.scale = config.instance_scale if deep else 1.0
         self.looks_up = config.strategy == "lookup"
         self.num_read = P if self.looks_up else config.max_instance_tokens
+        self.reads_bare: bool = self.paper or config.init == "zeros"  # vectors that are neither normalised nor gated
         read_width = width if self.looks_up else info.embedding_size
 
         self.table = None
@@ -197,9 +213,10 @@ class IPTGenerator(PromptGenerator):
             f = self.encoder.features_per_unit * config.bottleneck_dim
             self.out, self.out_bias = fan_in_uniform(1, f, P * width), fan_in_uniform(1, 1, P * width, fan_in=f)
             last = [self.out, self.out_bias]
+        elif config.init == "zeros":
+            last = [self.constant if self.table is None else self.table.weight]
         elif not self.paper:
-            # A gate of zeros behind the table makes a near no-op. A table of zeros could not tell tokens apart.
-            self.gate = nn.Parameter(torch.zeros(1, 1, width))
+            self.gate = nn.Parameter(torch.zeros(1, 1, width))  # makes a near no-op of a table that is not zero
             last = [self.gate]
         if config.task_prompt:
             self.task = nn.Parameter(torch.zeros(len(self.depths), P, width))
@@ -305,9 +322,9 @@ class IPTGenerator(PromptGenerator):
         else:
             vectors = instances.vector  # (G, T, w)
             counts = counts.clamp(max=vectors.shape[1])  # (G,), the tokens that are read
-        vectors = vectors if self.paper else rms_norm(vectors)
+        vectors = vectors if self.reads_bare else rms_norm(vectors)
         if self.looks_up:
-            return vectors if self.paper else vectors * weights["gate"]  # (G, P, w)
+            return vectors if self.reads_bare else vectors * weights["gate"]  # (G, P, w)
         features = self.encoder.run(vectors.to(weights["out"].dtype), counts, weights)  # (G, 1, f)
         prompts = self.dropout(features) @ weights["out"] + weights["out_bias"]  # (G, 1, P * w)
         return prompts.unflatten(-1, (self.num_slots, -1)).flatten(1, 2)  # (G, P, w)

@@ -146,9 +146,12 @@ def test_bad_init_file(tmp_path: Path) -> None:
         ({"strategy": "table"}, ValueError, "`strategy`.*'lookup', 'encoder'.*'table'"),
         ({"encoder": "gru"}, ValueError, "`encoder`.*'cnn', 'mlp', 'lstm'.*'gru'"),
         ({"host": "prefix"}, ValueError, "`host`.*'prefix'"),
-        ({"init": "zeros"}, ValueError, "`init`.*'zeros'"),
+        ({"init": "ones"}, ValueError, "`init`.*'zeros', 'random'.*'ones'"),
+        ({"init": "zeros", "strategy": "encoder"}, ValueError, "`init='zeros'` needs.*'encoder', True and True"),
+        ({"init": "zeros", "trainable": False}, ValueError, "`init='zeros'` needs.*'lookup', False and True"),
+        ({"init": "zeros", "init_weights": "paper"}, ValueError, "`init='zeros'` needs.*'lookup', True and 'paper'"),
         ({"init": "pretrained"}, ValueError, "`init_file`.*None with 'pretrained'"),
-        ({"init_file": "x"}, ValueError, "`init_file`.*'x' with 'random'"),
+        ({"init_file": "x"}, ValueError, "`init_file`.*'x' with 'zeros'"),
         ({"table_rank": 0}, ValueError, "`table_rank` must be at least 1, got 0"),
         ({"table_rank": "all"}, TypeError, "`table_rank`.*'all'"),
         ({"table_rank": 4, "init": "embeddings"}, ValueError, "`table_rank` must be None.*got 4"),
@@ -166,6 +169,33 @@ def test_bad_init_file(tmp_path: Path) -> None:
 def test_bad_field(fields: dict, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
         IPTConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "init"),
+    [
+        ({}, "zeros"),
+        ({"condition": "constant"}, "zeros"),
+        ({"host": "deep", "init_weights": False}, "zeros"),
+        ({"strategy": "encoder"}, "random"),
+        ({"trainable": False}, "random"),
+        ({"init_weights": "paper"}, "random"),
+    ],
+)
+def test_default_of_init(fields: dict, init: str) -> None:
+    assert config(**fields).init == init
+
+
+def test_a_file_without_init_is_of_the_old_form(tmp_path: Path) -> None:
+    """A table of random vectors behind a gate, as up to 0.2.0."""
+    model = adapted(causal_lm(), config(init="random"))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = {name: value for name, value in json.loads(file.read_text()).items() if name != "init"}
+    file.write_text(json.dumps({**saved, "format_version": 0}))
+    loaded = PeftModel.from_pretrained(causal_lm(), tmp_path).eval()
+    assert loaded.peft_config["default"].init == "random"
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_embeddings_of_another_width() -> None:
