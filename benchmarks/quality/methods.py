@@ -133,6 +133,7 @@ FACTORS = {"iapt-0.2-slow-down": {"down": 0.1}}
 RATES = {
     "ipt": (3e-2, 1e-2, 1e-1),
     "ipt-0.2": (3e-2, 1e-2, 1e-1),
+    "ipt-deep": (3e-2, 1e-2, 1e-1),
     "dp": (1e-1, 3e-2, 3e-1),
     "iapt": (1e-2, 3e-3, 3e-2),
     "iapt-128": (3e-3, 1e-3, 1e-2),
@@ -153,6 +154,7 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-0.2-gelu": lambda **kw: IAPTConfig(**{**IAPT_0_2, "activation": "gelu"}, **kw),
     "iapt-0.2-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **IAPT_0_2, **kw),
     "ipt-0.2": lambda **kw: IPTConfig(init="random", **kw),
+    "ipt-deep": lambda **kw: IPTConfig(host="deep", instance_scale=0.5, **kw),
 }
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..checks import check_choice, check_dropout, check_int, check_number
-from ..config import InstancePromptConfig
 from ..generator import INPUT, Instances, Placement, PromptGenerator, Source, Weights, chosen_layers
 from ..nn.encoders import ENCODERS, Table
 from ..nn.init import fan_in_uniform
 from ..nn.pooling import rms_norm
 from ..registry import register_method
+from .accumulation import AccumulatingConfig
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class IPTConfig(InstancePromptConfig):
+class IPTConfig(AccumulatingConfig):
     """Configuration of [`IPTModel`], instance-wise prompt tuning (https://arxiv.org/abs/2206.01958).
 
     A second embedding table, of shape (vocab_size, width), turns the instance's token ids into the prompt. With `strategy="lookup"`,
@@ -76,7 +76,8 @@ class IPTConfig(InstancePromptConfig):
         dropout (`float`): The dropout on the encoder's features, in training only, from 0 to below 1. Defaults to 0.1.
         vocab_size (`int`, *optional*): The number of the base model's embeddings. Filled in; a later base model must agree.
 
-    All fields of [`InstancePromptConfig`] are inherited.
+    All fields of [`AccumulatingConfig`] and [`InstancePromptConfig`] are inherited. `accumulate` is for `host="deep"`: without it, what was
+    looked up leaves the slots at the second layer.
     """
 
     paper = ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958")
@@ -192,6 +193,7 @@ class IPTGenerator(PromptGenerator):
         layers = sorted(chosen_layers(config, info))
         super().__init__(config, info, depths=(layers if config.task_prompt else layers[:1]) if deep else [INPUT])
         width = info.hidden_size if deep else info.embedding_size
+        self.adds: bool = config.accumulates([info])
         self.scale = config.instance_scale if deep else 1.0
         self.looks_up = config.strategy == "lookup"
         self.num_read = P if self.looks_up else config.max_instance_tokens
@@ -306,6 +308,9 @@ class IPTGenerator(PromptGenerator):
     def index_at(self, depth: int) -> dict[str, int]:
         rows = {name: 0 for name, _ in self.named_parameters(recurse=False)} if depth == self.depths[0] else {}
         return {**rows, "task": self.depths.index(depth)} if self.config.task_prompt else rows
+
+    def adds_at(self, depth: int) -> bool:
+        return self.adds and depth != self.depths[0]
 
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
         if depth != self.depths[0]:

@@ -250,10 +250,13 @@ def test_dropout_in_training_only(kind: str) -> None:
 
 @pytest.mark.parametrize(("init_weights", "init"), [(True, None), (True, "random"), ("paper", None)])
 @pytest.mark.parametrize("layers", [None, [1, 2]])
+@pytest.mark.parametrize("accumulate", [None, True])
 @torch.no_grad()
-def test_deep_host(init_weights, init, layers: list[int] | None) -> None:
+def test_deep_host(init_weights, init, layers: list[int] | None, accumulate: bool | None) -> None:
     """A task prompt at every layer, and 0.05 times the instance's part added to the first, written by hooks."""
-    model = adapted(causal_lm(), config(host="deep", init_weights=init_weights, init=init, layers_to_transform=layers))
+    accumulate = None if init_weights == "paper" else accumulate
+    fields = {"init_weights": init_weights, "init": init, "layers_to_transform": layers, "accumulate": accumulate}
+    model = adapted(causal_lm(), config(host="deep", **fields))
     generator, base, ids = generator_of(model), causal_lm(), INPUTS["input_ids"][:1]
     found = generator.table(ids[0, :6])  # (6, d)
     found = found / rms(found) * generator.gate[0] if init == "random" else found
@@ -263,7 +266,8 @@ def test_deep_host(init_weights, init, layers: list[int] | None) -> None:
             states = args[0].clone()  # (1, 6 + S, d)
             at = layers.index(number) if layers else number
             prompt = generator.task[at] + (0.05 * found if at == 0 else 0.0)
-            states[0, :6] = prompt if init_weights == "paper" else states[0, 6] + rms(states[0, 6]) * prompt
+            stays = states[0, :6] if accumulate and at > 0 else states[0, 6]
+            states[0, :6] = prompt if init_weights == "paper" else stays + rms(states[0, 6]) * prompt
             return (states, *args[1:])
 
         return hook
