@@ -128,9 +128,16 @@ CONTROLS = {name: "m-idpg-constant" if name == "m-idpg-mean" else f"{name}-const
 # Each output of the down-projection is a sum over the width d of the model, each of the up-projection one over the bottleneck m. Adam
 # moves all weights alike, so the first moves about d / m times as far.
 FACTORS = {"iapt-0.2-slow-down": {"down": 0.1}}
-# IPT learns vectors of single tokens, which want a rate as high as PEFT's prompt tuning does: of the others' rates the highest was best
-# by far on dev.
-RATES = {"ipt": (3e-2, 1e-2, 1e-1), "iapt": (1e-2, 3e-3, 3e-2), "iapt-128": (3e-3, 1e-3, 1e-2)}
+# IPT and dynamic prompting learn vectors themselves, which want a rate as high as PEFT's prompt tuning does: of the others' rates the
+# highest was best by far on dev.
+RATES = {
+    "ipt": (3e-2, 1e-2, 1e-1),
+    "ipt-0.2": (3e-2, 1e-2, 1e-1),
+    "ipt-deep": (3e-2, 1e-2, 1e-1),
+    "dp": (3e-1, 1e-1, 1.0),
+    "iapt": (1e-2, 3e-3, 3e-2),
+    "iapt-128": (3e-3, 1e-3, 1e-2),
+}
 # One thing is changed in each: the form, how many slots, where they stand, what they begin as, whether the activation is learned. They
 # have no control, and are tested with their own prompts only.
 VARIANTS: dict[str, Callable[..., PeftConfig]] = {
@@ -146,6 +153,8 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-0.2-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **IAPT_0_2, **kw),
     "iapt-0.2-gelu": lambda **kw: IAPTConfig(**{**IAPT_0_2, "activation": "gelu"}, **kw),
     "iapt-0.2-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **IAPT_0_2, **kw),
+    "ipt-0.2": lambda **kw: IPTConfig(init="random", **kw),
+    "ipt-deep": lambda **kw: IPTConfig(host="deep", instance_scale=0.5, **kw),
 }
 
 
@@ -157,7 +166,7 @@ EDITS = {"preft-r16": 16, "preft-r13": 13, "preft-r146": 146}
 # Of which method each of these is another setting.
 SETTING_OF = {
     "iapt-0.2-slow-down": "iapt-0.2",
-    **{name: "iapt-0.2" if name.startswith("iapt-0.2") else "iapt" for name in VARIANTS},
+    **{name: "iapt-0.2" if name.startswith("iapt-0.2") else name.partition("-")[0] for name in VARIANTS},
     "m-idpg-mean": "m-idpg",
     "lpt-appg": "lpt",
 }

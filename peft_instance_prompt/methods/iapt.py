@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
@@ -19,11 +18,12 @@ from ..nn.init import fan_in_uniform
 from ..nn.pooling import attention_pool, rms
 from ..nn.rational import FIXED_ACTIVATIONS, GELU_FITS, gelu_coefficients, rational
 from ..registry import register_method
+from .accumulation import AccumulatingConfig
 from .bottleneck import BottleneckConfig
 
 
 @dataclass
-class IAPTConfig(BottleneckConfig):
+class IAPTConfig(BottleneckConfig, AccumulatingConfig):
     """Configuration of [`IAPTModel`], instruction-aware prompt tuning (https://arxiv.org/abs/2405.18203).
 
     At every layer the prompt vectors are generated anew from that layer's own input at the instruction's tokens:
@@ -49,30 +49,23 @@ class IAPTConfig(BottleneckConfig):
         slot_vectors (`bool`, *optional*): Whether each slot has a learned vector, drawn from a standard normal distribution, that
             is added to what it pools. Without it all slots pool nearly the same at the start, get nearly the same gradient, and stay
             alike. Defaults to `True`, with `init_weights="paper"` to `False`.
-        accumulate (`bool`, *optional*): Whether the prompt vectors of a layer are added to the states in the slots, which then read
-            the text through the model's own attention, or replace them, the paper's form. At the first layer with prompts they
-            replace them in both. Filled in when the adapter is made: `True` in encoders and with `prompt_position="end"`; `False`
-            with `init_weights="paper"`, and where slots stand before a causal text and cannot read it.
         condition (`str`): As for all methods. With `accumulate`, the slots of the control `"constant"` read the text, too, through the
             model's own attention: it tells what the *generator* gains by reading the instance.
 
     Raises:
-        ValueError: `slot_vectors` or `accumulate` is `True` with `init_weights="paper"`.
+        ValueError: `slot_vectors` is `True` with `init_weights="paper"`.
 
-    All fields of [`BottleneckConfig`] and [`InstancePromptConfig`] are inherited.
+    All fields of [`BottleneckConfig`], [`AccumulatingConfig`] and [`InstancePromptConfig`] are inherited.
     """
 
     paper = ("IAPT: Instruction-Aware Prompt Tuning for Large Language Models", "2405.18203")
-    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {
-        1: {"slot_vectors": False, "accumulate": False, "activation": "rational"}
-    }
+    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"slot_vectors": False, "activation": "rational"}}
 
     activation: Optional[Literal["rational", "gelu", "relu", "silu", "tanh"]] = None
     activation_fit: Literal["wide", "tight"] = "wide"
     share_layers: int = 1
     down_factor: Optional[float] = None
     slot_vectors: Optional[bool] = None
-    accumulate: Optional[bool] = None
 
     def _fill_in(self) -> None:
         super()._fill_in()
@@ -81,34 +74,20 @@ class IAPTConfig(BottleneckConfig):
             self.slot_vectors = not paper
         if self.activation is None:
             self.activation = "rational" if paper else "gelu"
-        if self.accumulate is None and paper:
-            self.accumulate = False
 
     def _check_fields(self) -> None:
         super()._check_fields()
         check_choice(self, "slot_vectors", (True, False))
-        check_choice(self, "accumulate", (None, True, False))
         check_choice(self, "activation", ("rational", *FIXED_ACTIVATIONS))
         check_choice(self, "activation_fit", tuple(GELU_FITS))
         check_int(self, "share_layers", minimum=1)
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
-        for name in ("slot_vectors", "accumulate"):
-            if self.init_weights == "paper" and getattr(self, name):
-                raise ValueError(
-                    f"`{name}` must be False or None with `init_weights='paper'`, the paper's form, got True."
-                )
-
-    def complete(self, model: nn.Module, infos: Sequence[StackInfo]) -> None:
-        super().complete(model, infos)
-        self.accumulate = self.accumulates(infos)
-
-    def accumulates(self, infos: Sequence[StackInfo]) -> bool:
-        """Whether prompt vectors are added to the states in the slots of these stacks."""
-        if self.accumulate is None:
-            return self.prompt_position == "end" or not any(info.causal for info in infos)
-        return self.accumulate
+        if self.init_weights == "paper" and self.slot_vectors:
+            raise ValueError(
+                "`slot_vectors` must be False or None with `init_weights='paper'`, the paper's form, got True."
+            )
 
 
 class IAPTGenerator(PromptGenerator):

@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,17 +17,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..checks import check_choice, check_dropout, check_int, check_number
-from ..config import InstancePromptConfig
 from ..engine.stack import StackInfo
 from ..generator import INPUT, Instances, Placement, PromptGenerator, Source, Weights, chosen_layers
 from ..nn.encoders import ENCODERS, Table
 from ..nn.init import fan_in_uniform
 from ..nn.pooling import rms_norm
 from ..registry import register_method
+from .accumulation import AccumulatingConfig
 
 
 @dataclass
-class IPTConfig(InstancePromptConfig):
+class IPTConfig(AccumulatingConfig):
     """Configuration of [`IPTModel`], instance-wise prompt tuning (https://arxiv.org/abs/2206.01958).
 
     A second embedding table, of shape (vocab_size, width), turns the instance's token ids into the prompt. With `strategy="lookup"`,
@@ -40,10 +40,11 @@ class IPTConfig(InstancePromptConfig):
     with AdamW (weight, gradient and two moments); the full table is 263 M, 1.05 GB and 4.2 GB. The rest is small there
     (the CNN 0.4 M and 0.1 M per prompt vector), so that any strategy with P up to 20 stays between 0.5 and 1.5 %.
 
-    Deviations from the paper: by default the adapter starts as a near no-op, and looked-up vectors are divided by their root mean
-    square (`init_weights`; `"paper"` does neither); fewer prompt vectors (5 and not 100); the low-rank table; the encoders' inner
-    width is `bottleneck_dim` (the released CNN has 1, the LSTM 64, and the MLP is one matrix from the mean to all prompt vectors,
-    105 M weights); padding is never looked up; dropout is active in training only.
+    Deviations from the paper: by default the adapter starts as a near no-op, with a table of zeros, which `lookup` reads as it is;
+    the vectors of other tables are divided by their root mean square (`init_weights`; `"paper"` has neither); fewer prompt vectors
+    (5 and not 100); the low-rank table; the encoders' inner width is `bottleneck_dim` (the released CNN has 1, the LSTM 64, and
+    the MLP is one matrix from the mean to all prompt vectors, 105 M weights); padding is never looked up; dropout is active in
+    training only.
 
     Args:
         num_virtual_tokens (`int`): The number P of prompt vectors. Defaults to 5. With `strategy="lookup"` and without a task
@@ -62,19 +63,23 @@ class IPTConfig(InstancePromptConfig):
         instance_scale (`float`): The factor of the instance's part with `host="deep"`. Defaults to 0.05.
         table_rank (`int`, `None` or `"auto"`): The rank of the table; `None` for a full one. Defaults to `"auto"`: 64, and a
             full table with `init="embeddings"`.
-        init (`str`): The start of the table. `"random"`, the default: uniform in [-0.5, 0.5], in a low-rank table the first
-            factor. `"pretrained"`: the table (and the encoder) in `init_file`. `"embeddings"`: a copy of the base model's input
-            embeddings; with `trainable=False`, no copy is made and the base model's own are read.
+        init (`str`, *optional*): The start of the table. `"zeros"`: a token that training never meets keeps the vector zero, whose
+            slot changes next to nothing, instead of a random one; for `lookup` in a table that is trained, and not with
+            `init_weights="paper"`. There it is the default, elsewhere `"random"`: uniform in [-0.5, 0.5]. In a low-rank table both
+            are of the first factor. `"pretrained"`: the table (and the encoder) in `init_file`. `"embeddings"`: a copy of the base
+            model's input embeddings; with `trainable=False`, no copy is made and the base model's own are read.
         init_file (`str`, *optional*): A safetensors file with `table.*` (and `encoder_*`), as `examples/methods/pretrain_ipt.py` in
             the project's repository writes it. Saved adapters do not name it: loading them does not need it.
         trainable (`bool`): Whether the table is trained. Defaults to `True`.
         dropout (`float`): The dropout on the encoder's features, in training only, from 0 to below 1. Defaults to 0.1.
         vocab_size (`int`, *optional*): The number of the base model's embeddings. Filled in; a later base model must agree.
 
-    All fields of [`InstancePromptConfig`] are inherited.
+    All fields of [`AccumulatingConfig`] and [`InstancePromptConfig`] are inherited. `accumulate` is for `host="deep"`: without it, what was
+    looked up leaves the slots at the second layer.
     """
 
     paper = ("Instance-wise Prompt Tuning for Pretrained Language Models", "2206.01958")
+    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"init": "random"}}
 
     num_virtual_tokens: int = 5
     strategy: Literal["lookup", "encoder"] = "lookup"
@@ -84,16 +89,23 @@ class IPTConfig(InstancePromptConfig):
     task_prompt: Optional[bool] = None
     instance_scale: float = 0.05
     table_rank: Optional[Union[int, Literal["auto"]]] = "auto"
-    init: Literal["random", "pretrained", "embeddings"] = "random"
+    init: Optional[Literal["zeros", "random", "pretrained", "embeddings"]] = None
     init_file: Optional[str] = None
     trainable: bool = True
     dropout: float = 0.1
     vocab_size: Optional[int] = None
 
+    @property
+    def can_be_zero(self) -> bool:
+        """Whether a table of zeros learns: it is trained, and its vectors are read as they are."""
+        return self.strategy == "lookup" and self.trainable is True and self.init_weights != "paper"
+
     def _fill_in(self) -> None:
         super()._fill_in()
         if self.task_prompt is None:
             self.task_prompt = self.host == "deep"
+        if self.init is None:
+            self.init = "zeros" if self.can_be_zero else "random"
         if self.table_rank == "auto":
             self.table_rank = None if self.init == "embeddings" else 64
 
@@ -102,7 +114,7 @@ class IPTConfig(InstancePromptConfig):
         check_choice(self, "strategy", ("lookup", "encoder"))
         check_choice(self, "encoder", ("cnn", "mlp", "lstm"))
         check_choice(self, "host", ("prompt", "deep"))
-        check_choice(self, "init", ("random", "pretrained", "embeddings"))
+        check_choice(self, "init", ("zeros", "random", "pretrained", "embeddings"))
         for name in ("task_prompt", "trainable"):
             check_choice(self, name, (True, False))
         check_int(self, "max_instance_tokens", minimum=1)
@@ -113,6 +125,11 @@ class IPTConfig(InstancePromptConfig):
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
+        if self.init == "zeros" and not self.can_be_zero:
+            raise ValueError(
+                "`init='zeros'` needs `strategy='lookup'`, `trainable=True` and an `init_weights` other than 'paper', got "
+                f"{self.strategy!r}, {self.trainable} and {self.init_weights!r}; leave `init` out."
+            )
         if self.init == "embeddings" and self.table_rank is not None:
             raise ValueError(f"`table_rank` must be None with `init='embeddings'`, got {self.table_rank}.")
         loaded = self.hidden_size is not None  # a saved adapter does not keep the file
@@ -154,7 +171,8 @@ class IPTGenerator(PromptGenerator):
 
     Attributes:
         table (`Table`, *optional*): The table. None if the generator reads the base model's embeddings or a constant.
-        gate (`nn.Parameter`): Shape (1, 1, w). The factor of the looked-up vectors. `init_weights="paper"` has none.
+        gate (`nn.Parameter`): Shape (1, 1, w). The factor of the looked-up vectors. With `init="zeros"` and with
+            `init_weights="paper"` there is none.
         encoder_... (`nn.Parameter`): The parameters of the encoder, see `nn/encoders.py`.
         out, out_bias (`nn.Parameter`): Shapes (1, f, P*w) and (1, 1, P*w): W and b behind the encoder.
         task (`nn.Parameter`): Shape (D, P, w). The task prompts.
@@ -169,9 +187,11 @@ class IPTGenerator(PromptGenerator):
         layers = sorted(chosen_layers(config, info))
         super().__init__(config, info, depths=(layers if config.task_prompt else layers[:1]) if deep else [INPUT])
         width = info.hidden_size if deep else info.embedding_size
+        self.adds: bool = config.accumulates([info])
         self.scale = config.instance_scale if deep else 1.0
         self.looks_up = config.strategy == "lookup"
         self.num_read = P if self.looks_up else config.max_instance_tokens
+        self.reads_bare: bool = self.paper or config.init == "zeros"  # vectors that are neither normalised nor gated
         read_width = width if self.looks_up else info.embedding_size
 
         self.table = None
@@ -189,9 +209,10 @@ class IPTGenerator(PromptGenerator):
             f = self.encoder.features_per_unit * config.bottleneck_dim
             self.out, self.out_bias = fan_in_uniform(1, f, P * width), fan_in_uniform(1, 1, P * width, fan_in=f)
             last = [self.out, self.out_bias]
+        elif config.init == "zeros":
+            last = [self.constant if self.table is None else self.table.weight]
         elif not self.paper:
-            # A gate of zeros behind the table makes a near no-op. A table of zeros could not tell tokens apart.
-            self.gate = nn.Parameter(torch.zeros(1, 1, width))
+            self.gate = nn.Parameter(torch.zeros(1, 1, width))  # makes a near no-op of a table that is not zero
             last = [self.gate]
         if config.task_prompt:
             self.task = nn.Parameter(torch.zeros(len(self.depths), P, width))
@@ -282,6 +303,9 @@ class IPTGenerator(PromptGenerator):
         rows = {name: 0 for name, _ in self.named_parameters(recurse=False)} if depth == self.depths[0] else {}
         return {**rows, "task": self.depths.index(depth)} if self.config.task_prompt else rows
 
+    def adds_at(self, depth: int) -> bool:
+        return self.adds and depth != self.depths[0]
+
     def generate(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
         if depth != self.depths[0]:
             return weights["task"]  # (P, w) or (G, P, w)
@@ -297,9 +321,9 @@ class IPTGenerator(PromptGenerator):
         else:
             vectors = instances.vector  # (G, T, w)
             counts = counts.clamp(max=vectors.shape[1])  # (G,), the tokens that are read
-        vectors = vectors if self.paper else rms_norm(vectors)
+        vectors = vectors if self.reads_bare else rms_norm(vectors)
         if self.looks_up:
-            return vectors if self.paper else vectors * weights["gate"]  # (G, P, w)
+            return vectors if self.reads_bare else vectors * weights["gate"]  # (G, P, w)
         features = self.encoder.run(vectors.to(weights["out"].dtype), counts, weights)  # (G, 1, f)
         prompts = self.dropout(features) @ weights["out"] + weights["out_bias"]  # (G, 1, P * w)
         return prompts.unflatten(-1, (self.num_slots, -1)).flatten(1, 2)  # (G, P, w)

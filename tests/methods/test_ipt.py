@@ -47,12 +47,12 @@ def logits(model: PeftModel, **kwargs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rank", [4, None])
-@pytest.mark.parametrize("init_weights", [True, "paper"])
+@pytest.mark.parametrize(("init_weights", "init"), [(True, None), (True, "random"), ("paper", None)])
 @pytest.mark.parametrize("task_prompt", [False, True])
 @torch.no_grad()
-def test_lookup_against_the_base_model_with_the_prompt_in_its_input(rank, init_weights, task_prompt) -> None:
+def test_lookup_against_the_base_model_with_the_prompt_in_its_input(rank, init_weights, init, task_prompt) -> None:
     """Row by row, with as many prompt vectors as there are instruction tokens, but with all if there is a task prompt."""
-    fields = {"table_rank": rank, "init_weights": init_weights, "task_prompt": task_prompt}
+    fields = {"table_rank": rank, "init_weights": init_weights, "init": init, "task_prompt": task_prompt}
     model, base = adapted(causal_lm(), config(**fields)), causal_lm()
     generator = generator_of(model)
     table = generator.table.weight if rank is None else generator.table.weight @ generator.table.up  # (V, d)
@@ -60,7 +60,7 @@ def test_lookup_against_the_base_model_with_the_prompt_in_its_input(rank, init_w
     for row, start, n in ((0, 0, 6), (1, 5, 2)):
         ids = INPUTS["input_ids"][row, start:]
         found = table[ids[:n]]  # (n, d)
-        found = found if init_weights == "paper" else found / rms(found) * generator.gate[0]
+        found = found / rms(found) * generator.gate[0] if init == "random" else found
         prompt = torch.cat([found, torch.zeros(6 - n, d)]) + generator.task[0] if task_prompt else found
         embeds = base.get_input_embeddings()(ids)
         prompt = prompt if init_weights == "paper" else embeds[0] + rms(embeds[0]) * prompt
@@ -90,6 +90,23 @@ def test_random_table_is_uniform() -> None:
     assert abs(float(weight.std()) - 12**-0.5) < 0.005 and abs(float(weight.mean())) < 0.005
     low = Table(1000, 50, rank=8)
     assert abs(float((low.weight @ low.up).std()) - 12**-0.5) < 0.05
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_token_that_training_never_met(rank: int | None) -> None:
+    """Its slot holds what a fresh adapter's does, a copy of the first token; those of other tokens have moved."""
+    model = get_peft_model(causal_lm(), config(table_rank=rank, num_virtual_tokens=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    met, new = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 8, 7]])
+    for _ in range(3):
+        model(met, labels=torch.tensor([[-100, -100, 7]])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with intercept(lambda made: seen.append(made.values[0])):
+        seen: list[torch.Tensor] = []
+        model.eval()(new)
+    first = model.get_input_embeddings()(new)[0, 0]
+    assert torch.equal(seen[-1][1], first) and not torch.allclose(seen[-1][0], first, atol=0.01)
 
 
 @pytest.mark.parametrize("rank", [4, None])
@@ -231,22 +248,26 @@ def test_dropout_in_training_only(kind: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- deep host
 
 
-@pytest.mark.parametrize("init_weights", [True, "paper"])
+@pytest.mark.parametrize(("init_weights", "init"), [(True, None), (True, "random"), ("paper", None)])
 @pytest.mark.parametrize("layers", [None, [1, 2]])
+@pytest.mark.parametrize("accumulate", [None, True])
 @torch.no_grad()
-def test_deep_host(init_weights, layers: list[int] | None) -> None:
+def test_deep_host(init_weights, init, layers: list[int] | None, accumulate: bool | None) -> None:
     """A task prompt at every layer, and 0.05 times the instance's part added to the first, written by hooks."""
-    model = adapted(causal_lm(), config(host="deep", init_weights=init_weights, layers_to_transform=layers))
+    accumulate = None if init_weights == "paper" else accumulate
+    fields = {"init_weights": init_weights, "init": init, "layers_to_transform": layers, "accumulate": accumulate}
+    model = adapted(causal_lm(), config(host="deep", **fields))
     generator, base, ids = generator_of(model), causal_lm(), INPUTS["input_ids"][:1]
     found = generator.table(ids[0, :6])  # (6, d)
-    found = found if init_weights == "paper" else found / rms(found) * generator.gate[0]
+    found = found / rms(found) * generator.gate[0] if init == "random" else found
 
     def write(number: int):
         def hook(layer, args):
             states = args[0].clone()  # (1, 6 + S, d)
             at = layers.index(number) if layers else number
             prompt = generator.task[at] + (0.05 * found if at == 0 else 0.0)
-            states[0, :6] = prompt if init_weights == "paper" else states[0, 6] + rms(states[0, 6]) * prompt
+            stays = states[0, :6] if accumulate and at > 0 else states[0, 6]
+            states[0, :6] = prompt if init_weights == "paper" else stays + rms(states[0, 6]) * prompt
             return (states, *args[1:])
 
         return hook
@@ -262,7 +283,7 @@ def test_deep_host(init_weights, layers: list[int] | None) -> None:
 def test_deep_host_without_task_prompt() -> None:
     model = get_peft_model(causal_lm(), config(host="deep", task_prompt=False))
     assert generator_of(model).depths == (0,)
-    assert {name for name, _ in generator_of(model).named_parameters()} == {"gate", "table.weight", "table.up"}
+    assert {name for name, _ in generator_of(model).named_parameters()} == {"table.weight", "table.up"}
 
 
 @pytest.mark.parametrize("fields", [{}, {"strategy": "encoder"}, {"host": "deep"}])

@@ -15,6 +15,7 @@ import transformers as tf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tiny import adapted, batch, causal_lm, generator_of
+from tiny import encoder as bert
 
 from peft_instance_prompt import IPTConfig
 from peft_instance_prompt.engine.stack import describe
@@ -146,9 +147,12 @@ def test_bad_init_file(tmp_path: Path) -> None:
         ({"strategy": "table"}, ValueError, "`strategy`.*'lookup', 'encoder'.*'table'"),
         ({"encoder": "gru"}, ValueError, "`encoder`.*'cnn', 'mlp', 'lstm'.*'gru'"),
         ({"host": "prefix"}, ValueError, "`host`.*'prefix'"),
-        ({"init": "zeros"}, ValueError, "`init`.*'zeros'"),
+        ({"init": "ones"}, ValueError, "`init`.*'zeros', 'random'.*'ones'"),
+        ({"init": "zeros", "strategy": "encoder"}, ValueError, "`init='zeros'` needs.*'encoder', True and True"),
+        ({"init": "zeros", "trainable": False}, ValueError, "`init='zeros'` needs.*'lookup', False and True"),
+        ({"init": "zeros", "init_weights": "paper"}, ValueError, "`init='zeros'` needs.*'lookup', True and 'paper'"),
         ({"init": "pretrained"}, ValueError, "`init_file`.*None with 'pretrained'"),
-        ({"init_file": "x"}, ValueError, "`init_file`.*'x' with 'random'"),
+        ({"init_file": "x"}, ValueError, "`init_file`.*'x' with 'zeros'"),
         ({"table_rank": 0}, ValueError, "`table_rank` must be at least 1, got 0"),
         ({"table_rank": "all"}, TypeError, "`table_rank`.*'all'"),
         ({"table_rank": 4, "init": "embeddings"}, ValueError, "`table_rank` must be None.*got 4"),
@@ -166,6 +170,44 @@ def test_bad_init_file(tmp_path: Path) -> None:
 def test_bad_field(fields: dict, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
         IPTConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "init"),
+    [
+        ({}, "zeros"),
+        ({"condition": "constant"}, "zeros"),
+        ({"host": "deep", "init_weights": False}, "zeros"),
+        ({"strategy": "encoder"}, "random"),
+        ({"trainable": False}, "random"),
+        ({"init_weights": "paper"}, "random"),
+    ],
+)
+def test_default_of_init(fields: dict, init: str) -> None:
+    assert config(**fields).init == init
+
+
+def test_where_vectors_are_added_to_the_states() -> None:
+    def filled_in(base, **fields) -> bool:
+        return get_peft_model(base, IPTConfig(host="deep", table_rank=4, **fields)).peft_config["default"].accumulate
+
+    assert filled_in(bert(), task_type="FEATURE_EXTRACTION") is True
+    assert filled_in(causal_lm(), task_type="CAUSAL_LM") is False
+    assert filled_in(causal_lm(), task_type="CAUSAL_LM", prompt_position="end") is True
+    with pytest.raises(ValueError, match="`accumulate` must be False or None with `init_weights='paper'`"):
+        config(host="deep", accumulate=True, init_weights="paper")
+
+
+def test_a_file_without_the_new_fields_is_of_the_old_form(tmp_path: Path) -> None:
+    """A table of random vectors behind a gate, and vectors that replace the states in the slots, as up to 0.2.0."""
+    model = adapted(causal_lm(), config(init="random", host="deep", accumulate=False, prompt_position="end"))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = {name: value for name, value in json.loads(file.read_text()).items() if name not in ("init", "accumulate")}
+    file.write_text(json.dumps({**saved, "format_version": 0}))
+    loaded = PeftModel.from_pretrained(causal_lm(), tmp_path).eval()
+    assert (loaded.peft_config["default"].init, loaded.peft_config["default"].accumulate) == ("random", False)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_embeddings_of_another_width() -> None:
