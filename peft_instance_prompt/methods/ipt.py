@@ -210,7 +210,7 @@ class IPTGenerator(PromptGenerator):
             self.out, self.out_bias = fan_in_uniform(1, f, P * width), fan_in_uniform(1, 1, P * width, fan_in=f)
             last = [self.out, self.out_bias]
         elif config.init == "zeros":
-            last = [self.constant if self.table is None else self.table.weight]
+            last = [p for name, p in self.named_parameters() if name in ("constant", "table.weight")]
         elif not self.paper:
             self.gate = nn.Parameter(torch.zeros(1, 1, width))  # makes a near no-op of a table that is not zero
             last = [self.gate]
