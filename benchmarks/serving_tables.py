@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the page Cost, from the groups that serving_cost.py has measured, and of vLLM's page, from what serving.py has."""
+"""The tables of the page Cost, from the groups that serving_cost.py has measured."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from quality.tables import setup_lines, table
 from serving_models import METHODS, SLOTS
 
 
-ENGINES = {"prompt": "IAPT", "preft": "PreFT", "lora": "vLLM's own LoRA"}  # by their names in serving.py
-TIMES = {"all": "a request from start to end", "first": "until the first token", "decode": "decoding"}
 SETUP = ("model", "dtype", "device", "threads", "torch", "transformers", "peft", "revision")
 
 
@@ -41,20 +39,7 @@ def blocks(folder: Path) -> dict[str, str]:
             if law := growth(serving, ("first_token", "per_token")):
                 made[f"serving_cost.{path.name}.growth"] = law
         made[f"serving_cost.{path.name}.setup"] = setup_lines(groups, SETUP)
-    for path in folder.glob("speed/vllm-*.json"):
-        made[f"speed.{path.stem}"] = engines(json.loads(path.read_text()), path.stem.removeprefix("vllm-"))
     return made
-
-
-def engines(found: dict[str, dict], tenants: str) -> str:
-    """The ratios of engines of vLLM to the bare one, and their intervals: in CPU time, and by the clock."""
-    rows = []
-    for what, label in TIMES.items():
-        for end, measure in ((", CPU", "CPU time"), ("", "wall time")):
-            ratios = [found.get(f"{tenants} tenants, {what}{end}, {kind}") for kind in ENGINES]
-            cells = [f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "not measured" for r in ratios]
-            rows.append([f"{label}, {measure}", *cells])
-    return table(["ratio to the bare engine", *ENGINES.values()], rows)
 
 
 def ratios(groups: dict[str, dict], measure: str) -> str:

@@ -24,7 +24,7 @@ from tiny import VOCAB, adapted, batch, causal_lm, encoder
 
 from peft_instance_prompt import adapter_files
 from peft_instance_prompt.adapter_files import digest
-from peft_instance_prompt.attaching import expected_tensors, make_generator
+from peft_instance_prompt.attaching import expected_for, expected_tensors, make_generator
 from peft_instance_prompt.engine.stack import describe
 from peft_instance_prompt.guards import is_loading
 
@@ -281,7 +281,7 @@ def test_expected_tensors_are_those_that_peft_saves(kind: str, tmp_path: Path) -
     saved = type(made).from_pretrained(tmp_path)
     assert saved.saved_embedding_layers == ["model.embed_tokens"]
     for base in (causal_lm(), model.get_base_model()):
-        expected = type(model.base_model).expected_tensors(saved, base)
+        expected = expected_for(saved, base)
         assert {name: tuple(e.shape) for name, e in expected.items()} == {n: tuple(t.shape) for n, t in file.items()}
     info = describe(causal_lm())[0]
     wide = [make_generator(saved, replace(info, hidden_size=32 * n, embedding_size=32 * n)) for n in (1, 2)]

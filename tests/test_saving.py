@@ -26,7 +26,6 @@ from tiny import adapted, batch, causal_lm
 
 from peft_instance_prompt import adapter_files
 from peft_instance_prompt.adapter_files import digest, find_config
-from peft_instance_prompt.config import InstancePromptConfig
 from peft_instance_prompt.files import LEFT_OVER, STAGE, staged
 
 
@@ -309,7 +308,7 @@ def test_what_is_saved_beside_ours_has_no_keys_of_ours(owner: str, tmp_path: Pat
         ours.save_pretrained(save_directory)
         PeftModel.save_pretrained.__wrapped__(other, f"{save_directory}/lora")
 
-    adapter_files._guarded(save, InstancePromptConfig, native=owner == "PreTrainedModel")(both, tmp_path)
+    adapter_files._guarded(save, native=owner == "PreTrainedModel")(both, tmp_path)
     PeftModel.save_pretrained.__wrapped__(other, tmp_path / "alone")
     assert json.loads((tmp_path / CONFIG).read_text())["weights_digest"] == digest(load_file(tmp_path / WEIGHTS))
     assert (tmp_path / "lora" / CONFIG).read_text() == (tmp_path / "alone" / CONFIG).read_text()

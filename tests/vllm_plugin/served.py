@@ -13,13 +13,12 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 
 if __name__ == "__main__":
@@ -93,8 +92,7 @@ class Served:
         folders (`dict[str, Path]`): The adapters' folders, by name.
         prompts (`dict[str, list[list[int]]]`): Each adapter's prompts.
         answers (`dict[str, list[list[int]]]`): The greedy continuation of each, by transformers.
-        scores (`dict[str, list[list[float]]]`): The log-probabilities of each answer's tokens.
-        half (`Served`): The same adapters, with the answers of transformers in bfloat16; None if nobody has asked for them.
+        firsts (`dict[str, list[float]]`): The log-probability of each answer's first token.
         embeds (`dict[str, list[torch.Tensor]]`): The prompts as embeddings, of adapters that enter at the input.
     """
 
@@ -102,8 +100,7 @@ class Served:
     folders: dict[str, Path] = field(default_factory=dict)
     prompts: dict[str, list[list[int]]] = field(default_factory=dict)
     answers: dict[str, list[list[int]]] = field(default_factory=dict)
-    scores: dict[str, list[list[float]]] = field(default_factory=dict)
-    half: Served | None = None
+    firsts: dict[str, list[float]] = field(default_factory=dict)
     embeds: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -116,28 +113,19 @@ class Served:
         chats = [chat_ids(tokenizer, text) for text in TEXTS]
         for name, prompts in ((BASE, texts), (CHAT, chats)):
             made.prompts[name] = prompts
-            made.answers[name], made.scores[name] = scored(model, prompts)
+            made.answers[name], made.firsts[name] = scored(model, prompts)
         for seed, (name, (config, scale)) in enumerate({**CONFIGS, **OTHERS}.items()):
             torch.manual_seed(seed)
             config.task_type = "CAUSAL_LM"
             adapted = perturb(get_peft_model(model, config), seed, scale=scale).eval()
             made.prompts[name] = chats if getattr(config, "response_template", None) else texts
-            made.answers[name], made.scores[name] = scored(adapted, made.prompts[name])
+            made.answers[name], made.firsts[name] = scored(adapted, made.prompts[name])
             if name in list(OTHERS)[:2]:
                 made.embeds[name] = [to_prompt_embeds(adapted, torch.tensor([ids]))[0] for ids in texts]
             adapted.save_pretrained(folder / name)
             made.folders[name] = folder / name
             model = adapted.unload()
         return made
-
-    def with_half(self, names: list[str]) -> Served:
-        """This, with the answers of some adapters on the base model in bfloat16; the adapters' weights stay in float32."""
-        model, half = load_smollm2()[0].bfloat16(), replace(self, answers={}, scores={})
-        for name in names:
-            adapted = PeftModel.from_pretrained(model, self.folders[name]).eval() if name in self.folders else model
-            half.answers[name], half.scores[name] = scored(adapted, self.prompts[name])
-            model = model if adapted is model else adapted.unload()
-        return replace(self, half=half)
 
     def answers_of(self, names: list[str]) -> dict[str, list[list[int]]]:
         return {name: self.answers[name] for name in names}
@@ -154,8 +142,8 @@ def continuations(model: torch.nn.Module, prompts: list[list[int]]) -> list[list
 
 
 @torch.no_grad()
-def scored(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
-    """The greedy continuation of each prompt, and the log-probabilities of its tokens."""
+def scored(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[list[list[int]], list[float]]:
+    """The greedy continuation of each prompt, and the log-probability of its first token."""
     S = max(map(len, prompts))
     ids = torch.tensor([[0] * (S - len(p)) + p for p in prompts])  # (B, S)
     mask = torch.tensor([[0] * (S - len(p)) + [1] * len(p) for p in prompts])  # (B, S)
@@ -163,9 +151,8 @@ def scored(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[list[list[
     kept = {"return_dict_in_generate": True, "output_logits": True}
     out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **lengths, **kept)
     answers = out.sequences[:, S:]  # (B, new)
-    logits = torch.stack(out.logits, dim=1).float()  # (B, new, V)
-    scores = logits.log_softmax(-1).gather(2, answers[..., None])[..., 0]  # (B, new)
-    return answers.tolist(), scores.tolist()
+    firsts = out.logits[0].float().log_softmax(-1).gather(1, answers[:, :1])[:, 0]  # (B,)
+    return answers.tolist(), firsts.tolist()
 
 
 class Engine:
@@ -212,24 +199,17 @@ class Engine:
             found.setdefault(name, []).append(list(output.outputs[0].token_ids))
         return found
 
-    def differences(self, names: list[str], wanted: Served) -> dict[str, float]:
-        """By adapter: the largest difference between the engine's log-probabilities of its answers' tokens and transformers'."""
+    def first_differences(self, names: list[str]) -> dict[str, float]:
+        """By adapter: the largest difference between the engine's log-probability of an answer's first token and transformers'."""
         found = {}
         for name in names:
-            prompts = wanted.prompts[name]
-            outputs = self.ask(prompts, [self.named(name)] * len(prompts), logprobs=20)
-            each = zip(outputs, wanted.answers[name], wanted.scores[name])
-            found[name] = max(gap for one in each for gap in gaps_of(*one))
+            outputs = self.ask(
+                self.served.prompts[name], [self.named(name)] * len(TEXTS), max_tokens=1, min_tokens=1, logprobs=20
+            )
+            wanted = zip(outputs, self.served.answers[name], self.served.firsts[name])
+            pairs = [(output.outputs[0].logprobs[0].get(answer[0]), first) for output, answer, first in wanted]
+            found[name] = max(abs(pair[0].logprob - pair[1]) if pair[0] else float("inf") for pair in pairs)
         return found
-
-
-def gaps_of(output: Any, answer: list[int], scores: list[float]) -> Iterator[float]:
-    """The differences at an answer's tokens, up to the first that the engine chose otherwise: behind it the two read other text."""
-    own = output.outputs[0]
-    for chosen, known, token, score in zip(own.token_ids, own.logprobs, answer, scores):
-        yield abs(known[token].logprob - score) if token in known else float("inf")
-        if chosen != token:
-            return
 
 
 def compare(file: str, given: str, out: str) -> None:
@@ -246,8 +226,7 @@ def compare(file: str, given: str, out: str) -> None:
     for names in given["batches"]:
         found["same"].update({n: answers == served.answers[n] for n, answers in engine.answers(names).items()})
     if given.get("differences"):
-        found["differences"] = engine.differences(given["differences"], served)
-        found["differences in half"] = engine.differences(list(served.half.answers), served.half)
+        found["differences"] = engine.first_differences(given["differences"])
     found.update(
         release=list(vllm.__version_tuple__[:2]),
         mode=int(config.compilation_config.mode),
