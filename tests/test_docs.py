@@ -139,6 +139,7 @@ def test_commands_name_files_and_targets_that_exist() -> None:
 @pytest.mark.slow
 def test_the_readme_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the real model: what stands behind the block of Python is what it prints."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     code, printed = next((b, p) for b, p in zip(ALL, ALL[1:]) if b.page == "README.md" and b.language == "py")
     said = io.StringIO()
