@@ -253,11 +253,13 @@ class StackForward(MethodWrapper):
 
 
 def drop_name(module: nn.Module, attribute: str, name: str) -> None:
-    """Take a name out of a list that is an attribute of a module, and delete the attribute when the list is empty."""
-    names = vars(module)[attribute]
-    names.remove(name)
+    """Take a name out of a list that is an attribute of a module, and delete the attribute when the list is empty. The name is not
+    there if attaching was interrupted before it was noted."""
+    names = vars(module).get(attribute, [])
+    if name in names:
+        names.remove(name)
     if not names:
-        delattr(module, attribute)
+        vars(module).pop(attribute, None)
 
 
 def refuse_export(stack: nn.Module) -> None:
