@@ -131,30 +131,6 @@ def test_a_config_that_nobody_registered() -> None:
         UnregisteredConfig()
 
 
-def test_a_peft_that_knows_the_name_already() -> None:
-    """In a process of its own, where the enum has the name before this package is imported."""
-    code = """
-import warnings
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.peft_types import PeftType
-member = str.__new__(PeftType, "IAPT")
-member._name_ = member._value_ = "IAPT"
-type.__setattr__(PeftType, "IAPT", member)
-PeftType._member_map_["IAPT"] = PeftType._value2member_map_["IAPT"] = member
-PeftType._member_names_.append("IAPT")
-class Theirs: pass
-PEFT_TYPE_TO_CONFIG_MAPPING[member] = Theirs
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import peft_instance_prompt
-assert any("'iapt' of its own" in str(one.message) for one in caught), caught
-assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is Theirs
-assert list(PeftType).count("IAPT") == 1
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 # A PEFT that has a method of the name `iapt`: LoRA under that name.
 PEFT_WITH_IAPT = """
 from dataclasses import dataclass
@@ -171,6 +147,17 @@ class TheirConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType.IAPT
 register_peft_method(name="iapt", config_cls=TheirConfig, model_cls=LoraModel, prefix="lora_")
+"""
+# What stays as it was when this package is imported after that.
+STANDS_ASIDE = """
+import warnings
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peft_instance_prompt
+assert any("'iapt' of its own" in str(one.message) for one in caught), caught
+assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is TheirConfig
+assert list(PeftType).count("IAPT") == 1
 """
 # Both methods in one process: folders of 0.2.0, those that are saved now, and PEFT's own.
 BOTH = """
@@ -220,12 +207,22 @@ assert type(new.base_model) is IAPTModel and new.peft_type == "INSTANCE_IAPT"
 SAVED = Path(__file__).parent / "saved_by_0_2_0"
 
 
+def run(code: str, *args: Path) -> str:
+    """What code that has to succeed in a process of its own writes to stderr."""
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_a_peft_that_knows_the_name_already() -> None:
+    """In a process of its own, where the enum has the name before this package is imported."""
+    run(PEFT_WITH_IAPT + STANDS_ASIDE)
+
+
 def test_the_day_peft_has_a_method_of_our_name(tmp_path: Path) -> None:
     """PEFT's is PEFT's; ours goes on under another name, and folders that were saved before that day load as before."""
-    command = [sys.executable, "-c", PEFT_WITH_IAPT + BOTH, SAVED / "llama/iapt", SAVED / "base/llama", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "PEFT has a method named 'iapt' of its own (__main__.TheirConfig), which stays in place" in done.stderr
+    said = run(PEFT_WITH_IAPT + BOTH, SAVED / "llama/iapt", SAVED / "base/llama", tmp_path)
+    assert "PEFT has a method named 'iapt' of its own (__main__.TheirConfig), which stays in place" in said
 
 
 def test_registration_while_peft_is_being_imported() -> None:
@@ -244,5 +241,4 @@ import peft
 assert "peft_instance_prompt" in sys.modules and "IAPT" in peft.PeftType.__members__
 assert "transformers.trainer" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run(code)

@@ -3,7 +3,7 @@
 """
 Train the two adapters that lie beside this script, and write their model cards.
 
-    python examples/adapters/make.py sentiment --steps 80 --n-test 160 --output examples/adapters
+    python examples/adapters/make.py sentiment --steps 200 --n-test 300 --output examples/adapters
     python examples/adapters/make.py source --steps 90 --n-test 120 --output examples/adapters
     python examples/adapters/make.py source --steps 400             # one of them, longer, into outputs/adapters
     python examples/adapters/make.py --short                        # does it run?
