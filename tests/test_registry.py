@@ -171,6 +171,7 @@ from transformers import AutoModelForCausalLM
 import peft_instance_prompt
 from peft_instance_prompt import IAPTConfig, IAPTModel
 from peft_instance_prompt.__main__ import main
+from peft_instance_prompt.vllm.registration import is_own_folder
 saved, base, out = map(Path, sys.argv[1:])
 call = load_file(saved / "expected.safetensors")
 expected = call.pop("logits")
@@ -193,6 +194,7 @@ check(model, "two")
 model.save_pretrained(out / "again")
 check(PeftModel.from_pretrained(fresh(), out / "again"))
 assert main(["inspect", str(saved)]) == 0
+assert is_own_folder(saved) and is_own_folder(out / "again")
 native = fresh()
 native.load_adapter(str(saved))
 with torch.no_grad():
@@ -201,6 +203,7 @@ with torch.no_grad():
 theirs = get_peft_model(fresh(), TheirConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
 theirs.save_pretrained(out / "theirs")
 assert type(PeftModel.from_pretrained(fresh(), out / "theirs").peft_config["default"]) is TheirConfig
+assert not is_own_folder(out / "theirs")
 new = get_peft_model(fresh(), IAPTConfig(task_type="CAUSAL_LM"))
 assert type(new.base_model) is IAPTModel and new.peft_type == "INSTANCE_IAPT"
 """

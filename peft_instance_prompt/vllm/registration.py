@@ -10,13 +10,14 @@ our worker's methods, has no LoRA unless a LoRA is named, too, and the front end
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import points
+from .adapters import is_own
+from .package import read_kind
 
 
 KEY = "instance_prompt"
@@ -31,21 +32,12 @@ def register() -> None:
             logging.getLogger("vllm").warning("Instance prompts are not served: %s.", error)
 
 
-def kind_of(folder: str) -> str | None:
-    """The `peft_type` of a folder; None if it has none, or none that can be read."""
+def is_own_folder(folder: str) -> bool:
+    """Whether a folder holds an adapter of this package; not if its config cannot be read, which is said when it is loaded."""
     try:
-        return json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def is_own(kind: str | None) -> bool:
-    """Whether a `peft_type` is ours. PEFT's own are known without importing anything."""
-    if kind is None or kind == "LORA":
+        return is_own(read_kind(Path(folder)))
+    except (OSError, ValueError):
         return False
-    from .adapters import is_own
-
-    return is_own(kind)
 
 
 def from_cli_args(original: Callable, cls: type, args: Any) -> Any:
@@ -58,7 +50,7 @@ def from_cli_args(original: Callable, cls: type, args: Any) -> Any:
         return engine_args
     from vllm.lora.utils import get_adapter_absolute_path
 
-    own = {name: path for name, path in modules.items() if is_own(kind_of(get_adapter_absolute_path(path)))}
+    own = {name: path for name, path in modules.items() if is_own_folder(get_adapter_absolute_path(path))}
     if own:
         beside = {"lora": True} if len(own) < len(modules) else {}
         engine_args.additional_config = {**additional, KEY: {**given, **beside, "folders": own}}
@@ -93,7 +85,7 @@ def create_engine_config(original: Callable, args: Any, *rest: Any, **kwargs: An
 
 def from_local_dir(original: Callable, cls: type, lora_path: str, *args: Any, **kwargs: Any) -> Any:
     """A folder of ours in an engine that serves LoRA only."""
-    if is_own(kind_of(lora_path)):
+    if is_own_folder(lora_path):
         from .release import untested_release
 
         raise ValueError(
