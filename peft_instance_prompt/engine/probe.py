@@ -333,11 +333,11 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
         shown["encoder_hidden_states"] = torch.zeros(
             1, 3, stack.config.get_text_config().hidden_size, device=device, dtype=dtype
         )
-    mask, call = torch.empty(0), {}  # if no layer is called
     try:
         with torch.no_grad(), whole([*probe.parameters(), *layer.parameters()]):
             try:
                 probe(inputs_embeds=embeds, **shown)
+                raise RuntimeError("no layer is called")
             except Reached as reached:
                 call = reached.args[0]
                 merged = call.get("merged_attention_mask")  # T5Gemma 2: behind its own keys, those of the encoder
