@@ -80,8 +80,7 @@ def prepare(config: InstanceConfig, model: nn.Module, adapter_names: Iterable[st
     config.complete(model, infos)
     generators = {}
     for info in infos:
-        check_sizes(config, info)
-        PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls.check(config, info)
+        check_fits(config, info)
         generators[info.name] = [generator := make_generator(config, info)]
         added = names_added(generator_path(config, info.name), generator, adapter_names)
         check_modules_to_save(config, tree, tree[info.layers_name], added)
@@ -309,8 +308,8 @@ def matches(names: Union[str, Sequence[str]], info: StackInfo) -> bool:
     return any(name == wanted or name.endswith("." + wanted) for name in own for wanted in names)
 
 
-def check_sizes(config: InstanceConfig, info: StackInfo) -> None:
-    """Raise a ValueError if the adapter was made for a stack of another size."""
+def check_fits(config: InstanceConfig, info: StackInfo) -> None:
+    """Raise a ValueError if the adapter was made for a stack of another size, or its method cannot work in this one."""
     for name in SIZES:
         wanted, found = getattr(config, name, None), getattr(info, name)
         if wanted is not None and wanted != found:
@@ -322,6 +321,12 @@ def check_sizes(config: InstanceConfig, info: StackInfo) -> None:
     layers = [layers] if isinstance(layers, int) else layers or []
     if outside := [number for number in layers if number >= info.num_layers]:
         raise ValueError(f"`layers_to_transform` must lie in 0..{info.num_layers - 1} for this model, got {outside}.")
+    generator_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls
+    if info.no_slots and not generator_cls.edits:
+        raise ValueError(
+            f"{config.method.upper()} cannot be used here: {info.no_slots}. PreFT, which edits the instruction, has no slots."
+        )
+    generator_cls.check(config, info)
 
 
 def check_task(config: InstanceConfig, infos: Sequence[StackInfo], model: Optional[nn.Module] = None) -> None:

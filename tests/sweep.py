@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,12 @@ def checked(made: Subject, model: torch.nn.Module) -> dict[str, Found]:
     return found
 
 
-def run_class(model_type: str, auto: str) -> dict[str, dict[str, Found]]:
+def run_class(model_type: str, auto: str, methods: Iterable[str] = TITLES) -> dict[str, dict[str, Found]]:
     """What each method's checks find in a class, by method; the bare model's under "bare"."""
     made = subject(model_type, auto)
     bare = checked(made, copy.deepcopy(made.bare))
     results = {"bare": bare}
-    for method in TITLES:
+    for method in methods:
         built: dict[str, torch.nn.Module] = {}
 
         def attach(method: str = method) -> None:
@@ -111,7 +112,7 @@ def run_class(model_type: str, auto: str) -> dict[str, dict[str, Found]]:
     return results
 
 
-def run_type(model_type: str) -> dict[str, Any]:
+def run_type(model_type: str, methods: Iterable[str]) -> dict[str, Any]:
     """The outcome of each auto class of a type: a table by method and check, or the reason why there is none."""
     results: dict[str, Any] = {}
     for auto, name in classes()[model_type].items():
@@ -119,14 +120,14 @@ def run_type(model_type: str) -> dict[str, Any]:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             try:
-                results[auto] = {"class": name, "methods": run_class(model_type, auto)}
+                results[auto] = {"class": name, "methods": run_class(model_type, auto, methods)}
             except NotBuilt as error:
                 results[auto] = {"class": name, "not_built": sentence(error)[:300]}
         results[auto]["seconds"] = round(time.monotonic() - start, 1)
     return results
 
 
-def run_apart(model_type: str) -> dict[str, Any]:
+def run_apart(model_type: str, methods: Iterable[str]) -> dict[str, Any]:
     """`run_type` in a process of its own."""
     path = FOLDER / f"{model_type}.json"
     path.unlink(missing_ok=True)
@@ -137,7 +138,7 @@ def run_apart(model_type: str) -> dict[str, Any]:
         code = 1
         try:
             part = path.with_suffix(".part")
-            part.write_text(json.dumps(run_type(model_type), indent=1))
+            part.write_text(json.dumps(run_type(model_type, methods), indent=1))
             part.rename(path)
             code = 0
         except BaseException:
@@ -165,6 +166,9 @@ def line(model_type: str, results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", default="", help="these model types only, again: names with commas")
+    parser.add_argument(
+        "--methods", default=",".join(TITLES), help="names with commas; the cells of others stay as they are"
+    )
     parser.add_argument("--again", action="store_true", help="also the types that outputs/sweep has already")
     parser.add_argument("--shard", default="1/1", help="k/n: the k-th of n parts")
     parser.add_argument("--write", action="store_true", help="write tests/sweep.json and docs/sweep.md afterwards")
@@ -175,15 +179,16 @@ def main() -> None:
     tf.logging.disable_progress_bar()
     FOLDER.mkdir(parents=True, exist_ok=True)
     shard, shards = map(int, args.shard.split("/"))
+    methods = args.methods.split(",")
     types = args.types.split(",") if args.types else list(classes())[shard - 1 :: shards]
     for model_type in types:
         if args.types or args.again or not (FOLDER / f"{model_type}.json").exists():
-            print(line(model_type, run_apart(model_type)), flush=True)
-    table = collect(
-        FOLDER, {name: metadata.version(name).partition("+")[0] for name in ("transformers", "peft", "torch")}
-    )
+            print(line(model_type, run_apart(model_type, methods)), flush=True)
+    versions = {name: metadata.version(name).partition("+")[0] for name in ("transformers", "peft", "torch")}
+    known = json.loads(TABLE.read_text())
+    table = collect(FOLDER, versions, known)
     if args.check:
-        other = differences(json.loads(TABLE.read_text()), table)
+        other = differences(known, table)
         sys.exit("\n".join(other) or None)
     if args.write:
         TABLE.write_text(dumped(table))

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from table_cells import Cell, footnotes, written
 
 RIGHT, BARE, REFUSED, WRONG = "right", "as the bare model", "refused", "WRONG"
 RANK = {RIGHT: 0, BARE: 1, REFUSED: 2, WRONG: 3}
-TITLES = {"lora": "LoRA", "iapt": "IAPT", "lpt": "LPT", "idpg_single": "S-IDPG"}
+TITLES = {"lora": "LoRA", "iapt": "IAPT", "lpt": "LPT", "idpg_single": "S-IDPG", "preft": "PreFT"}
 GROUPS = {
     "CausalLM": "Causal language models",
     "Seq2SeqLM": "Encoder-decoder models",
@@ -35,8 +37,8 @@ def worst(found: dict[str, list[str]]) -> Cell:
     return Cell(what, why.rstrip(".") + "." if why else "")
 
 
-def collect(folder: Path, versions: dict[str, str]) -> dict[str, Any]:
-    """The whole of what was found, from the files of the types."""
+def collect(folder: Path, versions: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
+    """The whole of what was found, from the files of the types. Methods that were not run have the cells of the table `known`."""
     table: dict[str, Any] = {"versions": versions, "classes": {}, "not_built": {}}
     for path in sorted(folder.glob("*.json")):
         for auto, result in json.loads(path.read_text()).items():
@@ -44,8 +46,12 @@ def collect(folder: Path, versions: dict[str, str]) -> dict[str, Any]:
             if (why := result.get("not_built")) is not None:
                 table["not_built"].setdefault(short(why), []).append(f"{path.stem}, {auto}")
                 continue
-            cells = {method: list(worst(result["methods"][method])) for method in TITLES}
-            table["classes"].setdefault(auto, {})[path.stem] = {"class": own, **cells}
+            cells = {m: list(worst(found)) for m, found in result["methods"].items() if m in TITLES}
+            cells = {**known["classes"].get(auto, {}).get(path.stem, {}), **cells}
+            table["classes"].setdefault(auto, {})[path.stem] = {
+                "class": own,
+                **{method: cells[method] for method in TITLES},
+            }
     return table
 
 
@@ -74,46 +80,54 @@ HEAD = """# Every class of transformers
 `python tests/sweep.py --write` makes this page: it builds a tiny model of random weights of each class that transformers lists for
 causal, sequence-to-sequence, speech and vision-language models, sequence classifiers and masked language models, and runs it with
 LoRA and with one method of each kind. IAPT writes at the input of each layer, LPT from a middle layer on, S-IDPG (from the
-embeddings) at the input of the first. Vision-language and speech models that take text alone get text alone.
+embeddings) at the input of the first, and PreFT edits the instruction. Vision-language and speech models that take text alone get
+text alone.
 
 - **right**: all of this holds. A row padded left or right gives what it gives alone; with a cache as without; no logits depend
   on later tokens, in evaluation and in training; the logits at the end of the instruction are the same in training and in
   generation; a gradient reaches each weight of the adapter; saved and loaded, it gives the same.
-- **as the bare model**: what does not hold does not hold without an adapter either.
-- **refused**: a `ValueError` or `TypeError` of this package, with the sentence below the tables.
+- **as bare**: what does not hold does not hold without an adapter either.
+- **refused**: a `ValueError` or `TypeError` of this package; the number is that of its [kind](#reasons).
 - **fails**: anything else, such as an error that PEFT raises for LoRA. `tests/test_sweep.py` allows none for our methods.
+
+Each class's own reason stands in `tests/sweep.json`.
 """
+SHOWN = {RIGHT: RIGHT, BARE: "as bare", REFUSED: REFUSED, WRONG: "fails"}
+NAMED = re.compile(
+    r"'[^']*'|\[[^]]*\]|\([^)]*\)|\b[A-Z]+[a-z0-9_]*[A-Z]\w*|\b\d+"
+)  # what differs between classes in a refusal
+
+CURE = re.compile(r": (?=set|pad|choose)")
+
+
+def kind(why: str) -> str:
+    """The kind of a refusal: what it says, without the names and numbers of the class, and without the cure."""
+    return CURE.split(NAMED.sub("…", why))[0].rstrip(".") + "."
+
+
+def shown(row: dict[str, Any], notes: list[str]) -> list[str]:
+    """The cells of a class, one per method."""
+    cells = [Cell(SHOWN[what], kind(why) if what == REFUSED else "") for what, why in (row[m] for m in TITLES)]
+    return [written(cell, notes) for cell in cells]
 
 
 def page(table: dict[str, Any]) -> str:
     notes: list[str] = []
     versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
-    counts: dict[str, dict[str, int]] = {method: dict.fromkeys(RANK, 0) for method in TITLES}
-    for rows in table["classes"].values():
-        for row in rows.values():
-            for method in TITLES:
-                counts[method][row[method][0]] += 1
-    number = sum(len(rows) for rows in table["classes"].values())
-    missing = sum(len(types) for types in table["not_built"].values())
-    lines = [HEAD, f"Run with {versions}: {number} classes, and {missing} that are [not in the tables](#not-run).", ""]
-    lines += [f"| method | {' | '.join([*RANK][:-1])} | fails |", "|---" * (len(RANK) + 1) + "|"]
-    lines += [
-        f"| {TITLES[m]} | {' | '.join(str(counts[m][what]) for what in RANK)} |".replace(WRONG, "fails")
-        for m in TITLES
-    ]
-    for auto, rows in table["classes"].items():
-        lines += [
-            "",
-            f"## {GROUPS[auto]}",
-            "",
-            f"| class | {' | '.join(TITLES.values())} |",
-            "|---" * (len(TITLES) + 1) + "|",
-        ]
-        for row in rows.values():
-            cells = [written(Cell(*row[method]), notes).replace(WRONG, "fails") for method in TITLES]
-            lines.append(f"| `{row['class']}` | {' | '.join(cells)} |")
-    lines += ["", "## Not run", "", "No tiny model of these could be built, or its plain call fails:", ""]
-    for why, types in table["not_built"].items():
-        lines.append(f"- {', '.join(f'`{one}`' for one in types)}: `{why}`")
-    reasons = [f"`{line}`" if "`" not in line else line for line in notes]
-    return "\n".join([*lines, "", "## Reasons", "", *footnotes(reasons), ""])
+    rows = [row for group in table["classes"].values() for row in group.values()]
+    missing = [one.partition(", ")[0] for types in table["not_built"].values() for one in types]
+    counts = {m: Counter(row[m][0] for row in rows) for m in TITLES}
+    lines = [HEAD, f"Run with {versions}: {len(rows)} classes, and {len(missing)} that were [not run](#not-run).", ""]
+    lines += [f"| method | {' | '.join(SHOWN.values())} |", "|---" * (len(SHOWN) + 1) + "|"]
+    lines += [f"| {title} | {' | '.join(str(counts[m][what]) for what in SHOWN)} |" for m, title in TITLES.items()]
+    for auto, group in table["classes"].items():
+        alike: dict[tuple[str, ...], dict[str, None]] = {}
+        for row in group.values():
+            alike.setdefault(tuple(shown(row, notes)), {})[f"`{row['class']}`"] = None
+        right = alike.pop((RIGHT,) * len(TITLES), {})
+        lines += ["", f"## {GROUPS[auto]}", "", f"Right with all methods: {', '.join(right) or 'none'}.", ""]
+        lines += [f"| class | {' | '.join(TITLES.values())} |", "|---" * (len(TITLES) + 1) + "|"]
+        lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in alike.items()]
+    lines += ["", "## Not run", "", "No tiny model of these could be built, or its plain call fails:"]
+    lines += [", ".join(f"`{one}`" for one in sorted(set(missing))) + "."]
+    return "\n".join([*lines, "", "## Reasons", "", *footnotes(notes), ""])

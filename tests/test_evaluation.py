@@ -103,6 +103,7 @@ def test_scores_without_a_template_are_not(task: dict, tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_line(task: dict, tmp_path: Path) -> None:
     """`lm_eval --model_args pretrained=...,peft=...`, which never imports this package: the scores are the same."""

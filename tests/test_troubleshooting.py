@@ -47,11 +47,6 @@ def iapt(base: torch.nn.Module | None = None, **fields):
     return adapted(causal_lm() if base is None else base, IAPTConfig(**{"task_type": "CAUSAL_LM", **fields}))
 
 
-def mamba(name: str, **sizes) -> tf.PreTrainedModel:
-    config = getattr(tf, f"{name}Config")(vocab_size=96, hidden_size=32, num_hidden_layers=2, **sizes)
-    return tf.AutoModelForCausalLM.from_config(config)
-
-
 # -------------------------------------------------------------------------------------------------------- first steps
 
 
@@ -136,7 +131,7 @@ def _(path, patch):
 
 @says("Whether ... is causal cannot be told: its attention declares no `is_causal`")
 def _(path, patch):
-    iapt(mamba("FalconMamba", state_size=4))
+    iapt(tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)))
 
 
 @says("The forward of ... is not understood: it takes no ...")
@@ -144,9 +139,12 @@ def _(path, patch):
     iapt(tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4)))
 
 
-@says("Instance prompts need layers that are known to attend, and ... has none")
+@says("IAPT cannot be used here: slots need layers that ...")
 def _(path, patch):
-    iapt(mamba("Mamba2", state_size=4, num_heads=4, head_dim=16, n_groups=1))
+    config = tf.Mamba2Config(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=16, n_groups=1
+    )
+    iapt(tf.AutoModelForCausalLM.from_config(config))
 
 
 @says("`task_type` ... does not fit the base model, which is ...")

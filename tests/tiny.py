@@ -65,6 +65,13 @@ DECODERS = {
     ),
 }
 
+_states = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}
+# Decoders without attention, which have no slots.
+STATE_SPACES = {
+    "mamba": lambda: tf.MambaConfig(**_states),
+    "mamba2": lambda: tf.Mamba2Config(**_states, num_heads=4, head_dim=16, n_groups=1),
+}
+
 _encoder = {**_small, "num_hidden_layers": 4, "intermediate_size": 48, "max_position_embeddings": 64}
 _bert = {**_encoder, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _roberta = {**_encoder, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
@@ -140,7 +147,7 @@ VLMS = {
 
 
 def configure(family: str, **changes):
-    config = DECODERS[family]()
+    config = {**DECODERS, **STATE_SPACES}[family]()
     for name, value in {**_special, **changes}.items():
         setattr(config, name, value)
     return config

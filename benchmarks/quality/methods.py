@@ -101,8 +101,8 @@ def _lora(r: int, targets: str | None) -> Callable[[Setting], PeftConfig]:
     return lambda setting: LoraConfig(task_type=setting.task_type, r=r, lora_alpha=2 * r, target_modules=targets)
 
 
-def _preft(r: int) -> Callable[[Setting], PeftConfig]:
-    return lambda setting: PreFTConfig(task_type=setting.task_type, r=r)
+def _preft(r: int, **fields: Any) -> Callable[[Setting], PeftConfig]:
+    return lambda setting: PreFTConfig(task_type=setting.task_type, r=r, **fields)
 
 
 # IAPT as release 0.2.0 had it.
@@ -125,6 +125,7 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
 }
 # A control, whose generator reads a learned constant, is the same however the states would have been pooled.
 CONTROLS = {name: "m-idpg-constant" if name == "m-idpg-mean" else f"{name}-constant" for name in OURS}
+CONTROLS["iapt-end"] = "iapt-end-constant"
 # Each output of the down-projection is a sum over the width d of the model, each of the up-projection one over the bottleneck m. Adam
 # moves all weights alike, so the first moves about d / m times as far.
 FACTORS = {"iapt-0.2-slow-down": {"down": 0.1}}
@@ -200,6 +201,7 @@ METHODS: dict[str, Method] = {
     "p-tuning": Method(_peft(_p_tuning), (3e-3, 1e-3, 1e-2)),
     "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),
     **{name: Method(_peft(_preft(r)), (3e-3, 1e-3, 1e-2), ours=True) for name, r in EDITS.items()},
+    "preft-r13-no-factor": Method(_peft(_preft(13, down_factor=1.0)), (1e-3, 3e-3, 3e-4), ours=True),
     **{name: _ours(name, "instance", exchanged=True) for name in OURS},
     **{name: _ours(name, "instance") for name in VARIANTS},
     **{control: _ours(control.removesuffix("-constant"), "constant") for control in CONTROLS.values()},

@@ -52,7 +52,10 @@ class SlotCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of tokens, without slots."""
-        return max(length(self.inner, layer_idx) - self.table.num_slots, 0)
+        if counts(self.inner):
+            return max(length(self.inner, layer_idx) - self.table.num_slots, 0)
+        assert self.table.text is not None  # slots need attention
+        return self.table.text.num_tokens
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """The number of tokens that fit; -1 if there is no bound."""
@@ -116,9 +119,15 @@ class SlotCache(Cache):
         return getattr(self.inner, name)
 
 
+def counts(cache: Cache) -> bool:
+    """Whether a cache knows how many positions it holds: that of a stack without attention holds states only."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+    return not layers or any(hasattr(layer, "get_seq_length") for layer in layers)
+
+
 def length(cache: Cache, layer_idx: int = 0) -> int:
-    """The number of positions in a cache, as an `int`: static caches hold it as a tensor."""
-    return int(cache.get_seq_length(layer_idx))
+    """The number of positions in a cache, as an `int`: static caches hold it as a tensor. 1 for a state of any number of positions."""
+    return int(cache.get_seq_length(layer_idx) if counts(cache) else cache.has_previous_state())
 
 
 def capacity(cache: Cache) -> int:

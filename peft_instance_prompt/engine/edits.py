@@ -141,8 +141,8 @@ def begin_text(
     templates = any(config.response_template is not None for config in configs)
     by_role = templates or any(config.instruction_length is not None for config in configs)
     ids: list[torch.Tensor] | None = [] if templates else None
-    kept = CachedText(names, request.generate_call, request.prompt_length, text.mask, by_role, ids)
-    kept.add(text.ids)
+    kept = CachedText(names, request.generate_call, request.prompt_length, text.mask, by_role=by_role, parts=ids)
+    kept.add(text.ids, text.tokens.shape[1])
     return kept
 
 
@@ -168,7 +168,7 @@ def resume_edits(
     assert text is not None  # the cache was filled by an adapter that edits
     B, S = tokens.shape[:2]
     ids = request.input_ids if call.get("input_ids") is None else call["input_ids"]
-    text.add(ids if ids is None or ids.shape == (B, S) else None)
+    text.add(ids if ids is None or ids.shape == (B, S) else None, S)
     inside = S  # how many of the new tokens `generate` has not sampled: it samples behind its prompt
     if request.generate_call is not None:
         goes_on = request.generate_call == text.generate_call

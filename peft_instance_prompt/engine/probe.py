@@ -265,11 +265,13 @@ class Attention(NamedTuple):
         true_hides (`bool`): Whether True in a bool mask hides a key (MPT). Defaults to False: True shows the key.
         prefix (`bool`): Whether the stack is a prefix-LM (PaliGemma): only its mask makes it causal, and a caller may let the prefix of
             each row see all of itself. Defaults to False.
+        no_slots (`str`): Why slots cannot stand among the stack's tokens; empty, the default, if they can.
     """
 
     causal: bool
     true_hides: bool = False
     prefix: bool = False
+    no_slots: str = ""
 
 
 def read_attention(
@@ -284,6 +286,7 @@ def read_attention(
     Attention modules declare by `is_causal` whether their kernel is causal. Some declare nothing (Bloom, MPT, DeBERTa), and those of a
     prefix-LM's text stack declare False although the stack can fill a cache. Then the mask decides that the first layer gets: first
     in a call of the stack, and if it is not causal there, in a call of the language model around it, which may make it causal (BLIP).
+    Where there is no mask (batch, heads, queries, keys), as in state spaces, running the layer decides, and slots cannot be hidden.
 
     Args:
         stack (`nn.Module`): The stack.
@@ -330,11 +333,11 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
         shown["encoder_hidden_states"] = torch.zeros(
             1, 3, stack.config.get_text_config().hidden_size, device=device, dtype=dtype
         )
-    mask, call = torch.empty(0), {}  # if no layer is called
     try:
         with torch.no_grad(), whole([*probe.parameters(), *layer.parameters()]):
             try:
                 probe(inputs_embeds=embeds, **shown)
+                raise RuntimeError("no layer is called")
             except Reached as reached:
                 call = reached.args[0]
                 merged = call.get("merged_attention_mask")  # T5Gemma 2: behind its own keys, those of the encoder
@@ -342,20 +345,22 @@ def _read_mask(stack: PreTrainedModel, layers_name: str) -> Attention:
             # None, or one of padding: the layer may hold another.
             if mask is None or (mask.dim() == 4 and mask.shape[2] == 1):
                 return Attention(_hides_later(layer, call))
-        if mask.dim() == 4:
-            mask = mask[..., :3].expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
-            later, earlier = mask[0, 0, 0, 2], mask[0, 0, 2, 0]
-            return Attention(bool(later != earlier), true_hides=mask.dtype == torch.bool and bool(later & ~earlier))
+            if mask.dim() == 4:
+                mask = mask[..., :3].expand(1, -1, 3, 3)  # (1, heads or 1, 3, 3)
+                later, earlier = mask[0, 0, 0, 2], mask[0, 0, 2, 0]
+                return Attention(
+                    bool(later != earlier), true_hides=mask.dtype == torch.bool and bool(later & ~earlier)
+                )
+            no_slots = (
+                f"slots need layers with a mask (batch, heads, queries, keys), and the first of {layers_name!r} in {type(stack).__name__} "
+                "gets none: its attention is sparse, or it has a state"
+            )
+            return Attention(_hides_later(layer, call), no_slots=no_slots)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and its mask "
             f"could not be read ({type(error).__name__}: {error})."
         ) from error
-    raise ValueError(
-        f"Whether {type(stack).__name__} is causal cannot be told: its attention declares no `is_causal`, and the first of "
-        f"{layers_name!r} gets no mask (batch, heads, queries, keys). Prompts need layers that get one: sparse attention and state "
-        "spaces do not."
-    )
 
 
 def _hides_later(layer: nn.Module, call: dict[str, Any]) -> bool:
@@ -374,5 +379,8 @@ def _hides_later(layer: nn.Module, call: dict[str, Any]) -> bool:
         with torch.random.fork_rng():  # the same dropout
             torch.manual_seed(0)
             out = layer(**{**call, name: changed})
-        made.append(next(x for x in tree_leaves(out) if x.shape == states.shape).select(axis, 0))  # (1, d)
+        same = next((x for x in tree_leaves(out) if x.shape == states.shape), None)
+        if same is None:
+            raise RuntimeError(f"{type(layer).__name__} returns no states {tuple(states.shape)}")
+        made.append(same.select(axis, 0))  # (1, d)
     return torch.equal(*made)

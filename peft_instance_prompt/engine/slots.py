@@ -113,6 +113,7 @@ class CachedText:
         generate_call (`int`, *optional*): The number of the call of `generate` that filled it.
         prompt_length (`int`, *optional*): In that call, the number of columns of the prompt.
         mask (`torch.Tensor`, *optional*): Shape (B, S). The padding mask of the pass that filled the cache.
+        num_tokens (`int`): T, the number of columns so far.
         by_role (`bool`): Whether an adapter's config tells which tokens of a text it edits: `response_template` or `instruction_length`.
         parts (`list[torch.LongTensor]`, *optional*): The token ids (B, T) so far, in parts. None: they are not known, or nobody needs them.
     """
@@ -121,11 +122,13 @@ class CachedText:
     generate_call: int | None = None
     prompt_length: int | None = None
     mask: torch.Tensor | None = None
+    num_tokens: int = 0
     by_role: bool = False
     parts: list[torch.Tensor] | None = None
 
-    def add(self, ids: torch.Tensor | None) -> None:
-        """Add the token ids (B, S) of the next columns. None: they are not known."""
+    def add(self, ids: torch.Tensor | None, num_tokens: int) -> None:
+        """Add the token ids (B, S) of the next S = `num_tokens` columns. None: they are not known."""
+        self.num_tokens += num_tokens
         if self.parts is not None:
             # A view would keep the whole text alive, at each step.
             whole = ids is None or ids.untyped_storage().nbytes() == ids.nbytes
@@ -151,6 +154,7 @@ class CachedText:
         return self.mask is not None and not bool(self.mask.all())
 
     def crop(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
         self.parts = None if (ids := self.ids) is None else [ids[:, :num_tokens]]
 
     def select(self, rows: torch.Tensor) -> None:

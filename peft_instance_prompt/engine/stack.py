@@ -59,6 +59,7 @@ class StackInfo:
         special_ids (`tuple[int]`): The ids of the first, last and padding tokens, as the model's config has them.
         begins_with_special (`bool`): Whether texts begin with a special token, as far as the config tells: T5 has none.
         recurrent_layers (`tuple[int]`): The layers without attention, from which no position can be hidden by a mask.
+        no_slots (`str`): Why slots cannot stand among its tokens; empty if they can. Edits need no slots.
         mixing_layer (`str`, *optional*): The name of a module that mixes neighbouring tokens without attention, if there is one.
         twin_layers (`str`, *optional*): Another list of layers of the same class, which the states pass as well: HRM runs two in turns.
         attention_kinds (`frozenset[str]`): The kinds of attention in its layers, where the config says so.
@@ -90,6 +91,7 @@ class StackInfo:
     decoder_of_pair: bool = False
     padding_by_id: bool = False
     recurrent_layers: tuple[int, ...] = ()
+    no_slots: str = ""
     special_ids: tuple[int, ...] = ()
     begins_with_special: bool = True
     mixing_layer: str | None = None
@@ -229,10 +231,11 @@ def _describe(tree: Tree, layers_name: str, stacks: dict[str, str]) -> StackInfo
     max_positions, positions = _positions(stack, inside, modules)
     kinds = list(getattr(config, "layer_types", None) or ())
     recurrent = tuple(n for n, kind in enumerate(kinds) if "attention" not in kind or kind.startswith("linear"))
+    no_slots = attention.no_slots
     if kinds and len(recurrent) == len(kinds):
-        raise ValueError(
-            f"Instance prompts need layers that are known to attend, and {type(stack).__name__} has none: all of its layers are of the kind "
-            f"{kinds[0]!r}."
+        no_slots = (
+            f"slots need layers that are known to attend, and {type(stack).__name__} has none: all of its layers are of the kind "
+            f"{kinds[0]!r}"
         )
     mixing = [f"{layers_name}.{n}" for n in recurrent[:1]]
     mixing += [f"{layers_name}.{name}" for name, one in below(tree, layers_name).items() if isinstance(one, nn.Conv1d)]
@@ -259,6 +262,7 @@ def _describe(tree: Tree, layers_name: str, stacks: dict[str, str]) -> StackInfo
         begins_with_special=getattr(config, "bos_token_id", None) is not None or not (pair or attention.causal),
         special_ids=tuple(sorted(_special_ids(config))),
         recurrent_layers=recurrent,
+        no_slots=no_slots,
         mixing_layer=mixing[0] if mixing else None,
         twin_layers=_twin_layers(modules, inside),
         attention_kinds=frozenset(kinds),

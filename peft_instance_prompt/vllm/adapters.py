@@ -24,7 +24,7 @@ from .package import (
     InstanceGenerator,
     Source,
     StackInfo,
-    check_sizes,
+    check_fits,
     check_task,
     check_tensors,
     describe,
@@ -115,9 +115,8 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
             "`modules_to_save` and without new tokens, or serve the adapter with transformers."
         )
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
-    check_sizes(config, info)
+    check_fits(config, info)
     check_task(config, [info])
-    tuner.generator_cls.check(config, info)
     generator = make_generator(config, info)
     generator = check_servable(generator)
     expected = expected_tensors(config, {info.name: [generator]})

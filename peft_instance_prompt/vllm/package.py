@@ -6,7 +6,7 @@
 from ..adapter_files import check_tensors, digest, read_kind, read_weights
 from ..attaching import (
     PREFIX,
-    check_sizes,
+    check_fits,
     check_task,
     embedding_names,
     expected_tensors,
@@ -40,7 +40,7 @@ __all__ = [
     "StackInfo",
     "arrange",
     "at_separator",
-    "check_sizes",
+    "check_fits",
     "check_task",
     "check_tensors",
     "describe",

@@ -76,6 +76,7 @@ def test_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_smoke_run_can_be_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "serving_cost" / "tiny"
     command = [sys.executable, str(ROOT / "benchmarks" / "serving_cost.py"), "--smoke", "--results", str(folder)]

@@ -12,11 +12,11 @@ import tiny
 import torch
 import transformers as tf
 from peft import get_peft_model
-from tiny import DECODERS, ENCODERS, batch, causal_lm, encoder, pair
+from tiny import DECODERS, ENCODERS, STATE_SPACES, batch, causal_lm, encoder, pair
 from torch import nn
 from uses import blip, git, paligemma
 
-from peft_instance_prompt import IAPTConfig
+from peft_instance_prompt import IAPTConfig, PreFTConfig
 from peft_instance_prompt.engine import probe as attention
 from peft_instance_prompt.engine.stack import describe, flags_of, tree_of
 
@@ -93,7 +93,9 @@ def test_causality_that_cannot_be_told() -> None:
         def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, cache=None, **kwargs):
             return inputs_embeds
 
-    with pytest.raises(ValueError, match="Whether Silent is causal cannot be told: .* the first of 'h' gets no mask"):
+    with pytest.raises(
+        ValueError, match="Whether Silent is causal cannot be told: .* its mask could not be read .* no layer is"
+    ):
         read_attention(Silent(causal_lm("bloom").config), "h")
     with torch.device("meta"):
         nowhere = tf.BloomModel(causal_lm("bloom").config)
@@ -129,15 +131,13 @@ def test_a_causal_mask_within_the_layers() -> None:
         assert read_attention(stack.train(training), "h").causal
 
 
-def test_a_stack_without_attention() -> None:
-    """What Mamba 2's layers let through is causal, but they have no keys that a prompt could be."""
-    sizes = {
-        "vocab_size": 32,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "state_size": 4,
-        "num_heads": 4,
-        "head_dim": 16,
-    }
-    with pytest.raises(ValueError, match="Mamba2Model has none: all of its layers are of the kind 'linear_attention'"):
-        describe(tf.Mamba2ForCausalLM(tf.Mamba2Config(**sizes, n_groups=1)))
+@pytest.mark.parametrize("family", STATE_SPACES)
+def test_a_stack_without_attention(family: str) -> None:
+    """What its layers let through is causal, but there are no keys that a prompt could be. Edits need none."""
+    base = causal_lm(family)
+    (info,) = describe(base)
+    assert info.causal and info.causal_lm and "slots need layers" in info.no_slots
+    with pytest.raises(ValueError, match="IAPT cannot be used here: slots need layers"):
+        get_peft_model(base, IAPTConfig(task_type="CAUSAL_LM"))
+    assert not any("iapt" in name for name, _ in base.named_modules())
+    get_peft_model(base, PreFTConfig(task_type="CAUSAL_LM", r=4))

@@ -92,9 +92,9 @@ def test_a_stack_that_is_called_in_another_way_is_refused_by_name() -> None:
     assert [name for name, _ in model.named_modules()] == names
 
 
-def test_mamba_is_refused() -> None:
+def test_slots_in_mamba_are_refused() -> None:
     config = tf.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
-    with pytest.raises(ValueError, match="Whether MambaModel is causal cannot be told|The forward of MambaModel"):
+    with pytest.raises(ValueError, match="IAPT cannot be used here: slots need layers|The forward of MambaModel"):
         get_peft_model(tf.MambaForCausalLM(config), IAPTConfig(task_type="CAUSAL_LM"))
 
 

@@ -136,6 +136,7 @@ def test_chat_sft(run: Run, tmp_path: Path) -> None:
     assert tokenizer.decode(config["response_template"]) == "<|im_start|>assistant\n"
 
 
+@pytest.mark.long
 def test_encoder(run: Run, tmp_path: Path) -> None:
     out = run("encoder/train.py", "--short")
     after = re.search(r"accuracy on 50 held-out sentences, 4 classes: \S+ before, (\S+) after\n", out)[1]
@@ -198,6 +199,7 @@ def test_adapters(run: Run, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_tenants(run: Run) -> None:
     out = run("tenants/tenants.py", "--short", "--steps", "2", "--tenants", "4")
     assert re.search(r"4 tenants of \d\.\d MB beside one base model", out)

@@ -233,7 +233,7 @@ def test_fresh_adapter_does_not_hurt_a_trained_model(preset: str) -> None:
     from vader import sentiment_splits
 
     model, tokenizer = load_smollm2()
-    texts = [f"Review: {example['text']}" for example in sentiment_splits("movie", n_test=32)[1]]
+    texts = [f"Review: {example['text']}" for example in sentiment_splits("movie", n_test=8)[1]]
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     labels = inputs["input_ids"].where(inputs["attention_mask"].bool(), -100)
     before = model(**inputs, labels=labels).loss

@@ -67,7 +67,14 @@ def edited_by_hand(layers, weights: dict[str, torch.Tensor], edited: torch.Tenso
 
 
 def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
-    for path in ("model.layers", "transformer.h", "encoder.layer", "bert.encoder.layer", "gpt_neox.layers"):
+    for path in (
+        "model.layers",
+        "transformer.h",
+        "encoder.layer",
+        "bert.encoder.layer",
+        "gpt_neox.layers",
+        "backbone.layers",
+    ):
         try:
             return model.get_submodule(path)
         except AttributeError:
@@ -284,6 +291,28 @@ def test_parts_of_a_text_by_plain_calls(parts: list[int]) -> None:
         cache, at = out.past_key_values, at + size
         logits.append(out.logits[0])
     assert_same(torch.cat(logits), want)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_stack_without_attention(family: str) -> None:
+    """Its cache holds states, and no count of the tokens that they have read."""
+    model, ids = chat(family), conversation(2)
+    want = by_hand(model, ids, roles(ids), family)
+    with torch.no_grad():
+        assert_same(model(ids[None]).logits[0], want)
+        cache, logits = None, []
+        for part in (ids[:3], *ids[3:].split(1)):
+            out = model(part[None], cache=cache, use_cache=True)
+            cache = out.cache
+            logits.append(out.logits[0])
+        assert_same(torch.cat(logits), want)
+        kept = copy.deepcopy(cache)
+        kept.reset()
+        assert_same(model(ids[None], cache=kept, use_cache=True).logits[0], want)
+    out = model.generate(turn(1)[None], **GREEDY, return_dict_in_generate=True, output_logits=True)
+    text = out.sequences[0]
+    want = by_hand(model, text, torch.arange(len(text)) < len(turn(1)), family)
+    assert_same(torch.cat(list(out.logits)), want[len(turn(1)) - 1 : -1])
 
 
 def test_the_cache_can_be_copied_cropped_and_reordered() -> None:
