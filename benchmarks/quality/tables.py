@@ -261,6 +261,6 @@ def setup_lines(results: Iterable[dict], keys: tuple[str, ...]) -> str:
     found: dict[str, set[str]] = {}
     for setup in (result["setup"] for result in results):
         line = ", ".join(f"{key} {setup.get(key)}" for key in keys if key != "revision")
-        revision = str(setup.get("revision"))
-        found.setdefault(line, set()).add(revision[:7] + "+" * revision.endswith("+"))  # a + says that files were changed
+        revision = str(setup.get("revision"))  # with a + where files were changed
+        found.setdefault(line, set()).add(revision[:7] + "+" * revision.endswith("+"))
     return "".join(f"- {line}; revisions {', '.join(sorted(found[line]))}\n" for line in sorted(found))
