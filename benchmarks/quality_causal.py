@@ -32,6 +32,9 @@ if __name__ == "__main__":
             "most": (60, 160),
             "step_seconds": 2.0,
             "smoke": ("movie+tweet", {"num_hidden_layers": 2}),
-            "likely": dict.fromkeys(("iapt", "iapt-constant"), (3e-3, 1e-3, 1e-2)),
+            "likely": {
+                **dict.fromkeys(("iapt", "iapt-constant"), (3e-3, 1e-3, 1e-2)),
+                "preft-r13": (1e-3, 3e-3, 3e-4),
+            },
         },
     )

@@ -86,7 +86,7 @@ class Gelu(PreFTGenerator):
 
     def edit(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
         states = instances.states.to(weights["down"].dtype)  # (G, n, d)
-        z = states @ (weights["down"] * self.down_factor) + weights["bias"]  # (G, n, r)
+        z = states @ weights["down"] + weights["bias"]  # (G, n, r)
         return gelu(z) @ weights["up"]  # (G, n, d)
 
 
@@ -128,8 +128,7 @@ def variants() -> dict[str, tuple[Any, float, Mapping[str, float]]]:
         "gate": (of(IAPTConfig, Gate), 1e-2, {}),
         "instance-dropout": (of(IAPTConfig, InstanceDropout), 1e-2, {}),
         "preft": (of(PreFTConfig, r=13), 3e-3, {}),
-        "preft-no-factor": (of(PreFTConfig, r=13, down_factor=1.0), 3e-3, {}),
-        "preft-no-factor-1e-3": (of(PreFTConfig, r=13, down_factor=1.0), 1e-3, {}),
+        "preft-slow-down": (of(PreFTConfig, r=13), 3e-3, {"down": 0.1}),
         "preft-gelu": (of(PreFTConfig, Gelu, r=13), 3e-3, {}),
         "cross": (crossed(r=7, bottleneck_dim=7), 3e-3, {}),
         "cross-1e-2": (crossed(r=7, bottleneck_dim=7), 1e-2, {"edit_down": 0.3, "edit_up": 0.3}),

@@ -101,8 +101,8 @@ def _lora(r: int, targets: str | None) -> Callable[[Setting], PeftConfig]:
     return lambda setting: LoraConfig(task_type=setting.task_type, r=r, lora_alpha=2 * r, target_modules=targets)
 
 
-def _preft(r: int, **fields: Any) -> Callable[[Setting], PeftConfig]:
-    return lambda setting: PreFTConfig(task_type=setting.task_type, r=r, **fields)
+def _preft(r: int) -> Callable[[Setting], PeftConfig]:
+    return lambda setting: PreFTConfig(task_type=setting.task_type, r=r)
 
 
 # IAPT as release 0.2.0 had it.
@@ -136,11 +136,11 @@ RATES = {
     "ipt-0.2": (3e-2, 1e-2, 1e-1),
     "ipt-deep": (3e-2, 1e-2, 1e-1),
     "dp": (3e-1, 1e-1, 1.0),
-    "iapt": (1e-2, 3e-3, 3e-2),
+    **dict.fromkeys(("iapt", "iapt-end"), (1e-2, 3e-3, 3e-2)),
     "iapt-128": (3e-3, 1e-3, 1e-2),
 }
 # One thing is changed in each: the form, how many slots, where they stand, what they begin as, whether the activation is learned. They
-# have no control, and are tested with their own prompts only.
+# have no control, but for `iapt-end`, and are tested with their own prompts only.
 VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-paper": lambda **kw: IAPTConfig(init_weights="paper", **kw),
     "iapt-no-slot-vectors": lambda **kw: IAPTConfig(slot_vectors=False, **kw),
@@ -164,13 +164,14 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
 EDITS = {"preft-r16": 16, "preft-r13": 13, "preft-r146": 146}
 
 
-# Of which method each of these is another setting.
+# Of which method each of these is another setting. `iapt-end`, the one for causal models, stands beside the methods.
 SETTING_OF = {
     "iapt-0.2-slow-down": "iapt-0.2",
     **{name: "iapt-0.2" if name.startswith("iapt-0.2") else name.partition("-")[0] for name in VARIANTS},
     "m-idpg-mean": "m-idpg",
     "lpt-appg": "lpt",
 }
+del SETTING_OF["iapt-end"]
 
 
 def _ours(name: str, condition: str, exchanged: bool = False) -> Method:
@@ -201,7 +202,6 @@ METHODS: dict[str, Method] = {
     "p-tuning": Method(_peft(_p_tuning), (3e-3, 1e-3, 1e-2)),
     "prefix-tuning": Method(_prefix, (1e-2, 3e-3, 3e-2)),
     **{name: Method(_peft(_preft(r)), (3e-3, 1e-3, 1e-2), ours=True) for name, r in EDITS.items()},
-    "preft-r13-no-factor": Method(_peft(_preft(13, down_factor=1.0)), (1e-3, 3e-3, 3e-4), ours=True),
     **{name: _ours(name, "instance", exchanged=True) for name in OURS},
     **{name: _ours(name, "instance") for name in VARIANTS},
     **{control: _ours(control.removesuffix("-constant"), "constant") for control in CONTROLS.values()},

@@ -233,10 +233,7 @@ def _describe(tree: Tree, layers_name: str, stacks: dict[str, str]) -> StackInfo
     recurrent = tuple(n for n, kind in enumerate(kinds) if "attention" not in kind or kind.startswith("linear"))
     no_slots = attention.no_slots
     if kinds and len(recurrent) == len(kinds):
-        no_slots = (
-            f"slots need layers that are known to attend, and {type(stack).__name__} has none: all of its layers are of the kind "
-            f"{kinds[0]!r}"
-        )
+        no_slots = f"slots need layers that are known to attend, and {type(stack).__name__} has {kinds[0]!r} only"
     mixing = [f"{layers_name}.{n}" for n in recurrent[:1]]
     mixing += [f"{layers_name}.{name}" for name, one in below(tree, layers_name).items() if isinstance(one, nn.Conv1d)]
     return StackInfo(

@@ -5,18 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..checks import check_choice, check_int, check_number
+from ..checks import check_choice, check_int
 from ..config import InstanceConfig
 from ..engine.stack import StackInfo
 from ..generator import EditGenerator, Instances, Weights
-from ..nn.init import slower_down
 from ..registry import register_method
 
 
@@ -34,10 +32,6 @@ class PreFTConfig(InstanceConfig):
     Args:
         r (`int`): The rank of the edit, at least 1 and at most the width of the layers. Defaults to 16, which has as many weights as
             LoRA of rank 8 on queries and values that are as wide as the layers.
-        down_factor (`float`, *optional*): The factor f of the down-projection. Its weights are stored divided by f and multiplied by f when
-            they are read, so that it moves f times as far under an optimizer that moves all weights alike, as Adam does: each of its
-            outputs sums over the width d of the model, each of the up-projection's over r. It changes neither the start nor the form.
-            Filled in when the adapter is made: 2.4 r / d, at most 1.
         init_weights (`bool`): `True`, the default, starts as a no-op: up-projection and bias are zero. `False` starts from random weights
             (used by tests).
 
@@ -48,23 +42,12 @@ class PreFTConfig(InstanceConfig):
     sized_by = ("r",)
 
     r: int = 16
-    down_factor: Optional[float] = None
     init_weights: bool = True
 
     def _check_fields(self) -> None:
         super()._check_fields()
         check_int(self, "r", minimum=1)
-        if self.down_factor is not None:
-            check_number(self, "down_factor", least=1e-4)
         check_choice(self, "init_weights", (True, False))
-
-    def complete(self, model: nn.Module, infos: Sequence[StackInfo]) -> None:
-        super().complete(model, infos)
-        self.down_factor = self.factor_of(infos[0].hidden_size)
-
-    def factor_of(self, width: int) -> float:
-        """The factor of a down-projection from states of a width: the config's, or the default for this width."""
-        return slower_down(self.r, width) if self.down_factor is None else self.down_factor
 
 
 class PreFTGenerator(EditGenerator):
@@ -74,15 +57,14 @@ class PreFTGenerator(EditGenerator):
     With h (d,) the state of an instruction token at a layer's input: `h + (h W_down + b) W_up`. It has `2 d r L + r L` weights.
 
     Attributes:
-        down, up (`nn.Parameter`): Shapes (L, d, r) and (L, r, d). `down` is W_down divided by `down_factor`.
+        down, up (`nn.Parameter`): Shapes (L, d, r) and (L, r, d).
         bias (`nn.Parameter`): Shape (L, 1, r).
     """
 
     def __init__(self, config: Any, info: StackInfo):
         super().__init__(config, info)
         L, d, r = len(self.depths), info.hidden_size, config.r
-        self.down_factor = config.factor_of(d)
-        self.down = nn.Parameter(torch.randn(L, d, r) / (d**0.5 * self.down_factor))
+        self.down = nn.Parameter(torch.randn(L, d, r) / d**0.5)
         self.bias = nn.Parameter(torch.randn(L, 1, r))
         self.up = nn.Parameter(torch.randn(L, r, d) / r**0.5)
         self.zero_at_start(self.up, self.bias)
@@ -98,7 +80,7 @@ class PreFTGenerator(EditGenerator):
 
     def edit(self, instances: Instances, depth: int, weights: Weights) -> torch.Tensor:
         states = instances.states.to(weights["down"].dtype)  # (G, n, d)
-        z = states @ (weights["down"] * self.down_factor) + weights["bias"]  # (G, n, r)
+        z = states @ weights["down"] + weights["bias"]  # (G, n, r)
         return z @ weights["up"]  # (G, n, d)
 
 

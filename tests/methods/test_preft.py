@@ -83,10 +83,7 @@ def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def weights_of(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The weights of the edits: W_down is stored divided by a factor, 2.4 r / d and at most 1, unless the config gives one."""
-    found = {name: p.detach() for name, p in generator_of(model).named_parameters()}
-    factor = min(2.4 * model.peft_config["default"].r / found["down"].shape[1], 1.0)
-    return {**found, "down": found["down"] * factor}
+    return {name: p.detach() for name, p in generator_of(model).named_parameters()}
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def test_edits_of_two_adapters_beside_slots(split) -> None:
     for depth in range(3):  # the layers hand on what they get
         for key, rows in edited.items():
             adapter = {"a": a, "b": b}[key]
-            down, bias, up = adapter.down[depth] * adapter.down_factor, adapter.bias[depth], adapter.up[depth]
+            down, bias, up = adapter.down[depth], adapter.bias[depth], adapter.up[depth]
             wanted[rows] += ((wanted[rows] @ down + bias) @ up).detach()
         got, rest = layers[depth].got
         got = got if rest is None else got + rest
