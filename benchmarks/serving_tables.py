@@ -35,7 +35,7 @@ def blocks(folder: Path) -> dict[str, str]:
             for measure in measures if kind else ():
                 made[f"serving_cost.{path.name}.{measure}"] = ratios(kind, measure)
         if serving:
-            made[f"serving_cost.{path.name}.sizes"] = sizes(serving)
+            made[f"serving_cost.{path.name}.methods"] = methods(serving)
             if law := growth(serving, ("first_token", "per_token")):
                 made[f"serving_cost.{path.name}.growth"] = law
         made[f"serving_cost.{path.name}.setup"] = setup_lines(groups, SETUP)
@@ -60,11 +60,18 @@ def ratios(groups: dict[str, dict], measure: str) -> str:
     return table(["method", *groups], rows)
 
 
-def sizes(groups: dict[str, dict]) -> str:
-    """What a tenant adds: its adapter, and the slots that it has in the cache of a row."""
+def methods(groups: dict[str, dict]) -> str:
+    """What a tenant adds: its adapter, its slots in the cache of a row, and time: the least and the most ratio of all groups."""
     found = {name: size for group in groups.values() for name, size in group["sizes"].items() if name != "bare"}
-    rows = [[n, f"{found[n]['adapter_bytes'] / 1e6:.2f} MB", str(found[n]["slots"])] for n in METHODS if n in found]
-    return table(["method", "adapter", "slots"], rows)
+    rows = []
+    for name in (name for name in METHODS if name in found):
+        row = [name, f"{found[name]['adapter_bytes'] / 1e6:.2f} MB", str(found[name]["slots"])]
+        for measure in ("first_token", "per_token"):
+            measured = [group["methods"].get(name, {}).get(measure) for group in groups.values()]
+            ratios = [value["ratio"] for value in measured if value]
+            row.append(" to ".join(dict.fromkeys(f"{end(ratios):.2f}" for end in (min, max))) if ratios else "-")
+        rows.append(row)
+    return table(["method", "adapter", "slots", "first token", "each token after it"], rows)
 
 
 def growth(groups: dict[str, dict], measures: tuple[str, ...]) -> str | None:

@@ -257,6 +257,10 @@ def setups(results: Results) -> str:
 
 
 def setup_lines(results: Iterable[dict], keys: tuple[str, ...]) -> str:
-    """A line for each different set-up."""
-    found = sorted({", ".join(f"{key} {result['setup'].get(key)}" for key in keys) for result in results})
-    return "".join(f"- {line}\n" for line in found)
+    """A line for each different set-up, with the revisions that it was run at."""
+    found: dict[str, set[str]] = {}
+    for setup in (result["setup"] for result in results):
+        line = ", ".join(f"{key} {setup.get(key)}" for key in keys if key != "revision")
+        revision = str(setup.get("revision"))  # with a + where files were changed
+        found.setdefault(line, set()).add(revision[:7] + "+" * revision.endswith("+"))
+    return "".join(f"- {line}; revisions {', '.join(sorted(found[line]))}\n" for line in sorted(found))

@@ -69,7 +69,11 @@ def test_tables(tmp_path: Path) -> None:
         "| prompt-tuning | refused | refused |",
         "| iapt | 1.06 (1.04 to 1.10) | 1.10 (1.04 to 8.48) |",
     ]
-    assert "| iapt | 2.22 MB | 4 |" in made["serving_cost.m-cpu-float32.sizes"]
+    assert made["serving_cost.m-cpu-float32.methods"].splitlines() == [
+        "| method | adapter | slots | first token | each token after it |",
+        "|---|---|---|---|---|",
+        "| iapt | 2.22 MB | 4 | 1.06 to 1.10 | - |",
+    ]
     assert "model m," in made["serving_cost.m-cpu-float32.setup"]
     assert "serving_cost.m-cpu-float32.step" not in made  # no training was measured
     assert serving_tables.blocks(tmp_path / "nothing") == {}
