@@ -75,6 +75,7 @@ def prepare(config: InstanceConfig, model: nn.Module, adapter_names: Iterable[st
     tree = tree_of(model)
     infos = find_targets(config, model, tree)
     for info in infos:
+        check_slots(config, info)
         check_understood(tree[info.name], info.name, info.causal, below(tree, info.layers_name))
     check_task(config, infos, model)
     config.complete(model, infos)
@@ -321,12 +322,16 @@ def check_fits(config: InstanceConfig, info: StackInfo) -> None:
     layers = [layers] if isinstance(layers, int) else layers or []
     if outside := [number for number in layers if number >= info.num_layers]:
         raise ValueError(f"`layers_to_transform` must lie in 0..{info.num_layers - 1} for this model, got {outside}.")
-    generator_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls
-    if info.no_slots and not generator_cls.edits:
+    check_slots(config, info)
+    PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls.check(config, info)
+
+
+def check_slots(config: InstanceConfig, info: StackInfo) -> None:
+    """Raise a ValueError if the adapter's method has slots, and none can stand in the stack."""
+    if info.no_slots and not PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls.edits:
         raise ValueError(
             f"{config.method.upper()} cannot be used here: {info.no_slots}. PreFT, which edits the instruction, has no slots."
         )
-    generator_cls.check(config, info)
 
 
 def check_task(config: InstanceConfig, infos: Sequence[StackInfo], model: Optional[nn.Module] = None) -> None:

@@ -18,6 +18,7 @@ from uses import blip, git, paligemma
 
 from peft_instance_prompt import IAPTConfig, PreFTConfig
 from peft_instance_prompt.engine import probe as attention
+from peft_instance_prompt.engine.calls import cache_argument
 from peft_instance_prompt.engine.stack import describe, flags_of, tree_of
 
 
@@ -140,4 +141,5 @@ def test_a_stack_without_attention(family: str) -> None:
     with pytest.raises(ValueError, match="IAPT cannot be used here: slots need layers"):
         get_peft_model(base, IAPTConfig(task_type="CAUSAL_LM"))
     assert not any("iapt" in name for name, _ in base.named_modules())
-    get_peft_model(base, PreFTConfig(task_type="CAUSAL_LM", r=4))
+    if cache_argument(type(base.backbone).forward) is not None:  # as in transformers 5.24
+        get_peft_model(base, PreFTConfig(task_type="CAUSAL_LM", r=4))
