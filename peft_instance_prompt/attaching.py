@@ -330,7 +330,7 @@ def check_slots(config: InstanceConfig, info: StackInfo) -> None:
     """Raise a ValueError if the adapter's method has slots, and none can stand in the stack."""
     if info.no_slots and not PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].generator_cls.edits:
         raise ValueError(
-            f"{config.method.upper()} cannot be used here: {info.no_slots}. PreFT, which edits the instruction, has no slots."
+            f"{str(config.method).upper()} cannot be used here: {info.no_slots}. PreFT, which edits the instruction, has no slots."
         )
 
 
