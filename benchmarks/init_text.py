@@ -38,7 +38,7 @@ from smollm2 import load_smollm2
 
 # The learning rates are those of the examples.
 METHODS = {
-    "iapt": (lambda **kw: IAPTConfig(bottleneck_dim=16, **kw), 2e-3),
+    "iapt": (lambda **kw: IAPTConfig(bottleneck_dim=16, prompt_position="before", **kw), 2e-3),
     "m-idpg": (lambda **kw: IDPGConfig.preset("m-phm", **kw), 2e-3),
     "ipt-deep": (lambda **kw: IPTConfig(strategy="lookup", host="deep", **kw), 5e-2),
 }

@@ -270,20 +270,28 @@ class InstancePromptConfig(InstanceConfig):
                 f"`separator_id` is for `prompt_position` in {list(PAIR_POSITIONS)}, got {self.separator_id} with "
                 f"{self.prompt_position!r}."
             )
-        if self.instruction_length is not None and self.prompt_position != "end":
-            raise ValueError(
-                f"`instruction_length` needs `prompt_position='end'`, got {self.prompt_position!r}: slots before the text would "
-                "let its first tokens be predicted from a prompt that has read them."
-            )
+        self._check_instruction_length()
         if self.init_text is not None and self.init_weights == "paper":
             raise ValueError(
                 f"`init_text` must be None with `init_weights='paper'`, got {self.init_text!r}: the paper's prompts have no part "
                 "that could begin as a text."
             )
 
+    def _check_instruction_length(self) -> None:
+        if self.instruction_length is not None and self.prompt_position not in ("end", None):
+            raise ValueError(
+                f"`instruction_length` needs `prompt_position='end'`, got {self.prompt_position!r}: slots before the text would "
+                "let its first tokens be predicted from a prompt that has read them."
+            )
+
+    def default_position(self, infos: Sequence[StackInfo]) -> str:
+        """`prompt_position` in these stacks, for methods whose default is to be filled in."""
+        return "after_first" if infos[0].begins_with_special else "before"
+
     def complete(self, model: nn.Module, infos: Sequence[StackInfo]) -> None:
         if self.prompt_position is None:
-            self.prompt_position = "after_first" if infos[0].begins_with_special else "before"
+            self.prompt_position = self.default_position(infos)
+            self._check_instruction_length()
         super().complete(model, infos)
         if self.init_text is not None:
             if any(info.decoder_of_pair for info in infos):

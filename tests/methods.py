@@ -22,7 +22,7 @@ from peft_instance_prompt import (
 
 # Each makes a config for a tiny model; `kw` are the fields that all methods have.
 METHODS: dict[str, Callable] = {
-    # With a learned activation it has every weight that it can have.
+    # With a learned activation it has every weight that it can have. In a causal model it stands at the end, and adds.
     "iapt": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, "activation": "rational", **kw}),
     "iapt_after_first": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, "prompt_position": "after_first", **kw}),
     "iapt_paper": lambda **kw: IAPTConfig(**{"bottleneck_dim": 8, "init_weights": "paper", **kw}),
@@ -100,11 +100,11 @@ METHODS: dict[str, Callable] = {
     "preft": lambda num_virtual_tokens=4, **kw: PreFTConfig(**{"r": num_virtual_tokens, **kw}),
 }
 
-# The methods that span what the engine sees of one: vectors that replace the slots' states in every layer, or are added to them and
-# read a vector of the instance; late slots; slots that are not used; places that are chosen per instance, with their gradient; and no
-# slots, but edits of the instruction's own states.
+# The methods that span what the engine sees of one: vectors that are added to the slots' states in every layer, behind the instruction
+# of a causal model, or replace them, before it; late slots; a vector of the instance, read at the input; slots that are not used, with
+# places that are chosen per instance and their gradient; and no slots, but edits of the instruction's own states.
 # A shared test runs over these (see `surplus` in conftest.py); with `--all-methods`, as in `make test-methods`, over all.
-SPANNING: list[str] = ["iapt", "idpg", "lpt_pooled", "ipt", "dynamic_prompt_all", "preft"]
+SPANNING: list[str] = ["iapt", "iapt_after_first", "lpt_pooled", "ipt", "dynamic_prompt_all", "preft"]
 # The three ways of writing: slots in every layer, late slots, and edits. An older release of transformers or PEFT can break these, and
 # does not know one generator from another: CI runs them on the oldest.
 FEW: list[str] = ["iapt", "lpt_pooled", "preft"]

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+import transformers as tf
 from methods import METHODS
 from peft import PeftModel, get_peft_model
 from tiny import adapted, assert_same, batch, causal_lm, encoder, pair
@@ -15,6 +18,12 @@ from peft_instance_prompt import DynamicPromptConfig, IAPTConfig, IDPGConfig, IP
 
 
 OPEN = {"idpg": lambda **kw: IDPGConfig(phm_n=4, **kw), "dynamic_prompt": lambda **kw: DynamicPromptConfig(**kw)}
+
+
+def decoder_as_classifier():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    return tf.LlamaForSequenceClassification(tf.LlamaConfig(**sizes, **heads))
 
 
 @pytest.mark.parametrize("name", OPEN)
@@ -65,8 +74,40 @@ def test_what_a_config_says_stays() -> None:
     assert get_peft_model(pair("t5"), IDPGConfig(phm_n=4, prompt_position="after_first")).peft_config[
         "default"
     ].prompt_position == ("after_first")
-    for config in (IAPTConfig(), IPTConfig(table_rank=4), LPTConfig()):
+    for config in (IPTConfig(table_rank=4), LPTConfig()):
         assert config.prompt_position == "before"
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "expected"),
+    [
+        (causal_lm, {}, "end"),
+        (causal_lm, {"task_type": "CAUSAL_LM", "instruction_length": 3}, "end"),
+        (causal_lm, {"init_weights": "paper"}, "before"),
+        (causal_lm, {"init_text": [5, 6]}, "before"),
+        (causal_lm, {"prompt_position": "before"}, "before"),
+        (lambda: causal_lm().model, {}, "before"),
+        (lambda: causal_lm().model, {"instruction_length": 3, "prompt_position": "end"}, "end"),
+        (decoder_as_classifier, {"task_type": "SEQ_CLS"}, "before"),
+        (encoder, {}, "before"),
+        (pair, {}, "before"),
+    ],
+)
+def test_iapt_stands_behind_the_instruction_of_a_causal_lm(make, fields: dict, expected: str, tmp_path) -> None:
+    model = get_peft_model(make(), IAPTConfig(**fields))
+    assert model.peft_config["default"].prompt_position == expected
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["prompt_position"] == expected
+
+
+def test_instruction_length_without_the_end() -> None:
+    with pytest.raises(ValueError, match="`instruction_length` needs `prompt_position='end'`, got 'before'"):
+        IAPTConfig(instruction_length=3, prompt_position="before")
+    for make, config in ((encoder, IAPTConfig(instruction_length=3)), (causal_lm, IDPGConfig(instruction_length=3))):
+        with pytest.raises(
+            ValueError, match="`instruction_length` needs `prompt_position='end'`, got 'before'|after_first"
+        ):
+            get_peft_model(make(), config)
 
 
 @torch.no_grad()

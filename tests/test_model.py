@@ -57,7 +57,8 @@ def test_fresh_adapter_copies_the_first_token(method: str) -> None:
     if config(method).init_weights is not True:
         pytest.skip(f"{method} starts otherwise")
     torch.manual_seed(1)
-    model = get_peft_model(causal_lm(), config(method)).eval()
+    fields = {"prompt_position": "before"}  # at the end the copies are of the last token
+    model = get_peft_model(causal_lm(), config(method, **fields)).eval()
     (layer,) = (module for module in model.modules() if isinstance(module, InstancePromptLayer))
     generator = layer.generators["default"]
     forward, calls = generator.forward, []
@@ -75,7 +76,7 @@ def test_fresh_adapter_copies_the_first_token(method: str) -> None:
     first = logits(model)
     assert sorted(calls) == sorted(generator.depths)
     torch.manual_seed(2)
-    assert_same(logits(get_peft_model(causal_lm(), config(method)).eval()), first)
+    assert_same(logits(get_peft_model(causal_lm(), config(method, **fields)).eval()), first)
 
 
 def test_random_start_is_no_no_op(kind: str) -> None:

@@ -106,7 +106,13 @@ def _preft(r: int) -> Callable[[Setting], PeftConfig]:
 
 
 # IAPT as release 0.2.0 had it.
-IAPT_0_2: dict[str, Any] = {"activation": "rational", "slot_vectors": False, "accumulate": False, "down_factor": 1.0}
+IAPT_0_2: dict[str, Any] = {
+    "prompt_position": "before",
+    "activation": "rational",
+    "slot_vectors": False,
+    "accumulate": False,
+    "down_factor": 1.0,
+}
 
 OURS: dict[str, Callable[..., PeftConfig]] = {
     "iapt": IAPTConfig,
@@ -125,7 +131,6 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
 }
 # A control, whose generator reads a learned constant, is the same however the states would have been pooled.
 CONTROLS = {name: "m-idpg-constant" if name == "m-idpg-mean" else f"{name}-constant" for name in OURS}
-CONTROLS["iapt-end"] = "iapt-end-constant"
 # Each output of the down-projection is a sum over the width d of the model, each of the up-projection one over the bottleneck m. Adam
 # moves all weights alike, so the first moves about d / m times as far.
 FACTORS = {"iapt-0.2-slow-down": {"down": 0.1}}
@@ -136,11 +141,11 @@ RATES = {
     "ipt-0.2": (3e-2, 1e-2, 1e-1),
     "ipt-deep": (3e-2, 1e-2, 1e-1),
     "dp": (3e-1, 1e-1, 1.0),
-    **dict.fromkeys(("iapt", "iapt-end"), (1e-2, 3e-3, 3e-2)),
+    "iapt": (1e-2, 3e-3, 3e-2),
     "iapt-128": (3e-3, 1e-3, 1e-2),
 }
 # One thing is changed in each: the form, how many slots, where they stand, what they begin as, whether the activation is learned. They
-# have no control, but for `iapt-end`, and are tested with their own prompts only.
+# have no control, and are tested with their own prompts only.
 VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-paper": lambda **kw: IAPTConfig(init_weights="paper", **kw),
     "iapt-no-slot-vectors": lambda **kw: IAPTConfig(slot_vectors=False, **kw),
@@ -148,7 +153,7 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-accumulate": lambda **kw: IAPTConfig(accumulate=True, **kw),
     "iapt-no-factor": lambda **kw: IAPTConfig(down_factor=1.0, **kw),
     "iapt-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **kw),
-    "iapt-end": lambda **kw: IAPTConfig(prompt_position="end", **kw),
+    "iapt-before": lambda **kw: IAPTConfig(prompt_position="before", **kw),
     "iapt-rational": lambda **kw: IAPTConfig(activation="rational", **kw),
     "iapt-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **kw),
     "iapt-0.2-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **IAPT_0_2, **kw),
@@ -164,14 +169,13 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
 EDITS = {"preft-r16": 16, "preft-r13": 13, "preft-r146": 146}
 
 
-# Of which method each of these is another setting. `iapt-end`, the one for causal models, stands beside the methods.
+# Of which method each of these is a different setting.
 SETTING_OF = {
     "iapt-0.2-slow-down": "iapt-0.2",
     **{name: "iapt-0.2" if name.startswith("iapt-0.2") else name.partition("-")[0] for name in VARIANTS},
     "m-idpg-mean": "m-idpg",
     "lpt-appg": "lpt",
 }
-del SETTING_OF["iapt-end"]
 
 
 def _ours(name: str, condition: str, exchanged: bool = False) -> Method:

@@ -75,9 +75,13 @@ class SlotCache(Cache):
             raise ValueError(
                 f"`crop` takes the number of tokens to remove as a negative number, got {tokens_to_remove}."
             )
-        rest = length(self.inner) - abs(tokens_to_remove)
+        filled = length(self.inner)
+        rest = filled - abs(tokens_to_remove)
+        # Assisted decoding removes the instruction's last token, too, and counts what is left before it goes on with the same text.
+        if self.table.drafts:
+            rest = min(max(rest, self.table.end_of_slots), filled)
         self.table.check_crop(rest)
-        self.inner.crop(tokens_to_remove)  # which may refuse
+        self.inner.crop(rest - filled)  # which may refuse
         self.table.crop(rest)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -177,7 +177,7 @@ class InstancePromptLayer(nn.Module, BaseTunerLayer):
         filled = cache_of(call)[1]
         if running.layout is not None:
             running.table, running.segment_ids = running.layout.table, running.layout.segment_ids
-            running.table.text = running.text
+            running.table.text, running.table.drafts = running.text, request.drafts
         elif running.text is not None and filled is not None:
             running.table = running.text.table(tokens.shape[1], tokens.device)
         if running.table is not None and filled is not None:

@@ -76,6 +76,7 @@ class Request:
         last_only (`bool`): Whether the caller wants the logits of the last position only.
         keeps_cache (`bool`): Whether the caller asked for a cache or gave one, so that the text may go on in a later call.
         generate_call (`int`, *optional*): In `generate`, the number of the call.
+        drafts (`bool`): In `generate`, whether the model is the assistant of assisted decoding.
         prompt_length (`int`, *optional*): In `generate`, P, the number of columns of its prompt.
         texts (`tuple[GrowingText]`): In `generate`, the texts that grow, its prompt first.
         prompt_mask (`torch.Tensor`, *optional*): In `generate`, the `instruction_mask` of its prompt.
@@ -98,6 +99,7 @@ class Request:
     last_only: bool = False
     keeps_cache: bool = False
     generate_call: int | None = None
+    drafts: bool = False
     prompt_length: int | None = None
     texts: tuple[GrowingText, ...] = ()
     prompt_mask: torch.Tensor | None = None

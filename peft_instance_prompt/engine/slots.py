@@ -29,6 +29,7 @@ class SlotTable:
         first_visible_layer (`torch.LongTensor`): Shape (B, L). The first layer that sees each slot.
         late_layers (`tuple[int]`): The values other than 0 in `first_visible_layer`, in order.
         text (`CachedText`, *optional*): What is kept of the text for adapters that edit the instruction's states.
+        drafts (`bool`): Whether an assistant's `generate` filled the cache, which will go on with the same instruction.
         num_counted (`torch.LongTensor`): Shape (B, 1). How many slots move the position ids of later tokens: the used ones that every
             layer sees. A late slot must not, since it would move the tokens in the first layers, too.
     """
@@ -43,6 +44,7 @@ class SlotTable:
     ):
         self.order, self.used, self.all_used = order, used, bool(used.all()) if all_used is None else all_used
         self.text: CachedText | None = None
+        self.drafts = False
         if first_visible_layer is None:
             first_visible_layer = torch.zeros_like(used, dtype=torch.long)  # (B, L)
         self.first_visible_layer, self.late_layers = first_visible_layer, late_layers
@@ -82,6 +84,11 @@ class SlotTable:
         known = self.order.argsort(dim=1)[:, self.num_slots :]  # (B, N - L)
         later = torch.arange(self.order.shape[1], length, device=known.device)  # (length - N,)
         return torch.cat([known, later.expand(known.shape[0], -1)], dim=1)  # (B, length - L)
+
+    @property
+    def end_of_slots(self) -> int:
+        """The number of positions up to and including the last slot."""
+        return int((self.order < self.num_slots).any(dim=0).nonzero().max()) + 1 if self.num_slots else 0
 
     def check_crop(self, length: int) -> None:
         """Raise a ValueError if a slot stands behind the first `length` positions."""

@@ -259,6 +259,7 @@ class Generate(MethodWrapper):
             prompt_mask=fields["instruction_mask"],
             adapters=adapters,
             generate_call=next(NUMBERS),
+            drafts=bool(setting(model, call, "is_assistant")),
             **fields,
         ):
             return self.call_wrapped(*args, **kwargs)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
@@ -29,11 +30,12 @@ class IAPTConfig(BottleneckConfig, AccumulatingConfig):
     At every layer the prompt vectors are generated anew from that layer's own input at the instruction's tokens:
     down-projection, self-attention pooling to `num_virtual_tokens` vectors, activation, up-projection.
 
-    Deviations from the paper, none of them with `init_weights="paper"`: by default the adapter starts as a near no-op
-    (`init_weights`), the activation is not learned (`activation`), each slot has a learned vector of its own (`slot_vectors`), the
-    prompt vectors are added to the states in the slots where these can read the instruction (`accumulate`), and the down-projection
-    moves slower than the other weights (`down_factor`). No public source gives `bottleneck_dim` and which layers share their
-    projections, so both are options with defaults of our own.
+    Deviations from the paper, none of them with `init_weights="paper"`: by default the slots stand behind the instruction in a causal
+    language model (`prompt_position`), a prompt vector begins as a copy of a state (`init_weights`), the activation is not learned
+    (`activation`), each slot has a learned vector of its own (`slot_vectors`), the prompt vectors are added to the states in the
+    slots where these can read the instruction (`accumulate`), and the down-projection moves slower than the other weights
+    (`down_factor`). No public source gives `bottleneck_dim` and which layers share their projections, so both are options with
+    defaults of our own.
 
     Args:
         num_virtual_tokens (`int`): The number l of prompt vectors per layer. Defaults to 4, the paper's.
@@ -49,6 +51,8 @@ class IAPTConfig(BottleneckConfig, AccumulatingConfig):
         slot_vectors (`bool`, *optional*): Whether each slot has a learned vector, drawn from a standard normal distribution, that
             is added to what it pools. Without it all slots pool nearly the same at the start, get nearly the same gradient, and stay
             alike. Defaults to `True`, with `init_weights="paper"` to `False`.
+        prompt_position (`str`, *optional*): Filled in when the adapter is made: in a causal language model `"end"`, where the slots
+            read all of the instruction; elsewhere, and with `init_weights="paper"` or `init_text`, `"before"`.
         condition (`str`): As for all methods. With `accumulate`, the slots of the control `"constant"` read the text, too, through the
             model's own attention: it tells what the *generator* gains by reading the instance.
 
@@ -59,8 +63,11 @@ class IAPTConfig(BottleneckConfig, AccumulatingConfig):
     """
 
     paper = ("IAPT: Instruction-Aware Prompt Tuning for Large Language Models", "2405.18203")
-    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {1: {"slot_vectors": False, "activation": "rational"}}
+    old_defaults: ClassVar[dict[int, dict[str, Any]]] = {
+        1: {"slot_vectors": False, "activation": "rational", "prompt_position": "before"}
+    }
 
+    prompt_position: Optional[Literal["before", "after_first", "end", "before_separator", "after_separator"]] = None
     activation: Optional[Literal["rational", "gelu", "relu", "silu", "tanh"]] = None
     activation_fit: Literal["wide", "tight"] = "wide"
     share_layers: int = 1
@@ -88,6 +95,11 @@ class IAPTConfig(BottleneckConfig, AccumulatingConfig):
             raise ValueError(
                 "`slot_vectors` must be False or None with `init_weights='paper'`, the paper's form, got True."
             )
+
+    def default_position(self, infos: Sequence[StackInfo]) -> str:
+        starts_before_text = self.init_weights == "paper" or self.init_text is not None
+        causal_lm = all(info.causal_lm or (info.undeclared and self.task_type == "CAUSAL_LM") for info in infos)
+        return "end" if causal_lm and not starts_before_text else "before"
 
 
 class IAPTGenerator(PromptGenerator):

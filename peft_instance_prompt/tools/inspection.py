@@ -138,22 +138,32 @@ def generated_parts(
     for batch in batches:
         made = record(model, batch)
         for depth, parts in found.items():
-            parts.append(generated_part(generator, made[depth]))
+            parts.append(generated_part(generator, made[depth]).cpu())
     return {depth: torch.cat(parts) for depth, parts in found.items()}
+
+
+def start_of(generator: PromptGenerator, made: Generated) -> torch.Tensor | None:
+    """The start (l, d) or (B, 1, d) to which the generated part of one depth of a batch is added. None: there is none."""
+    with in_place(generator):
+        text = generator.text_state(generator.weights(made.depth))  # (l, d) or None
+    start = generator.start(made.instances, made.depth) if text is None else text.detach()
+    return None if start is None else start.float()
 
 
 def generated_part(generator: PromptGenerator, made: Generated) -> torch.Tensor:
     """The generated part (B, l, d) of one depth of a batch; see [`generated_parts`]."""
-    values = made.values.detach().float()  # (B, l, d)
-    with in_place(generator):
-        text = generator.text_state(generator.weights(made.depth))  # (l, d) or None
-    start = generator.start(made.instances, made.depth) if text is None else text.detach()  # or (B, 1, d)
+    values, start = made.values.detach().float(), start_of(generator, made)  # (B, l, d)
     if start is not None:
-        start = start.float()
-        if not generator.adds_at(made.depth):
-            values = values - start
-        values = values / rms(start)
-    return values.cpu()
+        values = (values if generator.adds_at(made.depth) else values - start) / rms(start)
+    return values
+
+
+def with_part(generator: PromptGenerator, made: Generated, part: torch.Tensor) -> torch.Tensor:
+    """The prompt vectors (B, l, d) of one depth of a batch with a different generated part (B, l, d) or (l, d)."""
+    values, start = part.to(made.values.device).float(), start_of(generator, made)
+    if start is not None:
+        values = rms(start) * values if generator.adds_at(made.depth) else start + rms(start) * values
+    return values.to(made.values.dtype).expand_as(made.values)
 
 
 def token_weights(model: nn.Module, batch: Mapping[str, Any], depth: int | None = None) -> torch.Tensor:

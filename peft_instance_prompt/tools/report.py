@@ -33,6 +33,7 @@ from .inspection import (
     readings,
     record,
     recording,
+    with_part,
 )
 
 
@@ -139,9 +140,9 @@ def instance_report(
 
     The model runs on the same data with four kinds of prompts:
     - `own`: each instance's own;
-    - `shuffled`: that of a different instance of the same batch, exactly as it stood in the slots at every depth when that
-      instance ran with its own prompt, together with its output of the method's `encode`, which decides places and lengths;
-    - `mean`: the mean of all instances' vectors, the same for each;
+    - `shuffled`: what was generated for a different instance of the same batch, at every depth and by the method's `encode`, which
+      decides places and lengths. The start of the vectors (see [`PromptGenerator.forward`]) stays the row's own;
+    - `mean`: the mean of what was generated for all instances, the same for each;
     - `none`: no prompt. Whatever else was trained, such as a classification head, stays.
 
     If `own` is no better than `shuffled` and `mean`, the adapter has learned a prompt for the task and not for the instance. The
@@ -205,7 +206,7 @@ def compare_prompts(
         batch, rows = on_device_of(model, batch), count_rows(batch)
         with recording() as made:
             measure("own", batch)
-        own = exchangeable(made)
+        own = exchangeable(generator, made)
         spread.add(made)
         for depth, values in own.items():
             total[depth] = total.get(depth, 0) + values.double().sum(dim=0)
@@ -213,17 +214,15 @@ def compare_prompts(
         donors = torch.empty_like(order).index_copy_(0, order, order.roll(1))  # one cycle: no row gets its own
         lenders = own
         if rows == 1:  # the first row of the batch before it lends its prompt
-            lenders, donors = exchangeable(record(model, batches[number - 1])), torch.tensor([0])
-        with intercept(partial(lent, lenders, donors=donors)):
+            lenders, donors = exchangeable(generator, record(model, batches[number - 1])), torch.tensor([0])
+        shuffled = {depth: values[donors.to(values.device)] for depth, values in lenders.items()}
+        with intercept(partial(exchanged, generator, shuffled)):
             measure("shuffled", batch)
         with note(adapters={layer: ([], {})}):  # not by `adapter_names`, which name trained heads, too
             measure("none", batch)
     mean = {depth: values / spread.count for depth, values in total.items()}  # (l, d) each, or (k)
 
-    def common(made: Generated) -> torch.Tensor | None:
-        return mean[made.depth].to(made.values).expand_as(made.values) if made.depth in mean else None
-
-    with intercept(common):
+    with intercept(partial(exchanged, generator, mean)):
         for batch in batches:
             measure("mean", on_device_of(model, batch))
     by_measure = {name: {prompts: torch.cat(lists[prompts]) for prompts in PROMPTS} for name, lists in found.items()}
@@ -241,7 +240,7 @@ class Spread:
 
     def add(self, made: Mapping[int | None, Generated]) -> None:
         for depth in self.generator.depths:
-            parts = generated_part(self.generator, made[depth]).double()  # (B, l, d)
+            parts = generated_part(self.generator, made[depth]).double().cpu()  # (B, l, d)
             self.sums[depth] = self.sums.get(depth, 0) + parts.sum(dim=0)  # (l, d)
             self.squares[depth] = self.squares.get(depth, 0.0) + float(parts.square().sum())
         self.count += len(parts)
@@ -263,15 +262,25 @@ def describe(generator: PromptGenerator) -> str:
     return f"{generator.config.peft_type.value}, {generator.num_slots} prompt vectors at {places}"
 
 
-def exchangeable(made: Mapping[int | None, Generated]) -> dict[int | None, torch.Tensor]:
-    """The values by depth that instances can exchange: all but an `encode` output with a dimension over tokens, as IPT's."""
-    # That dimension is as long as the batch's longest row. The vectors that are made from such an output are exchanged anyway.
-    return {depth: m.values for depth, m in made.items() if depth is not None or m.values.dim() == 2}
+def exchangeable(generator: PromptGenerator, made: Mapping[int | None, Generated]) -> dict[int | None, torch.Tensor]:
+    """By depth what instances can exchange: the generated parts of their vectors, and under None the output of `encode`."""
+    found = {depth: generated_part(generator, m) for depth, m in made.items() if depth is not None}
+    # An output with a dimension over tokens, as IPT's, is as long as the batch's longest row. What is made from it is exchanged anyway.
+    if None in made and made[None].values.dim() == 2:
+        found[None] = made[None].values
+    return found
 
 
-def lent(others: Mapping[int | None, torch.Tensor], made: Generated, donors: torch.Tensor) -> torch.Tensor | None:
-    """What was generated for the donors (B,), in place of the row's own; None, for no change, if it is not exchanged."""
-    return others[made.depth][donors.to(made.values.device)] if made.depth in others else None
+def exchanged(
+    generator: PromptGenerator, others: Mapping[int | None, torch.Tensor], made: Generated
+) -> torch.Tensor | None:
+    """What was generated for others, in place of the rows' own; None, for no change, if it is not exchanged. The start, which may be a
+    state of the row itself, stays the row's."""
+    if made.depth not in others:
+        return None
+    if made.depth is None:
+        return others[None].to(made.values).expand_as(made.values)
+    return with_part(generator, made, others[made.depth])
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:

@@ -99,7 +99,7 @@ def test_most_telling_cells_first_and_seed_0_before_the_others() -> None:
 
 
 def test_each_method_of_ours_has_a_control_and_as_many_rates() -> None:
-    assert set(CONTROLS) == {*OURS, "iapt-end"} and set(CONTROLS.values()) <= set(METHODS)
+    assert set(CONTROLS) == set(OURS) and set(CONTROLS.values()) <= set(METHODS)
     assert {len(method.rates) for name, method in METHODS.items() if name != "zero-shot"} == {3}
 
 

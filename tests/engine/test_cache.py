@@ -178,7 +178,8 @@ def test_token_positions_and_select() -> None:
 @pytest.mark.slots
 def test_crop_that_is_refused_changes_nothing(kind: str) -> None:
     """By the cache inside, which takes negative numbers only, or since slots would be cut off."""
-    model, inputs = prompted(kind), batch(9, 6)
+    place = {"prompt_position": "before"} if kind == "iapt" else {}  # at the end, the slots are cut off first
+    model, inputs = adapted(causal_lm(), METHODS[kind](task_type="CAUSAL_LM", **place)), batch(9, 6)
     cache = filled(model, inputs)
     order, expected = cache.table.order.clone(), going_on(model, copy.deepcopy(cache), inputs["attention_mask"], NEXT)
     for number, error in (

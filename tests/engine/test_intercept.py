@@ -17,8 +17,9 @@ from peft_instance_prompt import IAPTConfig
 from peft_instance_prompt.engine.intercept import intercept
 
 
-def adapted(kind: str = "iapt"):
-    return get_peft_model(tiny.causal_lm(), METHODS[kind](task_type="CAUSAL_LM", init_weights=False)).eval()
+def adapted(kind: str = "iapt", **fields):
+    config = METHODS[kind](task_type="CAUSAL_LM", init_weights=False, **fields)
+    return get_peft_model(tiny.causal_lm(), config).eval()
 
 
 def batch(seed: int = 0) -> torch.Tensor:
@@ -27,7 +28,7 @@ def batch(seed: int = 0) -> torch.Tensor:
 
 def test_what_is_seen_is_what_the_layers_get():
     """Against a hook that reads the slots, here the first positions, from a layer's input."""
-    model, seen, read = adapted(), {}, {}
+    model, seen, read = adapted("iapt_after_first", prompt_position="before"), {}, {}
     for number, layer in enumerate(model.get_base_model().model.layers):
         layer.register_forward_pre_hook(
             lambda module, args, kwargs, n=number: read.__setitem__(

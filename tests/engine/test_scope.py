@@ -189,7 +189,7 @@ def test_plain_text_does_not_leak(training: bool) -> None:
 
 def test_plain_text_needs_slots_behind_it() -> None:
     with pytest.raises(ValueError, match="`instruction_length` needs `prompt_position='end'`, got 'before'"):
-        IAPTConfig(instruction_length=4)
+        IAPTConfig(instruction_length=4, prompt_position="before")
     with pytest.raises(ValueError, match="give one of them, got 4 and"):
         IAPTConfig(instruction_length=4, prompt_position="end", response_template=[3])
     with pytest.raises(ValueError, match="`instruction_length` must be at least 1, got 0"):

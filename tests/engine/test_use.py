@@ -147,11 +147,14 @@ def test_a_stack_that_changes_its_embeddings_where_they_lie(method: str) -> None
 # -------------------------------------------------------------------------------------------- heads that lie elsewhere
 
 
+PLACE = {"prompt_position": "before"}  # the default of a stack whose head is not known
+
+
 def headless(family: str, **fields) -> torch.nn.Module:
     """A causal LM whose inner stack has the adapter, in training mode and without dropout."""
     base = causal_lm(family)
     name = base.base_model_prefix
-    setattr(base, name, perturb(get_peft_model(getattr(base, name), IAPTConfig(**fields))))
+    setattr(base, name, perturb(get_peft_model(getattr(base, name), IAPTConfig(**{**PLACE, **fields}))))
     for module in base.train().modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -165,7 +168,7 @@ def test_head_outside_of_the_adapted_module(family: str) -> None:
     with pytest.raises(ValueError, match=ASKS) as caught:
         model(IDS, labels=LABELS)
     assert len(str(caught.value)) < 300
-    expected = adapted(causal_lm(family), IAPTConfig())(IDS, instruction_mask=MASK).logits
+    expected = adapted(causal_lm(family), IAPTConfig(**PLACE))(IDS, instruction_mask=MASK).logits
     with instruction_scope(MASK):
         assert_same(model(IDS, labels=LABELS).logits, expected)
     fields = {"response_template": TEMPLATE}
@@ -176,7 +179,7 @@ def test_head_outside_of_the_adapted_module(family: str) -> None:
         adapted(causal_lm(family), IAPTConfig(**fields))(IDS).logits,
     )
     # In generation, what is read is the prompt.
-    expected = adapted(causal_lm(family), IAPTConfig()).generate(IDS, **GREEDY)
+    expected = adapted(causal_lm(family), IAPTConfig(**PLACE)).generate(IDS, **GREEDY)
     assert torch.equal(model.eval().generate(IDS, **GREEDY), expected)
 
 
@@ -227,14 +230,14 @@ def test_module_around_a_language_model(cls: type, family: str) -> None:
     base = causal_lm(family)
     own = cls(base if cls is not OwnHead else base.base_model)
     untouched = set(vars(own.inner))
-    model = adapted(own, IAPTConfig())
+    model = adapted(own, IAPTConfig(**PLACE))
     names = ("input_ids", "labels")
 
     def call(*values: torch.Tensor | None) -> torch.Tensor:
         inputs = dict(zip(names, values))
         return model(inputs) if cls is AroundBatch else model(**inputs)
 
-    reference = adapted(causal_lm(family), IAPTConfig())
+    reference = adapted(causal_lm(family), IAPTConfig(**PLACE))
     if cls is OwnHead:
         shown = reference(IDS, instruction_mask=MASK, output_hidden_states=True).hidden_states[-1]
         expected = own.head(shown)
@@ -260,7 +263,7 @@ def test_generate_of_the_language_model_inside() -> None:
         def generate(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
             return self.inner.generate(input_ids, **kwargs)
 
-    reference = adapted(causal_lm(), IAPTConfig())
+    reference = adapted(causal_lm(), IAPTConfig(**PLACE))
     for said, scope in (
         ({}, nullcontext()),
         ({"instruction_mask": MASK}, nullcontext()),
@@ -270,7 +273,7 @@ def test_generate_of_the_language_model_inside() -> None:
             IDS, **GREEDY, instruction_mask=MASK if said or scope.__class__ is not nullcontext else None
         )
         for own in (Generating, Around):
-            model = adapted(own(causal_lm()), IAPTConfig())
+            model = adapted(own(causal_lm()), IAPTConfig(**PLACE))
             generate = model.generate if own is Generating else model.get_base_model().inner.generate
             with scope if scope.__class__ is nullcontext else instruction_scope(MASK):
                 for use_cache in (True, False):

@@ -137,15 +137,15 @@ def prompts(model: PeftModel, ids: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("init_weights", ["paper", True])
 def test_constant_condition(init_weights) -> None:
     constant, instance = (
-        adapted(causal_lm(), config(condition=condition, init_weights=init_weights))
+        adapted(causal_lm(), config(condition=condition, init_weights=init_weights, prompt_position="before"))
         for condition in ("constant", "instance")
     )
     assert count(constant, "constant") == 4 * 8 * L and count(constant, "down", "pool", "slot") == 0
     ids = INPUTS["input_ids"][:1]
     other = ids.clone()
     other[:, 4:] += 1
-    # What is generated is the same for all instances. With the near no-op start it is added to a copy of the first token,
-    # which these two share at the first layer only.
+    # What is generated is the same for all instances. Unless it is the paper's it is added to a copy of a token's state, which these two
+    # share at the first layer if it is the first token's.
     shown = L if init_weights == "paper" else 1
     for model, same in ((constant, True), (instance, False)):
         pairs = list(zip(prompts(model, ids), prompts(model, other)))[:shown]
@@ -232,7 +232,8 @@ def test_gradient_of_the_papers_form() -> None:
 
 def test_base_state_gets_no_gradient() -> None:
     """`p = a + rms(a) * generated` with a detached: with W_up at zero, the embeddings get gradients through the text only."""
-    model, seen = get_peft_model(causal_lm(), config(layers_to_transform=[0], num_virtual_tokens=2)), []
+    fields = {"layers_to_transform": [0], "num_virtual_tokens": 2, "prompt_position": "before"}
+    model, seen = get_peft_model(causal_lm(), config(**fields)), []
     embeds = torch.randn(1, 5, d, requires_grad=True)
     with intercept(lambda made: seen.append(made.values)):
         model(inputs_embeds=embeds)
@@ -265,5 +266,5 @@ def test_defaults() -> None:
         1,
         "instance",
     )
-    assert (fresh.bottleneck_dim, fresh.init_weights, fresh.prompt_position) == (16, True, "before")
+    assert (fresh.bottleneck_dim, fresh.init_weights, fresh.prompt_position) == (16, True, None)
     assert IAPTConfig(init_weights="paper").activation == "rational"

@@ -208,7 +208,7 @@ bfloat16 is off.
 """
 WORDS = {
     "`messages`, `assistant_only_loss`": '`response_template="chat"`',
-    "`text`": f'`instruction_length={trl_sft.TEXT_LENGTH}, prompt_position="end"`',
+    "`text`": f'`instruction_length={trl_sft.TEXT_LENGTH}`; with other methods than IAPT `prompt_position="end"`, too',
 }
 
 

@@ -67,7 +67,7 @@ def test_a_failure_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:  # a prompt that reads the response
         patch.setattr("peft_instance_prompt.engine.scope.from_labels", lambda labels, tokens, *rest: tokens)
-        found = script_table.run("causal", "iapt")
+        found = script_table.run("causal", "iapt_after_first")
         assert found.what == "fails" and "a prompt was generated from" in found.why
 
     def broken(*args, **kwargs):

@@ -70,7 +70,7 @@ def test_methods_that_read_no_weighted_mean_say_so():
 
 
 def test_prompt_vectors_are_what_a_layer_gets():
-    model, read = adapted("iapt"), []
+    model, read = adapted("iapt", prompt_position="before"), []
     hook = lambda module, args, kwargs: read.append((args[0] if args else kwargs["hidden_states"])[:, :4])  # noqa: E731
     model.get_base_model().model.layers[1].register_forward_pre_hook(hook, with_kwargs=True)
     vectors = prompt_vectors(model, [{"input_ids": IDS}, {"input_ids": IDS[:1]}])
@@ -141,7 +141,7 @@ def test_tokens_have_their_spaces():
 
 def test_placements():
     """Fixed places, and per row those that dynamic prompting chooses, against its own record of them."""
-    lengths, behind = placements(adapted("iapt"), [PADDED, {"input_ids": IDS}])
+    lengths, behind = placements(adapted("iapt", prompt_position="before"), [PADDED, {"input_ids": IDS}])
     assert lengths.tolist() == [4] * 4 and behind.tolist() == [0] * 4
     lengths, behind = placements(adapted("idpg_single", prompt_position="end"), [PADDED])
     assert lengths.tolist() == behind.tolist() == [4, 4]

@@ -55,12 +55,12 @@ ENCODER = {"num_virtual_tokens": 4, "strategy": "encoder", "table_rank": 4, "bot
 
 # What is served, and how far the weights are moved: answers must change and stay text.
 CONFIGS = {
-    "iapt": (IAPTConfig(), 0.15),
-    "iapt_too": (IAPTConfig(), 0.15),
+    "iapt": (IAPTConfig(prompt_position="before"), 0.15),
+    "iapt_too": (IAPTConfig(prompt_position="before"), 0.15),
     "iapt_first": (IAPTConfig(prompt_position="after_first", share_layers=3), 0.15),
-    "iapt_end": (IAPTConfig(prompt_position="end"), 0.05),
-    "iapt_some": (IAPTConfig(layers_to_transform=[3, 7, 20], condition="constant"), 0.15),
-    "iapt_template": (IAPTConfig(response_template="chat"), 0.15),
+    "iapt_end": (IAPTConfig(), 0.05),
+    "iapt_some": (IAPTConfig(layers_to_transform=[3, 7, 20], condition="constant"), 0.05),
+    "iapt_template": (IAPTConfig(response_template="chat"), 0.05),
     "idpg": (IDPGConfig(**PHM, **EMBEDS), 0.1),
     "idpg_single": (IDPGConfig(multi_layer=False, **PHM, **EMBEDS), 0.1),
     "ipt": (IPTConfig(num_virtual_tokens=20, table_rank=4), 0.5),
