@@ -30,7 +30,7 @@ batch["labels"] = batch["input_ids"].clone()
 batch["labels"][:, :-1] = -100  # the last token is the answer
 
 trained = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(trained, lr=2e-3)
+optimizer = torch.optim.AdamW(trained, lr=1e-2)
 for step in range(21):
     loss = model(**batch).loss
     loss.backward()

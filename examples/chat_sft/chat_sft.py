@@ -120,7 +120,7 @@ if __name__ == "__main__":
         "--model", help="hub name or folder of a chat model (default: SmolLM2-135M-Instruct from PyPI)"
     )
     parser.add_argument("--steps", type=int, default=100, help="training steps of 4 chats (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate (default: %(default)s)")
     parser.add_argument(
         "--n-test", type=int, default=20, help=f"held-out sentences, at most {N_TEST} (default: %(default)s)"
     )

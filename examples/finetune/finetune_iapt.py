@@ -91,7 +91,7 @@ def generate(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, lr=2e-3, output="outputs/iapt", steps=200)
+    parser = make_parser(__doc__, lr=1e-2, output="outputs/iapt", steps=200)
     parser.add_argument("--method", choices=("iapt", "preft"), default="iapt", help="(default: %(default)s)")
     parser.add_argument("--generate", metavar="ADAPTER_DIR", help="do not train, generate with this trained adapter")
     args = parse(parser)

@@ -74,7 +74,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, lr=2e-3, output="outputs/instance_report")
+    parser = make_parser(__doc__, lr=1e-2, output="outputs/instance_report")
     parser.add_argument("--adapter", help="folder of a trained adapter (default: one is trained)")
     parser.add_argument(
         "--condition", choices=("instance", "constant"), default="instance", help="(default: %(default)s)"

@@ -57,4 +57,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse(make_parser(__doc__, lr=2e-3, output="outputs/launched")))
+    main(parse(make_parser(__doc__, lr=1e-2, output="outputs/launched")))

@@ -124,7 +124,7 @@ LAYER = {"type": int, "help": "the layer at which the prompt enters (default: th
 METHODS = {
     "iapt": Method(
         iapt,
-        lr=2e-3,
+        lr=1e-2,
         options={
             "--tokens": {"type": int, "default": 4, "help": "number of prompt tokens (default: %(default)s)"},
             "--bottleneck-dim": {"type": int, "default": 16, "help": "its width (default: %(default)s)"},

@@ -68,7 +68,7 @@ def main(folder: str, steps: int) -> None:
     for name, rows in examples().items():
         torch.manual_seed(0)
         adapted = get_peft_model(model, CONFIGS[name]).train()
-        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
         bar = trange(steps, desc=name)
         for step in bar:
             loss = adapted(**batch(tokenizer, rows[step * ROWS : (step + 1) * ROWS])).loss

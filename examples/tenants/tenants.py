@@ -117,7 +117,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, lr=3e-3, output="outputs/tenants", steps=40)
+    parser = make_parser(__doc__, lr=1e-2, output="outputs/tenants", steps=40)
     parser.add_argument("--tenants", type=int, default=30, help="how many, at least 3 (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=7, help="rows of the batch (default: %(default)s)")
     args = parse(parser)
