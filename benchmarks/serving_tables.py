@@ -16,8 +16,8 @@ SETUP = ("model", "dtype", "device", "threads", "torch", "transformers", "peft",
 
 
 def blocks(folder: Path) -> dict[str, str]:
-    """By name, `serving_cost.MODEL.WHAT`. Without results there are none."""
-    made = {}
+    """By name, `serving_cost.MODEL.WHAT`, and `serving_cost.setup` for all models. Without results there are none."""
+    made, measured = {}, []
     for path in sorted(p for p in folder.glob("serving_cost/*") if p.is_dir()):
         groups = [json.loads(file.read_text()) for file in sorted(path.glob("*.json"))]
         groups.sort(key=lambda g: (g["tokens"], g.get("tenants", 0), g.get("checkpointing", False)))
@@ -39,6 +39,9 @@ def blocks(folder: Path) -> dict[str, str]:
             if law := growth(serving, ("first_token", "per_token")):
                 made[f"serving_cost.{path.name}.growth"] = law
         made[f"serving_cost.{path.name}.setup"] = setup_lines(groups, SETUP)
+        measured += groups
+    if measured:
+        made["serving_cost.setup"] = setup_lines(measured, SETUP)
     return made
 
 
@@ -54,7 +57,7 @@ def ratios(groups: dict[str, dict], measure: str) -> str:
             elif name == "bare":
                 row.append(f"{found['median']:,.0f} {'MB' if measure == 'memory_mb' else 'ms'}")
             else:
-                row.append(f"{found['ratio']:.2f} ({min(found['ratios']):.2f} to {max(found['ratios']):.2f})")
+                row.append(f"{found['ratio']:.2f} ({min(found['ratios']):.2f}-{max(found['ratios']):.2f})")
         if set(row[1:]) != {"-"}:
             rows.append(row)
     return table(["method", *groups], rows)
@@ -69,7 +72,7 @@ def methods(groups: dict[str, dict]) -> str:
         for measure in ("first_token", "per_token"):
             measured = [group["methods"].get(name, {}).get(measure) for group in groups.values()]
             ratios = [value["ratio"] for value in measured if value]
-            row.append(" to ".join(dict.fromkeys(f"{end(ratios):.2f}" for end in (min, max))) if ratios else "-")
+            row.append("-".join(dict.fromkeys(f"{end(ratios):.2f}" for end in (min, max))) if ratios else "-")
         rows.append(row)
     return table(["method", "adapter", "slots", "first token", "each token after it"], rows)
 

@@ -93,10 +93,9 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Invariants",
         "",
-        "What holds for every method, and how often it was tried. `tests/invariants.py` draws configs, tiny models of all families,",
-        "batches, adapters and damaged files, and looks for a case in which an invariant does not hold.",
-        "`python tests/fuzz.py --seconds 90 --write docs/invariants.md` writes this page; the test suite tries each invariant again,",
-        f"for as long as `FUZZ_SECONDS` says. Seed {SEED}, Python {platform.python_version()}, {packages}.",
+        "`python tests/fuzz.py --seconds 90 --write docs/invariants.md` writes this page: it draws configs, tiny models of all families,",
+        "batches, adapters and damaged files, and looks for a case in which an invariant does not hold. The test suite tries each again.",
+        f"Seed {SEED}, Python {platform.python_version()}, {packages}.",
         "",
         "| invariant | cases tried | failures |",
         "|---|---|---|",

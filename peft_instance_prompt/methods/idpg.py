@@ -76,14 +76,14 @@ class IDPGConfig(InstanceVectorConfig, BottleneckConfig):
             Defaults to `"auto"`: the last in a causal model, the mean in the encoder of an encoder-decoder model (not all of
             these begin with a special token), otherwise the first.
         instance_embeds_dim (`int`, *optional*): The width k of `instance_embeds`, for `instance_source="instance_embeds"`.
-        generator_residual (`bool`): An ablation of the paper: the prompt at the input is M(x) plus the layer norm of p. M(x) must
+        generator_residual (`bool`): An ablation of appendix A.5: the prompt at the input is M(x) plus the layer norm of p. M(x) must
             have the embeddings' width, and a fresh adapter is no near no-op. Defaults to `False`.
         generator_layer_norm (`bool`): A second ablation: a layer norm ends the generator at the input, behind the residual.
             Defaults to `False`.
         dropout (`float`): The dropout on u, in training only, from 0 to below 1. Defaults to 0.1.
         prompt_position (`str`, *optional*): Filled in when the adapter is made: `"after_first"`, the paper's, or `"before"` if
-            the text does not begin with a special token (T5). In its appendix the paper finds `"before_separator"` best for pairs
-            of sentences.
+            the text does not begin with a special token (T5). The paper's appendix A.5.2 finds `"before_separator"` best for
+            pairs of sentences.
         condition (`str`): As for all methods, or `"bias"`, the control with W1 = W2 = 0: the prompt is the output bias b2, which
             the paper calls the task prompt and which is the only parameter.
 

@@ -64,7 +64,7 @@ class IDSPAMConfig(LatePromptConfig):
 
 
 class TokenAttention(nn.Module):
-    """The mean over the tokens of one head of self-attention, equation 1 of the paper.
+    """The mean over the tokens of one head of self-attention, Eq. 1 of the paper.
 
     Attributes:
         query, key, value (`nn.Parameter`): Shapes (e, d_k), (e, d_k) and (e, e): W_Q, W_K and W_V.
@@ -88,10 +88,10 @@ class IDSPAMGenerator(LatePromptGenerator):
     """ID-SPAM (ACL 2025, https://arxiv.org/abs/2506.05629): one head of self-attention over the token embeddings of the
     instance, averaged over the tokens, and a bottleneck generate a prompt that enters at one layer and stays in the residual stream.
 
-    With E (n, e) the token embeddings of the instance, equations 1 and 2 of the paper:
+    With E (n, e) the token embeddings of the instance:
 
-    - `A = mean over tokens of softmax(E W_Q (E W_K)^T / sqrt(d_k)) E W_V`, (e,);
-    - `p = relu(relu(A W_down + b_down) W_up + b_up)`, reshaped to (l, d). Only `init_weights="paper"` has the outer relu.
+    - `A = mean over tokens of softmax(E W_Q (E W_K)^T / sqrt(d_k)) E W_V`, (e,), the paper's Eq. 1;
+    - `p = relu(relu(A W_down + b_down) W_up + b_up)`, reshaped to (l, d), its Eq. 2. Only `init_weights="paper"` has the outer relu.
 
     It has `2 e d_k + e^2` weights in its attention and `e m + m + m l d + l d` in its bottleneck.
 

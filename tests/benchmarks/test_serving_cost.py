@@ -67,14 +67,15 @@ def test_tables(tmp_path: Path) -> None:
         "|---|---|---|",
         "| bare | 1,234 ms | 1,234 ms |",
         "| prompt-tuning | refused | refused |",
-        "| iapt | 1.06 (1.04 to 1.10) | 1.10 (1.04 to 8.48) |",
+        "| iapt | 1.06 (1.04-1.10) | 1.10 (1.04-8.48) |",
     ]
     assert made["serving_cost.m-cpu-float32.methods"].splitlines() == [
         "| method | adapter | slots | first token | each token after it |",
         "|---|---|---|---|---|",
-        "| iapt | 2.22 MB | 4 | 1.06 to 1.10 | - |",
+        "| iapt | 2.22 MB | 4 | 1.06-1.10 | - |",
     ]
     assert "model m," in made["serving_cost.m-cpu-float32.setup"]
+    assert made["serving_cost.setup"] == made["serving_cost.m-cpu-float32.setup"]  # one model, and all
     assert "serving_cost.m-cpu-float32.step" not in made  # no training was measured
     assert serving_tables.blocks(tmp_path / "nothing") == {}
 

@@ -177,20 +177,10 @@ def title(method: str) -> str:
     return f"{type(made).__name__.removesuffix('Config')}{' `' + ', '.join(words) + '`' if words else ''}"
 
 
-def table(results: dict[tuple[str, str], Cell], names: list[str], notes: list[str]) -> list[str]:
-    """A table in Markdown; reasons are added to `notes` and their numbers stand in the cells."""
-    lines = [f"| method | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for method in COLUMNS:
-        cells = [written(results[name, method], notes) for name in names]
-        lines.append(f"| {title(method)} | {' | '.join(cells)} |")
-    return lines
-
-
 HEAD = """# Scripts of TRL and PEFT
 
-`python tests/scripts/script_table.py --write` makes this page. Each cell is a small script, written after one of TRL's or PEFT's,
-with the config of one method, for four steps on a tiny model of random weights. PEFT's LoRA runs through the same scripts. Only the
-config changes from LoRA to one of our methods:
+`python tests/scripts/script_table.py --write` makes this page by running small scripts, written after TRL's and PEFT's, with each config
+below, for four steps on a tiny model of random weights. From PEFT's LoRA to one of our methods only the config changes:
 
 ```diff
 - peft_config = LoraConfig(task_type="CAUSAL_LM", r=4)
@@ -203,8 +193,7 @@ config changes from LoRA to one of our methods:
 - *refused*: a library raises an error on purpose. The sentence is below; if it is not ours, so are the file and the function.
 - *fails*: another exception, or one of these does not hold.
 
-`tests/scripts/test_script_table.py` runs cells again and compares. Trainers have their defaults (with gradient checkpointing), but
-bfloat16 is off.
+`tests/scripts/test_script_table.py` runs some again. Trainers have their defaults (with gradient checkpointing), but bfloat16 is off.
 """
 WORDS = {
     "`messages`, `assistant_only_loss`": '`response_template="chat"`',
@@ -213,33 +202,46 @@ WORDS = {
 
 
 def page(results: dict[tuple[str, str], Cell]) -> str:
+    """Each script and config, and a table of the pairs that do not work, with the numbers of their reasons."""
     notes: list[str] = []
     lines = [HEAD, "Three scripts need more than the method and the task in a config of ours:", ""]
     lines += ["| script | add |", "|---|---|", *(f"| {name} | {words} |" for name, words in WORDS.items()), ""]
-    for group, scripts in GROUPS.items():
-        lines += [f"## {group}", "", *table(results, list(scripts), notes), ""]
+    lines += ["## Scripts", "", "| library | scripts |", "|---|---|"]
+    lines += [f"| {group} | {'; '.join(scripts)} |" for group, scripts in GROUPS.items()]
     lines += [
-        "`several adapters` trains two adapters, loads both, switches between them, mixes them in one batch, and deletes one."
+        "",
+        "`several adapters` trains two adapters, loads both, switches between them, mixes them in one batch, and deletes one. PEFT's notebook",
+        "then merges them (`add_weighted_adapter`), which prompts cannot.",
+        "",
+        "## Configs",
+        "",
+        *(f"- {title(method)}" for method in COLUMNS),
+        "",
+        "## Results",
+        "",
+        "Each script *works* with each config, but for these:",
+        "",
+        "| script | config | result |",
+        "|---|---|---|",
     ]
-    lines += [
-        "PEFT's notebook then merges them (`add_weighted_adapter`), which prompts cannot: see [What works](compatibility.md#limits)."
-    ]
+    for (name, method), cell in results.items():
+        if cell.what != "works":
+            lines.append(f"| {name} | {title(method)} | {written(cell, notes)} |")
     return "\n".join([*lines, "", "## Reasons", "", *footnotes(notes), ""])
 
 
 def read(text: str) -> dict[tuple[str, str], Cell]:
-    """The cells of a page."""
+    """The cells of a page: each script that it lists with each config that it lists."""
     notes = reasons(text)
     methods = {title(method): method for method in COLUMNS}
-    results, names = {}, []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        if cells[0] == "method":
-            names = cells[1:]
-        elif cells[0] in methods:
-            for name, cell in zip(names, cells[1:]):
-                results[name, methods[cells[0]]] = parsed(cell, notes)
-    return results
+    lines = text.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
+    names = [name for row in rows if row[0] in GROUPS for name in row[1].split("; ")]
+    listed = [methods[line[2:]] for line in lines if line.startswith("- ") and line[2:] in methods]
+    results = {(name, method): Cell("works") for name in names for method in listed}
+    return results | {
+        (row[0], methods[row[1]]): parsed(row[2], notes) for row in rows if len(row) == 3 and row[0] in names
+    }
 
 
 def main() -> None:
