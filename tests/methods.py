@@ -132,7 +132,6 @@ SKIPS: dict[tuple[str, str], str] = {
     ("idspam", "test_model_with_positions_for_no_slots"): "late slots take no positions",
     ("idspam", "test_ranges_and_tuples_become_lists"): "`layers_to_transform` is refused",
     ("dynamic_prompt", "test_ranges_and_tuples_become_lists"): "`layers_to_transform` is refused",
-    ("dynamic_prompt", "test_assistant_model"): "refused as an assistant, see methods/test_dynamic_prompt.py",
     (
         "dynamic_prompt",
         "test_fresh_adapter_copies_the_first_token",

@@ -29,7 +29,7 @@ from peft_instance_prompt import IAPTConfig, instance_report
 from reviews import Collator, fit, load_base, load_examples, make_parser, parse
 
 
-PASSES = 5  # own twice: once to note the prompts, which the other passes exchange
+PASSES = 4
 
 
 def report_with_bar(model, batches):
