@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the page Cost, from the groups that serving_cost.py has measured."""
+"""The tables of the page Cost, from the groups that serving_cost.py has measured, and of vLLM's page, from what serving.py has."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from quality.tables import setup_lines, table
 from serving_models import METHODS, SLOTS
 
 
+ENGINES = {"prompt": "IAPT", "preft": "PreFT", "lora": "vLLM's own LoRA"}  # by their names in serving.py
+TIMES = {
+    "all, CPU": "all of it, CPU time",
+    "all": "all of it",
+    "decode": "decoding",
+    "first": "first tokens of all",
+    "first, 95 %": "first token beside a long prompt, 95th percentile",
+}
 SETUP = ("model", "dtype", "device", "threads", "torch", "transformers", "peft", "revision")
 
 
@@ -42,7 +50,19 @@ def blocks(folder: Path) -> dict[str, str]:
         measured += groups
     if measured:
         made["serving_cost.setup"] = setup_lines(measured, SETUP)
+    for path in sorted(folder.glob("speed/vllm-*.json")):
+        made[f"speed.{path.stem}"] = engines(json.loads(path.read_text()), path.stem.removeprefix("vllm-"))
     return made
+
+
+def engines(found: dict[str, dict], tenants: str) -> str:
+    """The ratios of engines of vLLM to the bare one, and their intervals: in CPU time, and by the clock."""
+    rows = []
+    for what, label in TIMES.items():
+        ratios = [found.get(f"{tenants} tenants, {what}, {kind}") for kind in ENGINES]
+        cells = [f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "not measured" for r in ratios]
+        rows.append([label, *cells])
+    return table(["ratio to the bare engine", *ENGINES.values()], rows)
 
 
 def ratios(groups: dict[str, dict], measure: str) -> str:

@@ -80,6 +80,21 @@ def test_tables(tmp_path: Path) -> None:
     assert serving_tables.blocks(tmp_path / "nothing") == {}
 
 
+def test_table_of_engines(tmp_path: Path) -> None:
+    folder = tmp_path / "speed"
+    folder.mkdir()
+    found = {"8 tenants, all, CPU, prompt": {"ratio": 1.056, "low": 1.04, "high": 1.07, "rounds": 9, "seconds": 3.0}}
+    (folder / "vllm-8.json").write_text(json.dumps({"set_up": {}, **found}))
+    (folder / "overhead.json").write_text("{}")
+    made = serving_tables.blocks(tmp_path)
+    assert list(made) == ["speed.vllm-8"]
+    assert made["speed.vllm-8"].splitlines()[:3] == [
+        "| ratio to the bare engine | IAPT | PreFT | vLLM's own LoRA |",
+        "|---|---|---|---|",
+        "| all of it, CPU time | 1.06 [1.04, 1.07] | not measured | not measured |",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_smoke_run_can_be_resumed(tmp_path: Path) -> None:
