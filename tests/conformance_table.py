@@ -87,11 +87,12 @@ def compact(results: dict[tuple[str, str], Cell]) -> str:
     lines.insert(
         2, f"| all {len(whole)} other features tested (padding, beams, `torch.compile`, `SFTTrainer` ...) | {works} |"
     )
+    alike: dict[str, list[str]] = {}  # groups of families, by the cells that they share
     for group, (families, *_) in GROUPS.items():
         counts = [sum(results[f"{group}: {f}", m].what == "works" for f in families) for m in COLUMNS]
-        cells = ["works" if n == len(families) else f"{n} work" for n in counts]
-        lines.append(f"| {len(families)} {group} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = " | ".join("works" if n == len(families) else f"{n} work" for n in counts)
+        alike.setdefault(cells, []).append(f"{len(families)} {group}")
+    return "\n".join([*lines, *(f"| {', '.join(groups)} | {cells} |" for cells, groups in alike.items())])
 
 
 def read(text: str) -> dict[tuple[str, str], Cell]:
