@@ -146,10 +146,10 @@ def test_chat_of_three_turns_goes_on_from_its_blocks(engine, models, name, first
     assert computed > 4 * BLOCK
 
 
-@pytest.mark.parametrize("words, taken", [(BLOCK - SLOTS, BLOCK), (BLOCK - SLOTS + 1, 0), (BLOCK + 1, 0)])
-def test_slots_that_are_not_all_in_full_blocks_are_computed_anew(engine, models, offers, words, taken) -> None:
+@pytest.mark.parametrize("end, taken", [(BLOCK, BLOCK), (BLOCK + 1, 0), (BLOCK + 6, 0)])
+def test_slots_that_are_not_all_in_full_blocks_are_computed_anew(engine, models, offers, end, taken) -> None:
     """The last slot is the last token of a block, or the next one's first, or it stands with all others behind it."""
-    prompt = [*tokens(words, seed=100 + words), *TEMPLATE]
+    prompt = [*tokens(end - len(TEMPLATE) - SLOTS, seed=100 + end), *TEMPLATE, *tokens(5, seed=12)]
     cold, warm = (ask(engine, "iapt_chat", prompt, max_tokens=8, min_tokens=8) for _ in range(2))
     assert [number for number, *_ in offers] == [0, BLOCK]
     assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, taken)
@@ -186,6 +186,16 @@ def test_adapters_share_no_blocks(engine, models) -> None:
     names = ["whole", "whole_too", BASE]
     cached = [[ask(engine, name, prompt).num_cached_tokens for name in names] for _ in range(2)]
     assert cached == [[0] * 3, [2 * BLOCK] * 3]
+
+
+def test_preempted_requests_take_all_of_their_slots_or_none(engine, offers) -> None:
+    requests = [[*tokens(45, seed=20 + number), *TEMPLATE] for number in range(6)]
+    alone = [answer(ask(engine, "iapt_chat", ids, skip_reading_prefix_cache=True)) for ids in requests]
+    offers.clear()
+    together = engine.ask(requests, [engine.named("iapt_chat")] * 6, **{"max_tokens": LONG, "min_tokens": LONG})
+    print(offers)
+    assert any(number == BLOCK for number, _, preempted in offers if preempted)
+    assert [answer(output) for output in together] == alone
 
 
 def test_preempted_requests_do_not_edit_what_they_generated(engine, models, monkeypatch) -> None:
