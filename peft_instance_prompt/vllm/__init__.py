@@ -9,8 +9,8 @@
     front_end      the adapters that requests can name; gives a request its slots or edits, or refuses it
     places         where the instruction and the slots of a prompt stand, or which of its tokens are edited
     adapters       reads a generator from an adapter's folder, and packs it for the workers
-    scheduler      keeps an instruction and its slots in one step, tells slots and edited tokens apart in the prefix cache, and fails
-                   requests whose prompt was not written
+    scheduler      keeps an instruction and its slots in one step, takes from the prefix cache all slots or none, tells slots and edited
+                   tokens apart there, and fails requests whose prompt was not written
     worker         holds the adapters; makes and runs each step's plan
     plan           says which rows of a step's flat batch are whose instruction and slots, and which are edited
     hooks          reads the instruction's rows of a layer's input, writes the slots' rows and edits others

@@ -244,17 +244,5 @@ class FrontEnd:
                 f"({option}): raise it, or shorten the instruction."
             )
         read = hashlib.sha256(repr((ids[: placed.num_read], placed.slots, placed.vectors)).encode()).hexdigest()
-        block = min(self.vllm_config.cache_config.block_size or SMALLEST_BLOCK, SMALLEST_BLOCK)
-        # Slots depend on text behind them, so only equal instructions of the same adapter share blocks. A slot behind a cached block
-        # would lack the states of the text in that block.
-        internals.put_placed(
-            request,
-            widen(ids, placed.slots),
-            placed,
-            f"{adapter.key} {read}",
-            limit,
-            reads_cache=max(placed.slots) < block,
-        )
-
-
-SMALLEST_BLOCK = 16  # of the KV cache, in tokens: no attention kernel takes a smaller one
+        # Slots depend on text behind them, so only equal instructions of the same adapter share blocks.
+        internals.put_placed(request, widen(ids, placed.slots), placed, f"{adapter.key} {read}", limit)

@@ -7,7 +7,7 @@ Tested: 0.32 and 0.33, with both model runners. The plugin uses:
 
 - the front end: `InputProcessor.process_inputs` makes an `EngineCoreRequest`; `AsyncLLM` and `LLMEngine` add requests;
 - the engine core: the configuration names the scheduler's class, and the class that vLLM adds to its worker; a request has the function
-  that hashes its blocks for the prefix cache;
+  that hashes its blocks for the prefix cache, and the scheduler asks what the cache offers it;
 - the V1 runner: `_model_forward` runs the model on a step's flat batch;
 - the V2 runner: `model_state` hears of requests and prepares the model's inputs; `execute_model` chooses between graphs and eager;
 - the decoder's layers, which take `(hidden_states, residual)`, whose sum is the layer's input, or `hidden_states` alone.
@@ -83,14 +83,7 @@ def longest_step(vllm_config: Any) -> tuple[int, str]:
     return limits[option], option
 
 
-def put_placed(
-    request: Any,
-    token_ids: list[int],
-    placed: Placed | Edited,
-    salt: str,
-    max_model_len: int,
-    reads_cache: bool = True,
-) -> None:
+def put_placed(request: Any, token_ids: list[int], placed: Placed | Edited, salt: str, max_model_len: int) -> None:
     """Give a request its slots, or its edits.
 
     Args:
@@ -99,15 +92,12 @@ def put_placed(
         placed (`Placed` or `Edited`): Where instruction and slots stand, or which tokens are edited.
         salt (`str`): Keeps its blocks in the prefix cache apart from others with the same token ids.
         max_model_len (`int`): The model's limit, in tokens.
-        reads_cache (`bool`): Whether it may take blocks from the prefix cache. Defaults to True.
     """
     params = request.sampling_params
     request.prompt_token_ids = token_ids
     params.max_tokens = min(params.max_tokens, max_model_len - len(token_ids))
     params.extra_args = {**(params.extra_args or {}), KEY: asdict(placed)}
     request.cache_salt = f"{request.cache_salt or ''}|{salt}"
-    if not reads_cache:
-        params.skip_reading_prefix_cache = True
 
 
 def placed_of(request: Any) -> Placed | Edited | None:
@@ -187,6 +177,17 @@ class MarkedIds:
         start, stop, _ = at.indices(len(self._ids))
         written = set(self._placed.positions(start, stop - start))
         return [number if at in written else ~number for at, number in enumerate(self._ids[start:stop], start)]
+
+
+def whole_hit(hit: tuple, placed: Placed | Edited, manager: Any) -> tuple:
+    """What the prefix cache offers a request, or nothing if that ends between tokens that must be computed at once.
+
+    Args:
+        hit (`tuple`): The blocks, the number of their tokens, and two facts about groups of layers with caches of their own.
+        placed (`Placed` or `Edited`): The request's slots or edits.
+        manager: The scheduler's `KVCacheManager`.
+    """
+    return (manager.empty_kv_cache_blocks, 0, 0, False) if placed.is_torn(hit[1], 0) else hit
 
 
 def report(output: Any, failures: Mapping[str, str]) -> None:

@@ -50,6 +50,7 @@ FRONT = {
 # What the scheduler overrides and calls.
 CORE = {
     "add_request": (f"{SCHEDULER}.add_request", "self request"),
+    "hit": (f"{SCHEDULER}._get_local_prefix_cache_hit", "self request ..."),
     "chunk": (f"{SCHEDULER}._reserve_prefill_lookahead", "self request num_computed_tokens num_new_tokens"),
     "update": (f"{SCHEDULER}.update_from_output", "self scheduler_output model_runner_output"),
     "hashes": ("vllm.v1.request:Request.update_block_hashes", "self"),

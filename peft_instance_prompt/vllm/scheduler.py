@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026-present the peft_instance_prompt authors
 # SPDX-License-Identifier: Apache-2.0
 
-"""The scheduler, which keeps an instruction and its slots in one step, tells slots and edited tokens apart in the prefix cache, and fails
-requests whose prompt was not written.
+"""The scheduler, which keeps an instruction and its slots in one step, takes from the prefix cache all slots or none, tells slots and
+edited tokens apart there, and fails requests whose prompt was not written.
 
 vLLM makes it from the configuration (`scheduler_cls`), which names [`PromptScheduler`] or, with asynchronous scheduling, [`AsyncPromptScheduler`].
 """
@@ -28,6 +28,15 @@ class Prompts:
             request.lora_request = None  # a request to the base model, which no number of LoRAs limits
             internals.hash_again(request, placed)
         super().add_request(request)  # type: ignore[misc]
+
+    def _get_local_prefix_cache_hit(self, request: Any, *args: Any) -> tuple:
+        """The blocks that a request takes from the prefix cache: those that hold all of its slots, or none.
+
+        A slot behind the cached blocks would lack the states of the text in them. vLLM asks for a new request and for one that was preempted.
+        """
+        hit = super()._get_local_prefix_cache_hit(request, *args)  # type: ignore[misc]
+        placed = internals.placed_of(request)
+        return hit if placed is None else internals.whole_hit(hit, placed, self.kv_cache_manager)
 
     def _reserve_prefill_lookahead(self, request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
         """How many tokens of a request are computed in this step: all of its instruction and slots, or none of it yet.

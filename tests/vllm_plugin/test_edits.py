@@ -3,6 +3,8 @@
 
 """A real engine with adapters that edit tokens, and some with slots: in chunks, in chats whose blocks are cached, and preempted.
 
+Slots stand behind the instruction, where IAPT has them by default, or are more than the first block of a small kernel holds.
+
 The model is small and random. Steps have 64 tokens and the KV cache 13 blocks of 32, so that prompts are cut and blocks are evicted.
 """
 
@@ -30,8 +32,12 @@ CONFIGS = {
     "chat": lambda: PreFTConfig(r=8, response_template=TEMPLATE, response_end=[END]),
     "iapt": lambda: IAPTConfig(bottleneck_dim=8),
     "iapt_chat": lambda: IAPTConfig(bottleneck_dim=8, response_template=TEMPLATE),
+    "iapt_many": lambda: IAPTConfig(
+        bottleneck_dim=8, response_template=TEMPLATE, prompt_position="before", num_virtual_tokens=20
+    ),
 }
-LENGTHS = dict.fromkeys(("iapt", "iapt_chat"), (5, 20, 50))  # their instructions must fit into a step
+SLOTS = 4  # of IAPT, unless there are many
+LENGTHS = {"iapt": (5, 20, 50), "iapt_chat": (5, 20, 50), "iapt_many": (5, 20, 40)}  # which must fit into a step
 
 
 def tokens(number: int, seed: int) -> list[int]:
@@ -108,14 +114,29 @@ def test_answers_are_those_of_transformers(engine, models) -> None:
     assert all(served.answers[name] != served.answers[BASE] for name in CONFIGS)
 
 
-@pytest.mark.parametrize("name", ["chat", "iapt_chat"])
-def test_chat_of_three_turns_goes_on_from_its_blocks(engine, models, name) -> None:
-    """Those of generated tokens among them, whose hashes were made token by token."""
+@pytest.fixture
+def offers(engine, monkeypatch):
+    """What the prefix cache offers each request: how many tokens, in which blocks, and whether it was preempted."""
+    manager, seen = scheduler_of(engine).kv_cache_manager, []
+    look_up = manager.get_computed_blocks
+
+    def watched(request, *args):
+        blocks, number, *rest = look_up(request, *args)
+        seen.append((number, blocks.get_block_ids()[0], request.num_preemptions > 0))
+        return blocks, number, *rest
+
+    monkeypatch.setattr(manager, "get_computed_blocks", watched)
+    return seen
+
+
+@pytest.mark.parametrize("name, first", [("chat", 11), ("iapt_chat", 11), ("iapt_chat", 45), ("iapt_many", 11)])
+def test_chat_of_three_turns_goes_on_from_its_blocks(engine, models, name, first) -> None:
+    """Those of generated tokens among them, whose hashes were made token by token. The slots are in the first block or the second."""
     history: list[int] = []
     words = {"logit_bias": {token: -100.0 for token in (END, *TEMPLATE)}}
     computed = 0
     for turn in range(3):
-        prompt = [*history, *tokens(11, seed=turn), *TEMPLATE]
+        prompt = [*history, *tokens(11 if turn else first, seed=turn), *TEMPLATE]
         found = ask(engine, name, prompt, **words)
         assert found.num_cached_tokens == computed // BLOCK * BLOCK
         assert answer(ask(engine, name, prompt, skip_reading_prefix_cache=True, **words)) == answer(found)
@@ -123,6 +144,28 @@ def test_chat_of_three_turns_goes_on_from_its_blocks(engine, models, name) -> No
         history = [*prompt, *answer(found), END]
         computed = len(found.prompt_token_ids) + LONG - 1  # with slots; the last token is sampled, and not computed
     assert computed > 4 * BLOCK
+
+
+@pytest.mark.parametrize("end, taken", [(BLOCK, BLOCK), (BLOCK + 1, 0), (BLOCK + 6, 0)])
+def test_slots_that_are_not_all_in_full_blocks_are_computed_anew(engine, models, offers, end, taken) -> None:
+    """The last slot is the last token of a block, or the next one's first, or it stands with all others behind it."""
+    prompt = [*tokens(end - len(TEMPLATE) - SLOTS, seed=100 + end), *TEMPLATE, *tokens(5, seed=12)]
+    cold, warm = (ask(engine, "iapt_chat", prompt, max_tokens=8, min_tokens=8) for _ in range(2))
+    assert [number for number, *_ in offers] == [0, BLOCK]
+    assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, taken)
+    assert answer(cold) == answer(warm)
+    assert max(difference(output, prompt, models[0]["iapt_chat"]) for output in (cold, warm)) < 1e-4
+
+
+def test_blocks_before_an_evicted_one_are_not_taken_without_all_slots(engine, models, offers) -> None:
+    prompt = [*tokens(45, seed=10), *TEMPLATE, *tokens(30, seed=11)]
+    cold, warm = (ask(engine, "iapt_chat", prompt) for _ in range(2))
+    assert warm.num_cached_tokens == offers[-1][0] == 2 * BLOCK
+    scheduler_of(engine).kv_cache_manager.evict_blocks({offers[-1][1][1]})
+    gap = ask(engine, "iapt_chat", prompt)
+    assert offers[-1][0] == BLOCK and gap.num_cached_tokens == 0
+    assert answer(cold) == answer(warm) == answer(gap)
+    assert difference(gap, prompt, models[0]["iapt_chat"]) < 1e-4
 
 
 @pytest.mark.parametrize("name, words", [("chat", {"allowed_token_ids": [END]}), ("whole", {})])
@@ -143,6 +186,16 @@ def test_adapters_share_no_blocks(engine, models) -> None:
     names = ["whole", "whole_too", BASE]
     cached = [[ask(engine, name, prompt).num_cached_tokens for name in names] for _ in range(2)]
     assert cached == [[0] * 3, [2 * BLOCK] * 3]
+
+
+def test_preempted_requests_take_all_of_their_slots_or_none(engine, offers) -> None:
+    requests = [[*tokens(45, seed=20 + number), *TEMPLATE] for number in range(6)]
+    alone = [answer(ask(engine, "iapt_chat", ids, skip_reading_prefix_cache=True)) for ids in requests]
+    offers.clear()
+    together = engine.ask(requests, [engine.named("iapt_chat")] * 6, **{"max_tokens": LONG, "min_tokens": LONG})
+    print(offers)
+    assert any(number == BLOCK for number, _, preempted in offers if preempted)
+    assert [answer(output) for output in together] == alone
 
 
 def test_preempted_requests_do_not_edit_what_they_generated(engine, models, monkeypatch) -> None:

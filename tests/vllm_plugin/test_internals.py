@@ -187,6 +187,35 @@ def test_blocks_with_slots_are_found_by_the_next_turn() -> None:
     assert not set(hashed(ids, Placed("a", 3, [1, 2], [0, 1]))) & {*turn, *hashed(ids, [[0, 3]])}
 
 
+@pytest.mark.parametrize(
+    "placed, offered, taken",
+    [
+        (Placed("a", 40, [40, 41], [0, 1]), 32, 0),  # the slots stand behind the blocks,
+        (Placed("a", 31, [31, 32], [0, 1]), 32, 0),  # some of them do,
+        (Placed("a", 30, [30, 31], [0, 1]), 32, 32),  # or none
+        (Placed("a", 40, [0, 1], [0, 1]), 32, 32),  # text behind slots is computed from where the blocks end
+        (Placed("a", 40, [40, 41], [0, 1]), 0, 0),
+        (Edited("a", [[0, 40]]), 32, 32),
+        (None, 32, 32),
+    ],
+)
+def test_the_prefix_cache_gives_all_slots_or_nothing(placed, offered, taken) -> None:
+    from peft_instance_prompt.vllm.scheduler import Prompts
+
+    class Bare:
+        kv_cache_manager = SimpleNamespace(empty_kv_cache_blocks="none")
+
+        def _get_local_prefix_cache_hit(self, request, *args):
+            return "some" if offered else "none", offered, 0, False
+
+    class Scheduler(Prompts, Bare):
+        """Ours, over one that finds the blocks offered."""
+
+    for more in ([], [None]):  # 0.32, and 0.33 with its bound
+        blocks, *rest = Scheduler()._get_local_prefix_cache_hit(request("r", 0, placed), *more)
+        assert blocks == ("some" if taken else "none") and rest == [taken, 0, False]
+
+
 @pytest.mark.parametrize("name", ["", "model_runner_output", "_model_runner_output"])
 def test_failures_are_reported_with_the_output(name) -> None:
     """An asynchronous runner has a step's output within its own."""
