@@ -33,7 +33,8 @@ if __name__ == "__main__":
             "step_seconds": 2.0,
             "smoke": ("movie+tweet", {"num_hidden_layers": 2}),
             "likely": {
-                **dict.fromkeys(("iapt", "iapt-constant"), (1e-2, 3e-2, 3e-3, 1e-1)),
+                "iapt": (1e-2, 3e-2, 3e-3, 1e-1),
+                "iapt-constant": (3e-3, 1e-2, 1e-3, 3e-2),
                 "preft-r13": (1e-3, 3e-3, 3e-4),
             },
         },
