@@ -166,7 +166,9 @@ def test_mixed_precision_wrapper_of_accelerate_is_taken_off_again() -> None:
     model, inputs, _ = on("stack")
     expected = called(model, **inputs)
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)  # what other tests of the process have left
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     assert (called(prepared, **inputs) - expected).abs().max() < 0.5
     plain = extract_model_from_parallel(prepared, keep_fp32_wrapper=False)

@@ -48,7 +48,7 @@ def test_weights_are_those_that_were_saved(method, info, tmp_path) -> None:
 
 def test_key_tells_weights_and_configs_apart(info, tmp_path) -> None:
     adapters = []
-    for number, (seed, fields) in enumerate([(0, {}), (0, {}), (1, {}), (0, {"prompt_position": "end"})]):
+    for number, (seed, fields) in enumerate([(0, {}), (0, {}), (1, {}), (0, {"prompt_position": "before"})]):
         save(IAPTConfig(bottleneck_dim=8, **fields), tmp_path / str(number), seed=seed)
         adapters.append(read_adapter(tmp_path / str(number), info))
     keys = [adapter.key for adapter in adapters]

@@ -20,11 +20,11 @@ from peft_instance_prompt.vllm.places import place, widen
 @pytest.mark.parametrize(
     "fields, ids, num_read, slots",
     [
-        ({}, [5, 6, 7], 3, [0, 1, 2, 3]),
+        ({"prompt_position": "before"}, [5, 6, 7], 3, [0, 1, 2, 3]),
         ({"prompt_position": "after_first"}, [5, 6, 7], 3, [1, 2, 3, 4]),
-        ({"prompt_position": "end"}, [5, 6, 7], 3, [3, 4, 5, 6]),
-        ({"response_template": [8, 9]}, [5, 8, 9, 7], 3, [0, 1, 2, 3]),
-        ({"response_template": [8, 9], "prompt_position": "end"}, [5, 8, 9, 7, 8, 9], 3, [3, 4, 5, 6]),
+        ({}, [5, 6, 7], 3, [3, 4, 5, 6]),
+        ({"response_template": [8, 9], "prompt_position": "before"}, [5, 8, 9, 7], 3, [0, 1, 2, 3]),
+        ({"response_template": [8, 9]}, [5, 8, 9, 7, 8, 9], 3, [3, 4, 5, 6]),
         ({"instruction_length": 2, "prompt_position": "end"}, [5, 6, 7], 2, [2, 3, 4, 5]),
         ({"separator_id": 9, "prompt_position": "before_separator"}, [9, 5, 9, 7], 4, [2, 3, 4, 5]),
         ({"separator_id": 9, "prompt_position": "after_separator"}, [9, 5, 9, 7], 4, [3, 4, 5, 6]),

@@ -36,7 +36,8 @@ def run(layers, found, states, residual) -> dict[str, str]:
 
 @pytest.mark.parametrize("split", [False, True])
 def test_vectors_stand_in_the_slots(split) -> None:
-    adapter, layers = generator(init_weights=False), [Layer() for _ in range(3)]
+    adapter = generator(init_weights=False, prompt_position="before")  # at the end they are added to what stands there
+    layers = [Layer() for _ in range(3)]
     states = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     before = states.clone()
     hidden, residual = (states / 4, states * 3 / 4) if split else (states, None)
