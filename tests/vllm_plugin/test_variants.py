@@ -71,7 +71,7 @@ def compare(served, tmp_path, settings, batches, path=(), untested=False, **more
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join([*path, str(HERE.parent.parent)]),  # this checkout, whatever is installed
         SWITCH: str(int(untested)),
     }
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
