@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from machine import setup
-from serving import PROMPT, SLOTS, Remote, compare, make_adapters, summary
+from serving import PROMPT, SLOTS, Remote, compare, make_adapters, one_round, summary
 from serving_cost import in_turns, serve, step
 from serving_models import adapted, load
 from tqdm import tqdm
@@ -139,13 +139,15 @@ def write_folders(base: torch.nn.Module, folder: Path, args: argparse.Namespace)
 def vllm_rows(folder: Path, args: argparse.Namespace) -> Iterator[list[str]]:
     """All engines serve as many tenants as there are at most, so that each starts once."""
     model = {"model": str(folder / "model"), "load_format": "dummy", "skip_tokenizer_init": True, "dtype": args.dtype}
+    model["max_model_len"] = 512
     engines: dict[str, Remote] = {}
     try:
         for kind, share in tqdm(ENGINES.values(), desc="engines of vLLM start"):
             more = {**model, "gpu_memory_utilization": share}
             engines[kind] = Remote(kind, folder, max(args.tenants), args.tiny, more)
         for tenants in tqdm(args.tenants, desc="vLLM"):
-            found = compare(engines, args.rounds, args.new_tokens, tenants)
+            one_round(engines, 0, "run", args.new_tokens, tenants)  # loads the adapters
+            found = compare([one_round(engines, n, "run", args.new_tokens, tenants) for n in range(args.rounds)])
             for what, title, steps in (
                 ("decode", "decoding, a step", args.new_tokens - 1),
                 ("first", "first step", 1),
@@ -179,7 +181,7 @@ def main() -> None:
                 show(row)
         import vllm
 
-        about |= {"vllm": vllm.__version__, "prompt of vLLM": f"{PROMPT} tokens and {SLOTS} slots"}
+        about |= {"vllm": vllm.__version__, "prompt of vLLM": f"{PROMPT} tokens, {SLOTS} of them slots"}
     tqdm.write("\n" + ", ".join(f"{name} {value}" for name, value in {**about, **setup(args.device)}.items()))
 
 

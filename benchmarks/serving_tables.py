@@ -5,20 +5,22 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import numpy as np
 from quality.tables import setup_lines, table
+from serving import compare
 from serving_models import METHODS, SLOTS
 
 
-ENGINES = {"prompt": "IAPT", "preft": "PreFT", "lora": "vLLM's own LoRA"}  # by their names in serving.py
+ENGINES = {"preft": "PreFT", "prompt": "IAPT", "lora": "vLLM's own LoRA"}  # by their names in serving.py
 TIMES = {
-    "all, CPU": "all of it, CPU time",
-    "all": "all of it",
-    "decode": "decoding",
-    "first": "first tokens of all",
-    "first, 95 %": "first token beside a long prompt, 95th percentile",
+    "all, CPU": "from start to end, CPU time",
+    "all": "from start to end, wall time",
+    "first, CPU": "first tokens, CPU time",
+    "decode, CPU": "decoding, CPU time",
+    "first, 95 %": "first token of a short prompt, 95th percentile",
 }
 SETUP = ("model", "dtype", "device", "threads", "torch", "transformers", "peft", "revision")
 
@@ -50,19 +52,34 @@ def blocks(folder: Path) -> dict[str, str]:
         measured += groups
     if measured:
         made["serving_cost.setup"] = setup_lines(measured, SETUP)
-    for path in sorted(folder.glob("speed/vllm-*.json")):
-        made[f"speed.{path.stem}"] = engines(json.loads(path.read_text()), path.stem.removeprefix("vllm-"))
+    for path in sorted(folder.glob("serving/*.json")):
+        found = json.loads(path.read_text())
+        made[f"serving.{path.stem}.engines"] = engines(found)
+        made[f"serving.{path.stem}.adding"] = adding(found["adding"])
+        made[f"serving.{path.stem}.setup"] = setup_lines([found], (*SETUP, "vllm", "compiled"))
     return made
 
 
-def engines(found: dict[str, dict], tenants: str) -> str:
-    """The ratios of engines of vLLM to the bare one, and their intervals: in CPU time, and by the clock."""
+def engines(found: dict) -> str:
+    """The ratios of engines of vLLM to the bare one, and their intervals."""
     rows = []
-    for what, label in TIMES.items():
-        ratios = [found.get(f"{tenants} tenants, {what}, {kind}") for kind in ENGINES]
-        cells = [f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "not measured" for r in ratios]
-        rows.append([label, *cells])
-    return table(["ratio to the bare engine", *ENGINES.values()], rows)
+    for name in found["rounds"][0]:
+        against = compare([measured[name] for measured in found["rounds"]])
+        for what, label in TIMES.items():
+            if f"{what}, bare" in against:
+                each = [against[f"{what}, {kind}"] for kind in ENGINES]
+                cells = [f"{one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" for one in each]
+                rows.append([f"{name}, {label}", f"{against[f'{what}, bare']['seconds']:.2f} s", *cells])
+    return table([f"medians of {len(found['rounds'])} rounds", "bare", *ENGINES.values()], rows)
+
+
+def adding(found: dict[str, dict[str, list[float]]]) -> str:
+    """What it takes to add and remove an adapter."""
+    rows = []
+    for count, taken in found.items():
+        each = [f"{statistics.median(ms):.1f} ({min(ms):.1f}-{max(ms):.1f})" for ms in taken.values()]
+        rows.append([f"{int(count):,}", *each])
+    return table(["adapters there", "ms to add one (least-most)", "ms to remove one"], rows)
 
 
 def ratios(groups: dict[str, dict], measure: str) -> str:

@@ -80,19 +80,23 @@ def test_tables(tmp_path: Path) -> None:
     assert serving_tables.blocks(tmp_path / "nothing") == {}
 
 
-def test_table_of_engines(tmp_path: Path) -> None:
-    folder = tmp_path / "speed"
-    folder.mkdir()
-    found = {"8 tenants, all, CPU, prompt": {"ratio": 1.056, "low": 1.04, "high": 1.07, "rounds": 9, "seconds": 3.0}}
-    (folder / "vllm-8.json").write_text(json.dumps({"set_up": {}, **found}))
-    (folder / "overhead.json").write_text("{}")
+def test_tables_of_engines(tmp_path: Path) -> None:
+    """The median is of the rounds' ratios, and not the ratio of medians."""
+    rounds = [(1.0, 1.1, 2.0), (2.0, 2.1, 4.2), (4.0, 4.4, 9.6)]  # seconds of the bare engine, IAPT and LoRA
+    taken = [{"bare": bare, "preft": bare, "prompt": iapt, "lora": lora} for bare, iapt, lora in rounds]
+    calls = [{"8 requests": {kind: {"all": one} for kind, one in each.items()}} for each in taken]
+    adding = {"1000": {"add_ms": [5.0, 7.0, 6.0], "remove_ms": [0.5]}}
+    (tmp_path / "serving").mkdir()
+    (tmp_path / "serving/m.json").write_text(json.dumps({"setup": {"model": "m"}, "adding": adding, "rounds": calls}))
     made = serving_tables.blocks(tmp_path)
-    assert list(made) == ["speed.vllm-8"]
-    assert made["speed.vllm-8"].splitlines()[:3] == [
-        "| ratio to the bare engine | IAPT | PreFT | vLLM's own LoRA |",
-        "|---|---|---|---|",
-        "| all of it, CPU time | 1.06 [1.04, 1.07] | not measured | not measured |",
+    assert made["serving.m.engines"].splitlines() == [
+        "| medians of 3 rounds | bare | PreFT | IAPT | vLLM's own LoRA |",
+        "|---|---|---|---|---|",
+        "| 8 requests, from start to end, wall time | 2.00 s "
+        "| 1.00 [1.00, 1.00] | 1.10 [1.05, 1.10] | 2.10 [2.00, 2.40] |",
     ]
+    assert made["serving.m.adding"].splitlines()[2] == "| 1,000 | 6.0 (5.0-7.0) | 0.5 (0.5-0.5) |"
+    assert made["serving.m.setup"].startswith("- model m,")
 
 
 @pytest.mark.slow

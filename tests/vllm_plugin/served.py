@@ -10,15 +10,16 @@ see `test_variants.py`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 
 if __name__ == "__main__":
@@ -127,6 +128,24 @@ class Served:
             model = adapted.unload()
         return made
 
+    def of_beginnings(self, names: list[str]) -> tuple[Served, dict[str, list[float]]]:
+        """Some of the adapters with more prompts, the beginnings of the texts, and a first token each; and, by adapter, what the
+        log-probabilities of these tokens are in bfloat16. The adapters' weights stay in float32."""
+        prompts = [ids[:end] for ids in self.prompts[BASE] for end in range(4, len(ids) + 1, 3)]
+        made, half = replace(self, prompts=dict.fromkeys(names, prompts), answers={}, firsts={}), {}
+        models = {dtype: load_smollm2()[0].to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        for name in names:
+            logs = {}  # each (B, V)
+            for dtype, model in models.items():
+                folder = self.folders.get(name)
+                adapted = PeftModel.from_pretrained(model, folder).eval() if folder else model
+                logs[dtype] = generated(adapted, prompts, 1)[1]
+                models[dtype] = adapted.unload() if folder else model
+            tokens = logs[torch.float32].argmax(-1, keepdim=True)  # (B, 1)
+            made.answers[name] = tokens.tolist()
+            made.firsts[name], half[name] = (each.gather(1, tokens)[:, 0].tolist() for each in logs.values())  # (B,)
+        return made, half
+
     def answers_of(self, names: list[str]) -> dict[str, list[list[int]]]:
         return {name: self.answers[name] for name in names}
 
@@ -141,18 +160,22 @@ def continuations(model: torch.nn.Module, prompts: list[list[int]]) -> list[list
     return scored(model, prompts)[0]
 
 
-@torch.no_grad()
 def scored(model: torch.nn.Module, prompts: list[list[int]]) -> tuple[list[list[int]], list[float]]:
     """The greedy continuation of each prompt, and the log-probability of its first token."""
+    answers, logs = generated(model, prompts, NEW_TOKENS)
+    return answers.tolist(), logs.gather(1, answers[:, :1])[:, 0].tolist()  # (B,)
+
+
+@torch.no_grad()
+def generated(model: torch.nn.Module, prompts: list[list[int]], new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`new` greedy tokens behind each prompt (B, new), and the log-probabilities of the first (B, V)."""
     S = max(map(len, prompts))
     ids = torch.tensor([[0] * (S - len(p)) + p for p in prompts])  # (B, S)
     mask = torch.tensor([[0] * (S - len(p)) + [1] * len(p) for p in prompts])  # (B, S)
-    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     kept = {"return_dict_in_generate": True, "output_logits": True}
+    lengths = {"max_new_tokens": new, "min_new_tokens": new}
     out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **lengths, **kept)
-    answers = out.sequences[:, S:]  # (B, new)
-    firsts = out.logits[0].float().log_softmax(-1).gather(1, answers[:, :1])[:, 0]  # (B,)
-    return answers.tolist(), firsts.tolist()
+    return out.sequences[:, S:], out.logits[0].float().log_softmax(-1)  # (B, new), (B, V)
 
 
 class Engine:
@@ -199,17 +222,21 @@ class Engine:
             found.setdefault(name, []).append(list(output.outputs[0].token_ids))
         return found
 
-    def first_differences(self, names: list[str]) -> dict[str, float]:
-        """By adapter: the largest difference between the engine's log-probability of an answer's first token and transformers'."""
+    def firsts(self, names: list[str]) -> dict[str, list[float]]:
+        """By adapter: the log-probability of each answer's first token; it is among the 20 likeliest, or -inf."""
         found = {}
         for name in names:
-            outputs = self.ask(
-                self.served.prompts[name], [self.named(name)] * len(TEXTS), max_tokens=1, min_tokens=1, logprobs=20
-            )
-            wanted = zip(outputs, self.served.answers[name], self.served.firsts[name])
-            pairs = [(output.outputs[0].logprobs[0].get(answer[0]), first) for output, answer, first in wanted]
-            found[name] = max(abs(pair[0].logprob - pair[1]) if pair[0] else float("inf") for pair in pairs)
+            prompts = self.served.prompts[name]
+            outputs = self.ask(prompts, [self.named(name)] * len(prompts), max_tokens=1, min_tokens=1, logprobs=20)
+            pairs = zip(outputs, self.served.answers[name])
+            own = [output.outputs[0].logprobs[0].get(answer[0]) for output, answer in pairs]
+            found[name] = [one.logprob if one else -math.inf for one in own]
         return found
+
+    def first_differences(self, names: list[str]) -> dict[str, float]:
+        """By adapter: the largest difference between the engine's log-probability of an answer's first token and transformers'."""
+        pairs = {name: zip(own, self.served.firsts[name]) for name, own in self.firsts(names).items()}
+        return {name: max(abs(own - first) for own, first in each) for name, each in pairs.items()}
 
 
 def compare(file: str, given: str, out: str) -> None:
@@ -227,6 +254,7 @@ def compare(file: str, given: str, out: str) -> None:
         found["same"].update({n: answers == served.answers[n] for n, answers in engine.answers(names).items()})
     if given.get("differences"):
         found["differences"] = engine.first_differences(given["differences"])
+    found["firsts"] = engine.firsts(given.get("firsts", []))
     found.update(
         release=list(vllm.__version_tuple__[:2]),
         mode=int(config.compilation_config.mode),
