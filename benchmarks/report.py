@@ -62,9 +62,9 @@ def blocks(folder: Path) -> dict[str, str]:
                     continue
                 prefix = f"{name}.{group}-{size}"
                 model = f"{path.name}, " * (len([*path.parent.iterdir()]) > 1)
-                kind = "mixture" if group == "mixture" else "single tasks"
+                kind = ", single tasks" * (group == "tasks")
                 few = f", {size} examples" * (size != "full")
-                label = f"{model}{path.parent.name.removeprefix('quality_')}, {kind}{few}"
+                label = f"{model}{path.parent.name.removeprefix('quality_')}{kind}{few}"
                 settings[label] = (results, size, here)
                 if group == "mixture":
                     mixed[label] = settings[label]

@@ -34,7 +34,7 @@ LEFT_OUT = {
     "README.md: from peft import PeftModel": "needs the model of the two adapters; `test_the_readme_prints_what_it_says` runs it",
     "docs/vllm.md: from vllm import LLM, SamplingParams": "needs vLLM; tests/vllm_plugin runs this with it",
     "docs/evaluation.md: import lm_eval": "needs a task; tests/test_evaluation.py runs this on one that lies on disk",
-    "docs/how_it_works.md: from __future__ import annotations": "is tests/mean_prompt.py, which all shared tests run",
+    'docs/how_it_works.md: --8<-- "tests/mean_prompt.py:4:"': "is a file that all shared tests run",
 }
 
 # What fragments take for granted: a base model, its tokenizer, a batch with labels on the answers, and the usual imports.

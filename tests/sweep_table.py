@@ -17,14 +17,6 @@ from table_cells import Cell, footnotes, written
 RIGHT, BARE, REFUSED, WRONG = "right", "as the bare model", "refused", "WRONG"
 RANK = {RIGHT: 0, BARE: 1, REFUSED: 2, WRONG: 3}
 TITLES = {"lora": "LoRA", "iapt": "IAPT", "lpt": "LPT", "idpg_single": "S-IDPG", "preft": "PreFT"}
-GROUPS = {
-    "CausalLM": "Causal language models",
-    "Seq2SeqLM": "Encoder-decoder models",
-    "SpeechSeq2Seq": "Speech models",
-    "ImageTextToText": "Vision-language models",
-    "SequenceClassification": "Sequence classifiers",
-    "MaskedLM": "Masked language models",
-}
 
 
 def worst(found: dict[str, list[str]]) -> Cell:
@@ -77,22 +69,21 @@ def dumped(table: dict[str, Any]) -> str:
 
 HEAD = """# Every class of transformers
 
-`python tests/sweep.py --write` makes this page: it builds a tiny model of random weights of each class that transformers lists for
-causal, sequence-to-sequence, speech and vision-language models, sequence classifiers and masked language models, and runs it with
-LoRA and with one method of each kind. IAPT writes at the input of each layer, LPT from a middle layer on, S-IDPG (from the
-embeddings) at the input of the first, and PreFT edits the instruction. Vision-language and speech models that take text alone get
-text alone.
+`python tests/sweep.py --write` makes this page: it builds a tiny random model of each class that transformers lists for causal,
+sequence-to-sequence, speech and vision-language models, sequence classifiers and masked language models, and runs it on text with LoRA
+and with one method of each kind: IAPT writes at the input of each layer, LPT from a middle layer on, S-IDPG at the input of the first,
+and PreFT edits the instruction.
 
 - **right**: all of this holds. A row padded left or right gives what it gives alone; with a cache as without; no logits depend
   on later tokens, in evaluation and in training; the logits at the end of the instruction are the same in training and in
   generation; a gradient reaches each weight of the adapter; saved and loaded, it gives the same.
-- **as bare**: what does not hold does not hold without an adapter either.
-- **refused**: a `ValueError` or `TypeError` of this package; the number is that of its [kind](#reasons).
+- **bare**: what does not hold does not hold without an adapter either.
+- **refused**: a `ValueError` or `TypeError` of this package; in the table the number of its [kind](#reasons).
 - **fails**: anything else, such as an error that PEFT raises for LoRA. `tests/test_sweep.py` allows none for our methods.
 
 Each class's own reason stands in `tests/sweep.json`.
 """
-SHOWN = {RIGHT: RIGHT, BARE: "as bare", REFUSED: REFUSED, WRONG: "fails"}
+SHOWN = {RIGHT: RIGHT, BARE: "bare", REFUSED: REFUSED, WRONG: "fails"}
 NAMED = re.compile(
     r"'[^']*'|\[[^]]*\]|\([^)]*\)|\b[A-Z]+[a-z0-9_]*[A-Z]\w*|\b\d+"
 )  # what differs between classes in a refusal
@@ -106,9 +97,9 @@ def kind(why: str) -> str:
 
 
 def shown(row: dict[str, Any], notes: list[str]) -> list[str]:
-    """The cells of a class, one per method."""
+    """The cells of a class, one per method; of a refusal only the number."""
     cells = [Cell(SHOWN[what], kind(why) if what == REFUSED else "") for what, why in (row[m] for m in TITLES)]
-    return [written(cell, notes) for cell in cells]
+    return [written(cell, notes).removeprefix(f"{REFUSED} ") for cell in cells]
 
 
 def page(table: dict[str, Any]) -> str:
@@ -120,14 +111,13 @@ def page(table: dict[str, Any]) -> str:
     lines = [HEAD, f"Run with {versions}: {len(rows)} classes, and {len(missing)} that were [not run](#not-run).", ""]
     lines += [f"| method | {' | '.join(SHOWN.values())} |", "|---" * (len(SHOWN) + 1) + "|"]
     lines += [f"| {title} | {' | '.join(str(counts[m][what]) for what in SHOWN)} |" for m, title in TITLES.items()]
-    for auto, group in table["classes"].items():
-        alike: dict[tuple[str, ...], dict[str, None]] = {}
-        for row in group.values():
-            alike.setdefault(tuple(shown(row, notes)), {})[f"`{row['class']}`"] = None
-        right = alike.pop((RIGHT,) * len(TITLES), {})
-        lines += ["", f"## {GROUPS[auto]}", "", f"Right with all methods: {', '.join(right) or 'none'}.", ""]
-        lines += [f"| class | {' | '.join(TITLES.values())} |", "|---" * (len(TITLES) + 1) + "|"]
-        lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in alike.items()]
+    alike: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in rows:
+        alike.setdefault(tuple(shown(row, notes)), {})[f"`{row['class']}`"] = None
+    right = alike.pop((RIGHT,) * len(TITLES), {})
+    lines += ["", "## The classes", "", f"Right with all methods: {', '.join(right) or 'none'}.", ""]
+    lines += [f"| class | {' | '.join(TITLES.values())} |", "|---" * (len(TITLES) + 1) + "|"]
+    lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in alike.items()]
     lines += ["", "## Not run", "", "No tiny model of these could be built, or its plain call fails:"]
     lines += [", ".join(f"`{one}`" for one in sorted(set(missing))) + "."]
     return "\n".join([*lines, "", "## Reasons", "", *footnotes(notes), ""])

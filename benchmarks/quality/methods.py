@@ -123,40 +123,24 @@ OURS: dict[str, Callable[..., PeftConfig]] = {
     "ipt": IPTConfig,
     "dp": DynamicPromptConfig,
     "idspam": IDSPAMConfig,
-    "iapt-128": lambda **kw: IAPTConfig(bottleneck_dim=128, **kw),  # about as many parameters as LoRA of rank 16
-    "iapt-0.2-slow-down": lambda **kw: IAPTConfig(**{**IAPT_0_2, "activation": "gelu"}, **kw),
     # In all-MiniLM-L6-v2 the state of the first token, which IDPG and LPT read, hardly depends on the text below the last layer.
     "m-idpg-mean": lambda **kw: IDPGConfig.preset("m-phm", instance_pooling="mean", **kw),
     "lpt-appg": lambda **kw: LPTConfig(generator_type="appg", **kw),
 }
 # A control, whose generator reads a learned constant, is the same however the states would have been pooled.
 CONTROLS = {name: "m-idpg-constant" if name == "m-idpg-mean" else f"{name}-constant" for name in OURS}
-# Each output of the down-projection is a sum over the width d of the model, each of the up-projection one over the bottleneck m. Adam
-# moves all weights alike, so the first moves about d / m times as far.
-FACTORS = {"iapt-0.2-slow-down": {"down": 0.1}}
 # IPT and dynamic prompting learn vectors themselves, which want a rate as high as PEFT's prompt tuning does: of the others' rates the
 # highest was best by far on dev.
 RATES = {
     "ipt": (3e-2, 1e-2, 1e-1),
-    "ipt-0.2": (3e-2, 1e-2, 1e-1),
     "ipt-deep": (3e-2, 1e-2, 1e-1),
     "dp": (3e-1, 1e-1, 1.0),
     "iapt": (1e-2, 3e-3, 3e-2),
-    "iapt-128": (3e-3, 1e-3, 1e-2),
 }
-# One thing is changed in each: the form, how many slots, where they stand, what they begin as, whether the activation is learned. They
-# have no control, and are tested with their own prompts only.
+# One thing is changed in each. They have no control, and are tested with their own prompts only.
 VARIANTS: dict[str, Callable[..., PeftConfig]] = {
     "iapt-paper": lambda **kw: IAPTConfig(init_weights="paper", **kw),
-    "iapt-no-slot-vectors": lambda **kw: IAPTConfig(slot_vectors=False, **kw),
-    "iapt-replace": lambda **kw: IAPTConfig(accumulate=False, **kw),
-    "iapt-accumulate": lambda **kw: IAPTConfig(accumulate=True, **kw),
-    "iapt-no-factor": lambda **kw: IAPTConfig(down_factor=1.0, **kw),
-    "iapt-16-slots": lambda **kw: IAPTConfig(num_virtual_tokens=16, **kw),
     "iapt-before": lambda **kw: IAPTConfig(prompt_position="before", **kw),
-    "iapt-rational": lambda **kw: IAPTConfig(activation="rational", **kw),
-    "iapt-text": lambda **kw: IAPTConfig(num_virtual_tokens=16, init_text=TEXT, **kw),
-    "ipt-0.2": lambda **kw: IPTConfig(init="random", **kw),
     "ipt-deep": lambda **kw: IPTConfig(host="deep", instance_scale=0.5, **kw),
 }
 
@@ -168,8 +152,7 @@ EDITS = {"preft-r16": 16, "preft-r13": 13, "preft-r146": 146}
 
 # Of which method each of these is a different setting.
 SETTING_OF = {
-    "iapt-0.2-slow-down": "iapt-0.2",
-    **{name: "iapt-0.2" if name.startswith("iapt-0.2") else name.partition("-")[0] for name in VARIANTS},
+    **{name: name.partition("-")[0] for name in VARIANTS},
     "m-idpg-mean": "m-idpg",
     "lpt-appg": "lpt",
 }
@@ -180,15 +163,12 @@ def _ours(name: str, condition: str, exchanged: bool = False) -> Method:
 
     def config(setting: Setting) -> PeftConfig:
         made = make(task_type=setting.task_type, condition=condition)
-        if made.init_text is not None:
-            ids = setting.tokenizer(made.init_text, add_special_tokens=False)["input_ids"]
-            made.init_text = ids[: made.num_virtual_tokens]
         if hasattr(made, "anneal_steps"):
             made.anneal_steps = setting.steps  # dynamic prompting's temperature falls during all of the training
         return made
 
     rates = RATES.get(name, RATES["iapt"] if SETTING_OF.get(name) == "iapt" else (3e-3, 1e-3, 1e-2))
-    return Method(_peft(config), rates, ours=True, exchanged=exchanged, factors=FACTORS.get(name, {}))
+    return Method(_peft(config), rates, ours=True, exchanged=exchanged)
 
 
 METHODS: dict[str, Method] = {

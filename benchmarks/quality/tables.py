@@ -95,7 +95,7 @@ def scores(results: Results, size: str, task_names: list[str], measure: str) -> 
                 continue
             seeds = [values.mean().item() * 100 for values in by_seed.values()]
             means.append(sum(seeds) / len(seeds))
-            spread = f" ± {torch.tensor(seeds).std().item():.1f}" if len(seeds) > 1 else ""
+            spread = f"±{torch.tensor(seeds).std().item():.1f}" if len(seeds) > 1 else ""
             row.append(f"{means[-1]:.1f}{spread}")
         row.append(f"{sum(means) / len(means):.1f}" if means and len(means) == len(columns) else "-")
         trained = [cell for cell in cells if "trainable" in cell]
@@ -236,16 +236,16 @@ def against_lora(results: Results, size: str, task_names: list[str], measure: st
 
 
 def rates(results: Results) -> str:
-    """How often each learning rate won on dev, and a mark where the winner lies at an edge of those tried."""
+    """Which learning rates each method tried, the best on dev first; of several tasks, each task's best."""
     rows = []
     for method in results.methods:
         first = [cell for key, cell in results.cells.items() if key[2] == method and key[3] == 0 and "tried" in cell]
         if not first:
             continue
         tried = sorted({t["rate"] for cell in first for t in cell["tried"]})
-        won = [sum(cell["rate"] == rate for cell in first) for rate in tried]
-        rows.append([method, ", ".join(f"{rate:g}: {n}" for rate, n in zip(tried, won))])
-    return table(["method", "learning rate: how often the best on dev"], rows) if rows else NOTHING
+        won = sorted({cell["rate"] for cell in first})
+        rows.append([method, *(", ".join(f"{rate:g}" for rate in each) for each in (won, tried))])
+    return table(["method", "best rate on dev", "tried"], rows) if rows else NOTHING
 
 
 def setups(results: Results) -> str:

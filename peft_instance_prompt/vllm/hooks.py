@@ -46,10 +46,11 @@ class Writer:
         for handle in self._handles:
             handle.remove()
 
-    def close(self) -> dict[str, str]:
-        """End a step: the requests whose answers must not leave the engine, and why."""
+    def close(self) -> Plan:
+        """End a step. Returns its plan, whose failures are the requests whose answers must not leave the engine, and why."""
         plan, self.plan = self.plan, Plan()
-        return plan.close()
+        plan.close()
+        return plan
 
     def _fill(self, depth: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not self.plan.rows:

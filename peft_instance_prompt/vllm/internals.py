@@ -15,7 +15,7 @@ Tested: 0.32 and 0.33, with both model runners. The plugin uses:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -190,26 +190,52 @@ def whole_hit(hit: tuple, placed: Placed | Edited, manager: Any) -> tuple:
     return (manager.empty_kv_cache_blocks, 0, 0, False) if placed.is_torn(hit[1], 0) else hit
 
 
-def report(output: Any, failures: Mapping[str, str]) -> None:
-    """Write into the output of a step which of its requests failed. An asynchronous runner has it within its own."""
+def report(output: Any, failures: Mapping[str, int]) -> None:
+    """Write into the output of a step which of its requests failed, and how many tokens of each it found computed. An asynchronous runner
+    has it within its own."""
     for name in ("model_runner_output", "_model_runner_output"):
         output = getattr(output, name, output)
     setattr(output, FAILURES, dict(failures))
 
 
-def reported(output: Any) -> Mapping[str, str]:
+def reported(output: Any) -> Mapping[str, int]:
     """What [`report`] wrote."""
     return getattr(output, FAILURES, {})
 
 
-def fail_requests(scheduler: Any, names: Iterable[str]) -> list[Any]:
-    """End requests with an error. What they left in the prefix cache, which is wrong, goes with them."""
-    running = [name for name in names if name in scheduler.requests]
-    if not running:
-        return []
+def fail_requests(scheduler: Any, failures: Mapping[str, int]) -> list[Any]:
+    """End requests with an error, and with them those that took one of their blocks from the prefix cache before it was known to be wrong.
+
+    Args:
+        scheduler: The scheduler.
+        failures (`Mapping[str, int]`): How many tokens each request had in the cache when it failed; these are right.
+
+    Returns:
+        `list`: The requests. What they computed goes from the prefix cache.
+    """
     manager = scheduler.kv_cache_manager
-    manager.evict_blocks({block for name in running for group in manager.get_block_ids(name) for block in group})
-    return scheduler.finish_requests(running, RequestStatus.FINISHED_ERROR)
+    sizes = [group.kv_cache_spec.block_size for group in manager.kv_cache_config.kv_cache_groups]
+    blocks = {name: manager.get_block_ids(name) for name in scheduler.requests}  # of each request, by group of layers
+    found = {name: right for name, right in failures.items() if name in blocks}
+    failed: list[str] = []
+    wrong: set[int] = set()
+    while found:
+        failed += found
+        for name, right in found.items():
+            wrong.update(block for size, ids in zip(sizes, blocks[name]) for block in ids[right // size :])
+        wrong.discard(manager.block_pool.null_block.block_id)  # stands where a window has passed, in all requests
+        shared = {name: right_tokens(blocks[name], sizes, wrong) for name in blocks.keys() - set(failed)}
+        found = {name: right for name, right in shared.items() if right is not None}
+    if not failed:
+        return []
+    manager.evict_blocks(wrong)
+    return scheduler.finish_requests(failed, RequestStatus.FINISHED_ERROR)
+
+
+def right_tokens(blocks: Sequence[Sequence[int]], sizes: Sequence[int], wrong: set[int]) -> int | None:
+    """How many tokens of a request stand before its first block that is wrong; None if none is."""
+    firsts = [size * at for size, ids in zip(sizes, blocks) for at, block in enumerate(ids) if block in wrong]
+    return min(firsts, default=None)
 
 
 def with_errors(outputs: dict[int, Any], failed: list[Any]) -> dict[int, Any]:

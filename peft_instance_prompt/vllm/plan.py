@@ -198,18 +198,19 @@ class Plan:
         rows (`list[Rows]`): One entry per adapter group; empty if there is nothing to write.
         failures (`dict[str, str]`): By the id of a request that cannot be served as the front end placed it: why. Nothing is written
             for it, and its answer must not leave the engine.
+        done (`dict[str, int]`): How many tokens of each request were in the cache before the step.
     """
 
     rows: list[Rows] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    done: dict[str, int] = field(default_factory=dict)
 
-    def close(self) -> dict[str, str]:
-        """The failures once the step has run, those of requests whose vectors were not written among them."""
+    def close(self) -> None:
+        """Once the step has run, add the requests whose vectors were not written to the failures."""
         for rows in self.rows:
             if tuple(rows.written) != rows.group.model.depths:
                 due = f"Prompt vectors were due at {rows.group.model.depths} and were written at {rows.written}."
                 self.failures.update(dict.fromkeys(rows.requests, due))
-        return self.failures
 
 
 def make_plan(prefills: Iterable[Prefill], generators: Mapping[str, InstanceGenerator], device: torch.device) -> Plan:
@@ -226,6 +227,7 @@ def make_plan(prefills: Iterable[Prefill], generators: Mapping[str, InstanceGene
         placed = request.placed
         if not placed.is_due(request.done, request.length):
             continue
+        plan.done[request.name] = request.done
         if complaint := check(request, generators):
             plan.failures[request.name] = complaint
             continue

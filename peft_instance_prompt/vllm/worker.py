@@ -80,8 +80,9 @@ class Store:
     def failing(self, run: Callable[[], Any]) -> Any:
         """The output of a step, which tells the scheduler what failed."""
         output = run()
-        for name, reason in (failures := self.writer.close()).items():
+        plan = self.writer.close()
+        for name, reason in plan.failures.items():
             internals.logger.error("Request %s is failed, since its prompt was not written. %s", name, reason)
-        if failures:
-            internals.report(output, failures)
+        if plan.failures:
+            internals.report(output, {name: plan.done[name] for name in plan.failures})
         return output

@@ -28,7 +28,7 @@ def run(layers, found, states, residual) -> dict[str, str]:
     writer.plan = found
     for layer in layers:
         layer(None, states, residual)
-    failures = writer.close()
+    failures = writer.close().failures
     assert writer.plan == Plan()
     writer.remove()
     return failures

@@ -221,8 +221,28 @@ def test_failures_are_reported_with_the_output(name) -> None:
     """An asynchronous runner has a step's output within its own."""
     inner = SimpleNamespace()
     assert internals.reported(inner) == {}
-    internals.report(SimpleNamespace(**{name: inner}) if name else inner, {"r": "why"})
-    assert internals.reported(inner) == {"r": "why"}
+    internals.report(SimpleNamespace(**{name: inner}) if name else inner, {"r": 16})
+    assert internals.reported(inner) == {"r": 16}
+
+
+def test_requests_that_took_blocks_of_a_failed_one_fail_with_it() -> None:
+    """The fourth shares what the first had found in the cache. The fifth, of layers with a window, took what the third had computed."""
+    ids = {"first": [5, 6, 7], "waits": [], "third": [5, 6, 8, 9], "fourth": [5, 11], "fifth": [0, 0, 8, 12]}
+    null, ended, evicted = 0, [], set()
+    manager = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(
+            kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))]
+        ),
+        block_pool=SimpleNamespace(null_block=SimpleNamespace(block_id=null)),
+        get_block_ids=lambda name: (ids[name],),
+        evict_blocks=evicted.update,
+    )
+    scheduler = SimpleNamespace(
+        requests=ids, kv_cache_manager=manager, finish_requests=lambda names, status: ended.extend(names)
+    )
+    internals.fail_requests(scheduler, {"first": 16, "gone": 0})
+    assert sorted(ended) == ["fifth", "first", "third"] and evicted == {6, 7, 8, 9, 12}
+    assert internals.fail_requests(scheduler, {"gone": 0}) == [] and len(ended) == 3
 
 
 @pytest.mark.parametrize(

@@ -40,14 +40,14 @@ def test_all_adapters_in_one_batch(engine, served, plans) -> None:
     assert engine.llm.llm_engine.vllm_config.lora_config is None
     assert engine.answers(NAMES) == served.answers_of(NAMES)
     together = [[len(rows.group.generators) for rows in plan] for plan in plans if len(plan) > 1]
-    # `iapt`, `iapt_too` and `iapt_template` differ in their weights and their template only.
-    assert together and max(max(sizes) for sizes in together) == 3
+    # `iapt` and `iapt_too` differ in their weights only, `iapt_end` and `iapt_template` in their template, too.
+    assert together and sorted(max(together, key=len), reverse=True)[:3] == [2, 2, 1]
     # None of it in a step that decodes.
     assert plans[-1] == [] and len(plans) >= NEW_TOKENS
 
 
 def test_prefix_cache_is_shared_by_equal_instructions_of_one_adapter_only(engine, served) -> None:
-    """`iapt_end` has slots behind the text, and `ipt` more slots than a block has tokens."""
+    """`iapt_end` has slots behind the text, and `ipt` more slots than a block has tokens, before it."""
     names = ["iapt", "iapt_too", BASE, "iapt_end", "ipt"]
     engine.llm.reset_prefix_cache()
     prompt = served.prompts["iapt"][LONG]
@@ -58,7 +58,7 @@ def test_prefix_cache_is_shared_by_equal_instructions_of_one_adapter_only(engine
             assert list(output.outputs[0].token_ids) == served.answers[name][LONG], name
             cached.append(output.num_cached_tokens)
     assert cached[:5] == [0] * 5
-    assert all(number >= 32 for number in cached[5:8]) and cached[8:] == [0, 0]
+    assert all(number >= 32 for number in cached[5:8]) and cached[8:] == [0, 32]
 
 
 def test_other_instruction_does_not_get_the_cached_blocks(engine, served) -> None:
@@ -97,7 +97,8 @@ def store_of(engine):
 
 
 def test_mismatch_fails_the_request_and_nothing_else(engine, served) -> None:
-    """An adapter that a worker has lost: no answer leaves without its prompt, and none of its blocks stays in the prefix cache."""
+    """An adapter that a worker has lost: no answer leaves without its prompt, and none of its blocks stays in the prefix cache. The second
+    request takes the first one's blocks from there in the same step."""
     engine.answers([BASE, "iapt"])
     engine.llm.reset_prefix_cache()
     store, prompt = store_of(engine), served.prompts["iapt"][LONG]
@@ -107,11 +108,11 @@ def test_mismatch_fails_the_request_and_nothing_else(engine, served) -> None:
         .adapter.key
     )
     lost = store.generators.pop(key)
-    names = ["iapt", BASE, "iapt_too"]
-    outputs = engine.ask([prompt] * 3, [engine.named(name) for name in names])
-    assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length", "length"]
-    assert list(outputs[0].outputs[0].token_ids) == []
-    for name, output in list(zip(names, outputs))[1:]:
+    names = ["iapt", "iapt", BASE, "iapt_too"]
+    outputs = engine.ask([prompt] * 4, [engine.named(name) for name in names])
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error", "error", "length", "length"]
+    assert [list(output.outputs[0].token_ids) for output in outputs[:2]] == [[], []]
+    for name, output in list(zip(names, outputs))[2:]:
         assert list(output.outputs[0].token_ids) == served.answers[name][LONG]
     store.generators[key] = lost
     (output,) = engine.ask([prompt], [engine.named("iapt")])
