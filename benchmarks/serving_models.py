@@ -40,9 +40,6 @@ METHODS: dict[str, Callable[[], PeftConfig] | None] = {
     "prompt-tuning": lambda: PromptTuningConfig(**CAUSAL, num_virtual_tokens=4),
     "prefix-tuning": lambda: PrefixTuningConfig(**CAUSAL, num_virtual_tokens=4),
     "iapt": lambda: IAPTConfig(**CAUSAL),
-    "iapt-16-tokens": lambda: IAPTConfig(**CAUSAL, num_virtual_tokens=16),
-    "iapt-64-tokens": lambda: IAPTConfig(**CAUSAL, num_virtual_tokens=64),
-    "iapt-128": lambda: IAPTConfig(**CAUSAL, bottleneck_dim=128),
     "m-idpg": lambda: IDPGConfig.preset("m-phm", **CAUSAL),
     "s-idpg": lambda: IDPGConfig.preset("s-phm", **CAUSAL),
     "ipt": lambda: IPTConfig(**CAUSAL),
@@ -52,7 +49,6 @@ METHODS: dict[str, Callable[[], PeftConfig] | None] = {
     "preft": lambda: PreFTConfig(**CAUSAL),
 }
 ONE_TENANT = ("prompt-tuning", "prefix-tuning")  # PEFT's prompt methods take no `adapter_names`
-SLOTS = ("iapt", "iapt-16-tokens", "iapt-64-tokens")  # one method that differs in nothing but its slots
 SHAPES: dict[str, dict] = {
     "llama-3.1-8b": {
         **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},

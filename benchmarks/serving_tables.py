@@ -8,10 +8,9 @@ import json
 import statistics
 from pathlib import Path
 
-import numpy as np
 from quality.tables import setup_lines, table
 from serving import compare
-from serving_models import METHODS, SLOTS
+from serving_models import METHODS
 
 
 ENGINES = {"preft": "PreFT", "prompt": "IAPT", "lora": "vLLM's own LoRA"}  # by their names in serving.py
@@ -46,8 +45,6 @@ def blocks(folder: Path) -> dict[str, str]:
                 made[f"serving_cost.{path.name}.{measure}"] = ratios(kind, measure)
         if serving:
             made[f"serving_cost.{path.name}.methods"] = methods(serving)
-            if law := growth(serving, ("first_token", "per_token")):
-                made[f"serving_cost.{path.name}.growth"] = law
         made[f"serving_cost.{path.name}.setup"] = setup_lines(groups, SETUP)
         measured += groups
     if measured:
@@ -112,26 +109,3 @@ def methods(groups: dict[str, dict]) -> str:
             row.append("-".join(dict.fromkeys(f"{end(ratios):.2f}" for end in (min, max))) if ratios else "-")
         rows.append(row)
     return table(["method", "adapter", "slots", "first token", "each token after it"], rows)
-
-
-def growth(groups: dict[str, dict], measures: tuple[str, ...]) -> str | None:
-    """
-    How many milliseconds IAPT takes above the bare model, as `constant + a * slots + b * tokens + c * tenants`: least squares over the
-    groups and the numbers of slots. `None` where these do not vary enough to tell the four apart.
-    """
-    rows = []
-    for measure in measures:
-        terms, above = [], []
-        for group in groups.values():
-            bare = group["methods"]["bare"][measure]["median"]
-            for name in (name for name in SLOTS if name in group["methods"]):
-                terms.append([1, group["sizes"][name]["slots"], group["tokens"], group["tenants"]])
-                # the ratio's pairs stand in one round: steadier than the difference of two medians
-                above.append((group["methods"][name][measure]["ratio"] - 1) * bare)
-        if not terms or np.linalg.matrix_rank(terms) < len(terms[0]):
-            return None
-        law = np.linalg.lstsq(np.array(terms, dtype=float), np.array(above), rcond=None)[0]
-        misses = np.abs(np.array(terms) @ law - above)
-        rows.append([measure, *(f"{value:+.2f}" for value in law), f"{misses.mean():.2f}", str(len(above))])
-    header = ["ms above the bare model", "constant", "each slot", "each token of the prompt", "each tenant"]
-    return table([*header, "mean miss of the fit", "measurements"], rows)

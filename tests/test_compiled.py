@@ -31,9 +31,8 @@ def small() -> PeftModel:
     return adapted(causal_lm(num_hidden_layers=2), METHODS["iapt"](task_type="CAUSAL_LM"))
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_forward_and_backward(backend: str, compiler: dict) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler")

@@ -261,6 +261,7 @@ def test_launch_configs(tmp_path: Path) -> None:
     assert moved(tmp_path / "outputs/launched")
 
 
+@pytest.mark.long
 def test_serve_vllm(run: Run, tmp_path: Path) -> None:
     """What is trained here is served in tests/vllm_plugin."""
     out = run("serve_vllm/train.py", "served", "--short")

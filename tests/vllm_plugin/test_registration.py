@@ -40,8 +40,8 @@ def test_all_adapters_in_one_batch(engine, served, plans) -> None:
     assert engine.llm.llm_engine.vllm_config.lora_config is None
     assert engine.answers(NAMES) == served.answers_of(NAMES)
     together = [[len(rows.group.generators) for rows in plan] for plan in plans if len(plan) > 1]
-    # `iapt` and `iapt_too` differ in their weights only, `iapt_end` and `iapt_template` in their template, too.
-    assert together and sorted(max(together, key=len), reverse=True)[:3] == [2, 2, 1]
+    # `iapt` and `iapt_too` differ in their weights only; `iapt_end` and `iapt_template`, and PreFT's two, in their template, too.
+    assert sorted(max(together, key=len), reverse=True)[:4] == [2, 2, 2, 1]
     # None of it in a step that decodes.
     assert plans[-1] == [] and len(plans) >= NEW_TOKENS
 
