@@ -135,14 +135,9 @@ def instance(results: Results, size: str, task_names: list[str], measure: str, p
         control = difference(results, size, own, (CONTROLS[name], "own"), measure, task_names)
         others = [difference(results, size, own, (name, prompts), measure, task_names) for prompts in exchanged]
         if any((control, *others)):
-            rows.append(
-                [
-                    name,
-                    *(shown(found, percent) for found in (control, *others)),
-                    spread(results, size, name, task_names),
-                ]
-            )
-    header = ["method", "own - constant", *(f"own - {p}" for p in exchanged), "spread"]
+            row = [name, *(shown(found, percent) for found in (control, *others))]
+            rows.append([*row, spread(results, size, name, task_names)] if percent else row)
+    header = ["method", "own - constant", *(f"own - {p}" for p in exchanged), *["spread"] * percent]
     return table(header, rows) if rows else NOTHING
 
 
