@@ -39,7 +39,9 @@ from quality.tasks import is_mixture
 from serving_tables import blocks as serving_blocks
 
 
-PAGES = [ROOT / "docs" / name for name in ("evidence.md", "evidence/detail.md", "evidence/tables.md", "speed.md", "vllm.md")]
+PAGES = [
+    ROOT / "docs" / name for name in ("evidence.md", "evidence/detail.md", "evidence/tables.md", "speed.md", "vllm.md")
+]
 SERVED = "serving_cost/smollm2-135m-instruct-cpu-float32-preft"  # the run that the first page's chart is of
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -158,7 +160,9 @@ def fill(text: str, made: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
-    parser.add_argument("--page", type=Path, nargs="+", default=PAGES, help="(default: those of Evidence, Cost and Serving with vLLM)")
+    parser.add_argument(
+        "--page", type=Path, nargs="+", default=PAGES, help="(default: those of Evidence, Cost and Serving with vLLM)"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
     parser.add_argument("--list", action="store_true", help="print the names of all blocks")
     args = parser.parse_args()

@@ -15,11 +15,9 @@ from serving_models import METHODS
 
 ENGINES = {"preft": "PreFT", "prompt": "IAPT", "lora": "vLLM's own LoRA"}  # by their names in serving.py
 TIMES = {
-    "all, CPU": "from start to end, CPU time",
-    "all": "from start to end, wall time",
-    "first, CPU": "first tokens, CPU time",
-    "decode, CPU": "decoding, CPU time",
-    "first, 95 %": "first token of a short prompt, 95th percentile",
+    "all, CPU": "CPU time",
+    "all": "wall time",
+    "first, 95 %": "95th percentile of the first token",
 }
 SETUP = ("model", "dtype", "device", "threads", "torch", "transformers", "peft", "revision")
 

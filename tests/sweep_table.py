@@ -18,6 +18,15 @@ RIGHT, BARE, REFUSED, WRONG = "right", "as the bare model", "refused", "WRONG"
 RANK = {RIGHT: 0, BARE: 1, REFUSED: 2, WRONG: 3}
 TITLES = {"lora": "LoRA", "iapt": "IAPT", "lpt": "LPT", "idpg_single": "S-IDPG", "preft": "PreFT"}
 
+GROUPS = {
+    "CausalLM": "causal language models",
+    "Seq2SeqLM": "encoder-decoder models",
+    "SpeechSeq2Seq": "speech models",
+    "ImageTextToText": "vision-language models",
+    "SequenceClassification": "sequence classifiers",
+    "MaskedLM": "masked language models",
+}
+
 
 def worst(found: dict[str, list[str]]) -> Cell:
     """The verdict of a cell: that of its worst check, and the first sentence of why."""
@@ -81,7 +90,7 @@ and PreFT edits the instruction.
 - **refused**: a `ValueError` or `TypeError` of this package; in the table the number of its [kind](#reasons).
 - **fails**: anything else, such as an error that PEFT raises for LoRA. `tests/test_sweep.py` allows none for our methods.
 
-Each class's own reason stands in `tests/sweep.json`.
+`tests/sweep.json` has each class's own reason.
 """
 SHOWN = {RIGHT: RIGHT, BARE: "bare", REFUSED: REFUSED, WRONG: "fails"}
 NAMED = re.compile(
@@ -106,18 +115,26 @@ def page(table: dict[str, Any]) -> str:
     notes: list[str] = []
     versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
     rows = [row for group in table["classes"].values() for row in group.values()]
-    missing = [one.partition(", ")[0] for types in table["not_built"].values() for one in types]
+    missing = [one for types in table["not_built"].values() for one in types]
     counts = {m: Counter(row[m][0] for row in rows) for m in TITLES}
-    lines = [HEAD, f"Run with {versions}: {len(rows)} classes, and {len(missing)} that were [not run](#not-run).", ""]
+    lines = [
+        HEAD,
+        f"Run with {versions}: {len(rows)} classes. Of {len(missing)} no tiny model could be built, or its plain call fails (`not_built`).",
+        "",
+    ]
     lines += [f"| method | {' | '.join(SHOWN.values())} |", "|---" * (len(SHOWN) + 1) + "|"]
     lines += [f"| {title} | {' | '.join(str(counts[m][what]) for what in SHOWN)} |" for m, title in TITLES.items()]
     alike: dict[tuple[str, ...], dict[str, None]] = {}
-    for row in rows:
-        alike.setdefault(tuple(shown(row, notes)), {})[f"`{row['class']}`"] = None
-    right = alike.pop((RIGHT,) * len(TITLES), {})
-    lines += ["", "## The classes", "", f"Right with all methods: {', '.join(right) or 'none'}.", ""]
+    lines += ["", "## The classes", "", "Right with all methods:", ""]
+    for auto, group in table["classes"].items():
+        of_group: dict[tuple[str, ...], dict[str, None]] = {}
+        for row in group.values():
+            of_group.setdefault(tuple(shown(row, notes)), {})[f"`{row['class']}`"] = None
+        right = of_group.pop((RIGHT,) * len(TITLES), {})
+        lines.append(f"- {GROUPS[auto]}: {', '.join(right) or 'none'}")
+        for cells, names in of_group.items():
+            alike.setdefault(cells, {}).update(names)
+    lines += ["", "The others:", ""]
     lines += [f"| class | {' | '.join(TITLES.values())} |", "|---" * (len(TITLES) + 1) + "|"]
     lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in alike.items()]
-    lines += ["", "## Not run", "", "No tiny model of these could be built, or its plain call fails:"]
-    lines += [", ".join(f"`{one}`" for one in sorted(set(missing))) + "."]
     return "\n".join([*lines, "", "## Reasons", "", *footnotes(notes), ""])

@@ -129,11 +129,10 @@ def read_adapter(folder: Path, info: StackInfo) -> Adapter:
     generator.load_state_dict(state, assign=True)
     generator.eval().requires_grad_(False)
     check_encoding(generator, info)
-    config.weights_digest = (
-        None  # a fact about the file; without it, adapters of one shape have one signature and run together
-    )
+    # The digest is that of the weights, as was checked. Without it, adapters of one shape have one signature and run together.
+    written, config.weights_digest = config.weights_digest or digest(weights), None
     fields = sorted((name, repr(value)) for name, value in config.to_dict().items())
-    key = hashlib.sha256(f"{fields} {digest(found)}".encode()).hexdigest()
+    key = hashlib.sha256(f"{fields} {written}".encode()).hexdigest()
     return Adapter(key, folder, config, generator)
 
 

@@ -67,8 +67,7 @@ def test_tables_of_engines(tmp_path: Path) -> None:
     assert made["serving.m.engines"].splitlines() == [
         "| medians of 3 rounds | bare | PreFT | IAPT | vLLM's own LoRA |",
         "|---|---|---|---|---|",
-        "| 8 requests, from start to end, wall time | 2.00 s "
-        "| 1.00 [1.00, 1.00] | 1.10 [1.05, 1.10] | 2.10 [2.00, 2.40] |",
+        "| 8 requests, wall time | 2.00 s | 1.00 [1.00, 1.00] | 1.10 [1.05, 1.10] | 2.10 [2.00, 2.40] |",
     ]
     assert made["serving.m.adding"].splitlines()[2] == "| 1,000 | 6.0 (5.0-7.0) | 0.5 (0.5-0.5) |"
     assert made["serving.m.setup"].startswith("- model m,")
